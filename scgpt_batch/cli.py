@@ -1,0 +1,272 @@
+"""The command line: `scgpt-batch COMMAND`, and the same commands as jobs for spark-submit.
+
+Flags are made from the settings' and parameters' fields. The last line on standard output is the summary, one line
+of JSON; progress and logs go to standard error.
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from scgpt_batch.errors import ConfigError, ScgptBatchError
+from scgpt_batch.parameters import Parameters, validation_message
+from scgpt_batch.settings import (
+    DemoCheckpointSettings,
+    EmbedSettings,
+    IngestSettings,
+    RegisterSettings,
+    Settings,
+    Summary,
+    SummarySettings,
+)
+
+OK, FAILED, WRONG_USAGE, TOO_MANY_FAILED_ROWS = 0, 1, 2, 3
+
+ENVIRONMENT = "SCGPT_BATCH_"
+
+# Of the parameters, these say how an answer travels; the job's answers travel to a table.
+NOT_FOR_JOBS = ("on_error", "encoding")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: its settings, what it calls, and whether it takes the embedding parameters too."""
+
+    settings: type[Settings]
+    run: Callable[..., Summary]
+    with_parameters: bool = False
+
+
+def _demo_checkpoint(settings: DemoCheckpointSettings) -> Summary:
+    from scgpt_batch.demo import write_demo_checkpoint
+
+    return write_demo_checkpoint(Path(settings.h5ad), Path(settings.out))
+
+
+def _ingest(settings: IngestSettings) -> Summary:
+    from scgpt_batch.spark.ingest import ingest
+    from scgpt_batch.spark.session import get_spark
+
+    return ingest(get_spark(settings.spark_conf), settings)
+
+
+def _register(settings: RegisterSettings) -> Summary:
+    import mlflow
+
+    from scgpt_batch.registry import register
+
+    if settings.experiment:
+        mlflow.set_experiment(settings.experiment)
+    model = register(
+        settings.checkpoint, settings.name, alias=settings.alias, input_roots=settings.input_roots
+    )
+    return {"model_uri": model.uri, "version": model.version, "checkpoint_digest": model.digest}
+
+
+def _embed(settings: EmbedSettings, parameters: Parameters) -> Summary:
+    from scgpt_batch.spark.embed import embed_table
+    from scgpt_batch.spark.session import get_spark
+
+    return embed_table(get_spark(settings.spark_conf), settings, parameters)
+
+
+def _summary(settings: SummarySettings) -> Summary:
+    from scgpt_batch.demo import summarize
+    from scgpt_batch.spark.session import get_spark
+
+    return summarize(get_spark(settings.spark_conf), settings)
+
+
+COMMANDS = {
+    "demo-checkpoint": Command(DemoCheckpointSettings, _demo_checkpoint),
+    "ingest": Command(IngestSettings, _ingest),
+    "register": Command(RegisterSettings, _register),
+    "embed": Command(EmbedSettings, _embed, with_parameters=True),
+    "summary": Command(SummarySettings, _summary),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; return its exit code (0 done, 1 failed, 2 wrong usage, 3 too many rows failed)."""
+    args = vars(_parser().parse_args(argv))
+    name, config, debug = args.pop("command"), args.pop("config"), args.pop("debug")
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    for noisy in ("py4j", "alembic", "mlflow"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    try:
+        command = COMMANDS[name]
+        settings = _settings(command, name, args, config)
+        summary = _run(command, *settings)
+    except ConfigError as exc:
+        return _fail(exc, WRONG_USAGE, debug)
+    except Exception as exc:  # the last place: say it in one line, and all of it with --debug
+        return _fail(exc, FAILED, debug)
+    print(json.dumps(summary), flush=True)
+    return _exit_code(settings[0], summary)
+
+
+def job(name: str) -> None:
+    """Run a command as a spark-submit job: the same flags, the same exit codes."""
+    sys.exit(main([name, *sys.argv[1:]]))
+
+
+def entry_point() -> None:
+    """Run the console script."""
+    sys.exit(main())
+
+
+def _run(command: Command, *settings: BaseModel) -> Summary:
+    import mlflow
+
+    common: Any = settings[0]
+    if common.tracking_uri:
+        mlflow.set_tracking_uri(common.tracking_uri)
+    if common.registry_uri:
+        mlflow.set_registry_uri(common.registry_uri)
+    return command.run(*settings)
+
+
+def _settings(command: Command, name: str, flags: Mapping[str, Any], config: str | None) -> list[BaseModel]:
+    """Merge file, environment and flags, later ones winning, and check them."""
+    fields = _fields(command)
+    given = _from_file(config, name, fields) | _from_environment(fields)
+    given |= {flag: value for flag, value in flags.items() if value is not None}
+    mine = {key: value for key, value in given.items() if key in command.settings.model_fields}
+    try:
+        settings: list[BaseModel] = [command.settings(**mine)]
+    except ValidationError as exc:
+        missing = [f"--{_flag(str(e['loc'][0]))}" for e in exc.errors() if e["type"] == "missing"]
+        if missing:
+            raise ConfigError(f"{name} needs {', '.join(missing)}") from exc
+        raise ConfigError(validation_message(exc, "setting")) from exc
+    if command.with_parameters:
+        settings.append(Parameters.create({k: v for k, v in given.items() if k not in mine}))
+    return settings
+
+
+def _from_file(config: str | None, name: str, fields: Mapping[str, FieldInfo]) -> dict[str, Any]:
+    """Read the settings of a command: the file's section of its name, and `common` for all commands."""
+    if config is None:
+        return {}
+    try:
+        sections = yaml.safe_load(Path(config).read_text(encoding="utf-8")) or {}
+    except OSError as exc:
+        raise ConfigError(f"cannot read --config {config}: {exc.strerror}") from exc
+    except yaml.YAMLError as exc:
+        raise ConfigError(f"{config} is not YAML: {exc}") from exc
+    if not isinstance(sections, dict) or not all(isinstance(s, dict) for s in sections.values()):
+        raise ConfigError(f"{config} must hold sections of settings: common, {', '.join(COMMANDS)}")
+    unknown = set(sections) - {"common", *COMMANDS}
+    if unknown:
+        raise ConfigError(f"{config}: unknown section {sorted(unknown)[0]!r}; known: common, {', '.join(COMMANDS)}")
+    given = sections.get("common", {}) | sections.get(name, {})
+    for key in given:
+        if key not in fields:
+            raise ConfigError(f"{config}: unknown setting {key!r} for {name}")
+    return given
+
+
+def _from_environment(fields: Mapping[str, FieldInfo]) -> dict[str, Any]:
+    given = {}
+    for name, field in fields.items():
+        value = os.environ.get(ENVIRONMENT + name.upper())
+        if value is not None:
+            given[name] = value.split() if _is_list(field) else _named(value.split()) if _is_dict(field) else value
+    return given
+
+
+def _fields(command: Command) -> dict[str, FieldInfo]:
+    fields = dict(command.settings.model_fields)
+    if command.with_parameters:
+        fields |= {n: f for n, f in Parameters.model_fields.items() if n not in NOT_FOR_JOBS}
+    return fields
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="scgpt-batch", description="scGPT embeddings in Delta tables.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        told = (command.settings.__doc__ or "").splitlines()[0]
+        sub = commands.add_parser(name, help=told, description=told, allow_abbrev=False)
+        sub.add_argument("--config", metavar="FILE", help="YAML with a section for each command, and one `common`")
+        sub.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
+        for field_name, field in _fields(command).items():
+            sub.add_argument(f"--{_flag(field_name)}", dest=field_name, **_argument(field))
+    return parser
+
+
+def _argument(field: FieldInfo) -> dict[str, Any]:
+    """Say to argparse what a field takes; values are checked later, with those of file and environment."""
+    default = "" if field.is_required() or field.default in (None, "", (), {}) else f" [{_told(field.default)}]"
+    argument: dict[str, Any] = {"help": ((field.description or "") + default).replace("%", "%%"), "default": None}
+    if _is_list(field):
+        return argument | {"nargs": "+", "metavar": "X"}
+    if _is_dict(field):
+        return argument | {"nargs": "+", "metavar": "NAME=VALUE", "action": _Named}
+    if field.annotation is bool:
+        return argument | {"nargs": "?", "const": True, "metavar": "true|false"}
+    if get_origin(field.annotation) is Literal:
+        return argument | {"metavar": "|".join(get_args(field.annotation))}
+    return argument | {"metavar": "X"}
+
+
+class _Named(argparse.Action):
+    """Collect NAME=VALUE words into a dictionary."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        try:
+            setattr(namespace, self.dest, _named(values))
+        except ValueError:
+            parser.error(f"{option_string} takes NAME=VALUE words")
+
+
+def _named(words: Sequence[str]) -> dict[str, str]:
+    return dict(word.split("=", 1) for word in words)  # type: ignore[misc]
+
+
+def _is_list(field: FieldInfo) -> bool:
+    return get_origin(field.annotation) is tuple
+
+
+def _is_dict(field: FieldInfo) -> bool:
+    return get_origin(field.annotation) is dict
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _fail(exc: Exception, code: int, debug: bool) -> int:
+    if debug:
+        logging.getLogger(__name__).exception("%s", exc)
+    expected = isinstance(exc, ScgptBatchError)
+    told = str(exc) if expected else f"{type(exc).__name__}: {str(exc).strip()}"
+    first = told.strip().splitlines()[0] if told.strip() else type(exc).__name__
+    more = "" if expected or debug else " (--debug shows all of it)"
+    print(f"scgpt-batch: {first}{more}", file=sys.stderr)
+    return code
+
+
+def _exit_code(settings: BaseModel, summary: Summary) -> int:
+    if not isinstance(settings, EmbedSettings):
+        return OK
+    done = summary["rows_ok"] + summary["rows_failed"]
+    too_many = done and summary["rows_failed"] / done > settings.max_failed_fraction
+    return TOO_MANY_FAILED_ROWS if too_many else OK

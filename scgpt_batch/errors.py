@@ -1,0 +1,43 @@
+"""All errors of the package; the class says who can mend it.
+
+* ScgptBatchError
+  + ConfigError            the command cannot start: a setting, table, model or program is missing or wrong
+    + CheckpointError      weights, args.json and vocabulary do not fit each other or this package
+  + RowError               one row has no answer; it is quarantined and the job goes on
+    + PayloadError         the row cannot be read as AnnData
+    + PreprocessError      its genes or cells could not be filtered, normalised or binned
+    + LowCoverage          too little of its counts lies in genes that the model knows
+    + NonFiniteOutput      the model answered NaN or infinity
+"""
+
+
+class ScgptBatchError(Exception):
+    """Anything that this package raises on purpose."""
+
+
+class ConfigError(ScgptBatchError):
+    """The command cannot start as it was called; the message says what to do."""
+
+
+class CheckpointError(ConfigError):
+    """Weights, args.json and vocab.json do not fit each other or this package."""
+
+
+class RowError(ScgptBatchError):
+    """One row has no answer; the others are not concerned."""
+
+
+class PayloadError(RowError):
+    """The row cannot be read as AnnData; the message names the column and what is wrong."""
+
+
+class PreprocessError(RowError):
+    """The row was read, but its genes or cells could not be filtered, normalised or binned."""
+
+
+class LowCoverage(RowError):
+    """Too little of the row's counts lies in genes of the model's vocabulary."""
+
+
+class NonFiniteOutput(RowError):
+    """The model answered NaN or infinity for the row."""

@@ -1,0 +1,237 @@
+"""Read a checkpoint folder in the published layout, and refuse one that would give wrong numbers.
+
+A folder holds `args.json`, `vocab.json` and the weights: `best_model.pt` (a plain state dict), or the same tensors
+as `.safetensors`. Upstream's loader keeps the random initial value of every tensor that is missing or has another
+shape; here each is an error.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scgpt_batch.errors import CheckpointError
+from scgpt_batch.model.vocabulary import PAD, Vocabulary
+
+logger = logging.getLogger(__name__)
+
+WEIGHT_FILES = ("best_model.pt", "best_model.safetensors", "model.safetensors")
+
+# Parts of the published model that embedding a gene or a cell does not use.
+UNUSED_TENSORS = (
+    "decoder.",
+    "cls_decoder.",
+    "mvc_decoder.",
+    "flag_encoder.",
+    "grad_reverse_discriminator.",
+    "sim.",
+    "creterion_cce.",  # upstream's spelling
+)
+
+# args.json keys that ask for a part that is not built here, with the values that do not.
+BUILT = {
+    "pre_norm": (False, None),
+    "use_batch_labels": (False, None),
+    "domain_spec_batchnorm": (False, None),
+    "DSBN": (False, None),
+    "input_emb_style": ("continuous", None),
+    "input_style": ("binned", None),
+    "cell_emb_style": ("cls", None),
+    "fast_transformer_backend": ("flash", None),
+    "explicit_zero_prob": (False, None),
+}
+NOT_BUILT_TENSORS = {
+    "bn.": "batch normalisation",
+    "dsbn.": "domain-specific batch normalisation",
+    "batch_encoder.": "batch labels",
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of the model, with the names that args.json uses."""
+
+    embsize: int  # width d of all embeddings
+    nheads: int
+    d_hid: int  # width of the feed-forward layers
+    nlayers: int
+    n_layers_cls: int = 3  # of the classifier, which is not built; kept to compare with what a caller states
+    pad_value: int = -2  # the value that <cls> carries
+
+    def __post_init__(self) -> None:
+        for name in ("embsize", "nheads", "d_hid", "nlayers"):
+            if getattr(self, name) < 1:
+                raise CheckpointError(f"args.json: {name} must be at least 1, not {getattr(self, name)}")
+        if self.embsize % self.nheads:
+            raise CheckpointError(f"args.json: embsize {self.embsize} is no multiple of nheads {self.nheads}")
+
+    @classmethod
+    def from_args(cls, args: Mapping[str, Any]) -> "ModelConfig":
+        """Take the model's shape from args.json; refuse keys that ask for what is not built."""
+        for key, allowed in BUILT.items():
+            if args.get(key) not in allowed:
+                raise CheckpointError(
+                    f"args.json asks for {key} = {args[key]!r}; this package builds {key} = {allowed[0]!r} only"
+                )
+        if args.get("pad_token", PAD) != PAD:
+            raise CheckpointError(f"args.json: pad_token must be {PAD!r}, not {args['pad_token']!r}")
+        values = {}
+        for name in ("embsize", "nheads", "d_hid", "nlayers", "n_layers_cls", "pad_value"):
+            value = args.get(name, getattr(cls, name, None))
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise CheckpointError(f"args.json: {name} must be a whole number, not {value!r}")
+            values[name] = value
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was read and checked.
+
+    Attributes
+    ----------
+    config, vocabulary
+        From args.json and vocab.json.
+    tensors
+        The tensors that the model uses, under the names of `ScGPT`, float32 on the CPU.
+    ignored
+        Names in the weights file that are known to be unused, or unknown.
+    digest
+        SHA-256 over the three files; the model's identity in caches, tags and tables.
+    """
+
+    config: ModelConfig
+    vocabulary: Vocabulary
+    tensors: dict[str, torch.Tensor]
+    ignored: tuple[str, ...]
+    digest: str
+
+
+def load_checkpoint(folder: str | Path) -> Checkpoint:
+    """Read and check a checkpoint folder.
+
+    Raises
+    ------
+    CheckpointError
+        A file is missing or unreadable, a tensor is missing or has another shape, the vocabulary does not fit the
+        embedding table, or args.json asks for a part that is not built here.
+    """
+    folder = Path(folder)
+    weights = weights_file(folder)
+    config = ModelConfig.from_args(_read_args(folder / "args.json"))
+    vocabulary = Vocabulary.from_file(_existing(folder / "vocab.json"))
+    state = {_our_name(name): tensor for name, tensor in _read_tensors(weights).items()}
+    for name in state:
+        for prefix, part in NOT_BUILT_TENSORS.items():
+            if name.startswith(prefix):
+                raise CheckpointError(f"{weights} has tensor {name!r}: the model uses {part}, not built here")
+
+    expected = _expected_shapes(config, len(vocabulary))
+    missing = sorted(set(expected) - set(state))
+    if missing:
+        raise CheckpointError(
+            f"{weights} lacks {len(missing)} of {len(expected)} tensors, first {missing[0]!r}; "
+            "upstream would leave them random"
+        )
+    rows = state["encoder.embedding.weight"].shape[0]
+    if rows != len(vocabulary):
+        raise CheckpointError(
+            f"{folder / 'vocab.json'} has {len(vocabulary)} tokens (special tokens included), but "
+            f"'encoder.embedding.weight' has {rows} rows: they are not of one model"
+        )
+    for name, shape in expected.items():
+        if tuple(state[name].shape) != shape:
+            raise CheckpointError(
+                f"{weights}: tensor {name!r} has shape {tuple(state[name].shape)}, args.json and vocab.json "
+                f"want {shape}"
+            )
+        if not torch.isfinite(state[name]).all():
+            raise CheckpointError(f"{weights}: tensor {name!r} holds NaN or infinity")
+
+    ignored = sorted(set(state) - set(expected))
+    unknown = [name for name in ignored if not name.startswith(UNUSED_TENSORS)]
+    if unknown:
+        logger.warning("%s: %d unknown tensors not used, first %r", weights, len(unknown), unknown[0])
+    digest = checkpoint_digest(folder)
+    logger.info(
+        "%s: loaded %d of %d tensors (%d layers, d %d, %d tokens), digest %s",
+        folder, len(expected), len(expected), config.nlayers, config.embsize, len(vocabulary), digest[:12],
+    )  # fmt: skip
+    tensors = {name: state[name].float() for name in expected}
+    return Checkpoint(config, vocabulary, tensors, tuple(ignored), digest)
+
+
+def checkpoint_digest(folder: str | Path) -> str:
+    """Return the SHA-256 over args.json, vocab.json and the weights file, in hexadecimal."""
+    folder = Path(folder)
+    digest = hashlib.sha256()
+    for path in (_existing(folder / "args.json"), _existing(folder / "vocab.json"), weights_file(folder)):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def weights_file(folder: Path) -> Path:
+    """Return the folder's weights file; a CheckpointError says which names are looked for."""
+    if not folder.is_dir():
+        raise CheckpointError(f"no checkpoint folder at {folder}")
+    found = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()]
+    if len(found) != 1:
+        raise CheckpointError(
+            f"{folder} must hold exactly one weights file of {', '.join(WEIGHT_FILES)}; it holds "
+            f"{', '.join(path.name for path in found) or 'none'}"
+        )
+    return found[0]
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise CheckpointError(f"the checkpoint has no {path.name}: looked for {path}")
+    return path
+
+
+def _read_args(path: Path) -> dict[str, Any]:
+    try:
+        args = json.loads(_existing(path).read_text(encoding="utf-8"))
+    except ValueError as exc:
+        raise CheckpointError(f"{path} is not JSON: {exc}") from exc
+    if not isinstance(args, dict):
+        raise CheckpointError(f"{path} must be a JSON object")
+    return args
+
+
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file  # not needed for the published layout
+
+            state: Any = load_file(path)
+        else:
+            # weights_only: an unpickler that can run code is never used
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as exc:  # torch and safetensors raise many types for one fact: the file is no state dict
+        raise CheckpointError(f"{path} cannot be read as tensors: {exc}") from exc
+    if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
+        raise CheckpointError(f"{path} is no plain state dict (tensor name -> tensor)")
+    return state
+
+
+def _our_name(name: str) -> str:
+    """Translate upstream's two key layouts: with flash attention, Wqkv; without, in_proj_.
+
+    Both hold one (3d, d) matrix with the rows of q, k and v in this order.
+    """
+    return name.replace("self_attn.Wqkv.", "self_attn.in_proj_")
+
+
+def _expected_shapes(config: ModelConfig, n_tokens: int) -> dict[str, tuple[int, ...]]:
+    from scgpt_batch.model.transformer import ScGPT
+
+    with torch.device("meta"):
+        model = ScGPT(config, n_tokens)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -1,0 +1,145 @@
+"""The scGPT encoder in plain torch, for inference: genes and binned values in, embeddings out.
+
+Numbers are those of upstream's `TransformerModel._encode` in evaluation mode: post-norm layers, ReLU, no positions.
+Cells are packed: B cells of different lengths lie one after the other in T tokens.
+"""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from scgpt_batch.model.attention import attention
+from scgpt_batch.model.checkpoint import Checkpoint, ModelConfig
+
+MAX_VALUE = 512  # upstream's ContinuousValueEncoder clamps there; it has no lower bound
+
+
+class Linear(nn.Linear):
+    """A linear layer that works in the type of its weights, whatever arrives."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+
+
+class GeneEncoder(nn.Module):
+    """Token id -> embedding row, normalised."""
+
+    def __init__(self, n_tokens: int, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(n_tokens, width)
+        self.enc_norm = nn.LayerNorm(width)
+
+    def forward(self, genes: torch.Tensor) -> torch.Tensor:
+        return self.enc_norm(self.embedding(genes))  # (T,) -> (T, d)
+
+
+class ValueEncoder(nn.Module):
+    """Binned expression value -> vector."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(1, width)
+        self.linear2 = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        x = values.clamp(max=MAX_VALUE).unsqueeze(-1)  # (T, 1)
+        return self.norm(self.linear2(F.relu(self.linear1(x))))
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention within each cell; tensor names as in torch's MultiheadAttention."""
+
+    def __init__(self, width: int, n_heads: int) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
+        self.out_proj = Linear(width, width)
+
+    def forward(self, x: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+        qkv = F.linear(x.to(self.in_proj_weight.dtype), self.in_proj_weight, self.in_proj_bias)
+        q, k, v = qkv.unflatten(-1, (3, self.n_heads, -1)).unbind(1)  # each (T, H, D)
+        return self.out_proj(attention(q, k, v, lengths).flatten(1))
+
+
+class Layer(nn.Module):
+    """One post-norm transformer layer."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.self_attn = SelfAttention(config.embsize, config.nheads)
+        self.linear1 = Linear(config.embsize, config.d_hid)
+        self.linear2 = Linear(config.d_hid, config.embsize)
+        self.norm1 = nn.LayerNorm(config.embsize)
+        self.norm2 = nn.LayerNorm(config.embsize)
+
+    def forward(self, x: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+        # sums and norms stay in float32 while the matrices may work in bfloat16
+        x = self.norm1(x + self.self_attn(x, lengths))
+        return self.norm2(x + self.linear2(F.relu(self.linear1(x))))
+
+
+class ScGPT(nn.Module):
+    """The encoder of scGPT.
+
+    `forward` takes packed cells; `gene_vectors` is the table of static gene embeddings.
+    """
+
+    def __init__(self, config: ModelConfig, n_tokens: int) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = GeneEncoder(n_tokens, config.embsize)
+        self.value_encoder = ValueEncoder(config.embsize)
+        self.transformer_encoder = nn.ModuleDict(
+            {"layers": nn.ModuleList(Layer(config) for _ in range(config.nlayers))}
+        )
+
+    @classmethod
+    def from_checkpoint(
+        cls, checkpoint: Checkpoint, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> "ScGPT":
+        """Build the model with a checkpoint's weights, in evaluation mode.
+
+        `dtype` is the type of the transformer layers' matrix products; the tables, sums and norms stay float32.
+        """
+        with torch.device("meta"):
+            model = cls(checkpoint.config, len(checkpoint.vocabulary))
+        model.load_state_dict(_matrices_as(checkpoint.tensors, dtype), strict=True, assign=True)
+        return model.to(device).eval().requires_grad_(False)
+
+    @torch.inference_mode()
+    def gene_vectors(self, genes: torch.Tensor) -> torch.Tensor:
+        """Return the static embedding of each token id: its row of the table after the LayerNorm, (n, d)."""
+        return self.encoder(genes)
+
+    @torch.inference_mode()
+    def forward(self, genes: torch.Tensor, values: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+        """Encode packed cells.
+
+        Parameters
+        ----------
+        genes
+            Token ids, int64, (T,); each cell starts with `<cls>`.
+        values
+            Binned expression, float32, (T,).
+        lengths
+            Tokens of each cell, in order; their sum is T. Sorted lengths run fastest.
+
+        Returns
+        -------
+        The transformer's output for each token, float32, (T, d).
+        """
+        x = self.encoder(genes) + self.value_encoder(values)
+        for layer in self.transformer_encoder["layers"]:  # type: ignore[union-attr]
+            x = layer(x, lengths)
+        return x
+
+
+def _matrices_as(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    return {
+        name: tensor.to(dtype) if name.startswith("transformer_encoder.") and ".norm" not in name else tensor
+        for name, tensor in tensors.items()
+    }

@@ -1,0 +1,75 @@
+"""The gene vocabulary: names to token ids, as `vocab.json` of a published checkpoint holds them."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from scgpt_batch.errors import CheckpointError
+
+PAD, CLS, EOC = SPECIAL_TOKENS = ("<pad>", "<cls>", "<eoc>")
+
+
+class Vocabulary:
+    """Token names in id order, and the way back.
+
+    Attributes
+    ----------
+    tokens
+        All token names, special tokens included; a token's id is its position.
+    """
+
+    def __init__(self, ids: Mapping[str, int], *, source: str = "the vocabulary") -> None:
+        """Build from name -> id.
+
+        Special tokens that are missing are appended in the order `<pad>`, `<cls>`, `<eoc>`, as upstream's
+        `embed_data` does.
+
+        Raises
+        ------
+        CheckpointError
+            Ids are not 0..n-1, each once.
+        """
+        for name, token_id in ids.items():
+            if not isinstance(token_id, int) or isinstance(token_id, bool):
+                raise CheckpointError(f"{source}: the id of {name!r} is {token_id!r}, not a whole number")
+        by_id = sorted(ids.items(), key=lambda item: item[1])
+        for position, (name, token_id) in enumerate(by_id):
+            if token_id != position:
+                raise CheckpointError(
+                    f"{source}: ids must be 0 to {len(ids) - 1}, each once; {name!r} has id {token_id} "
+                    f"where {position} is due"
+                )
+        names = [name for name, _ in by_id]
+        self.tokens: tuple[str, ...] = (*names, *(t for t in SPECIAL_TOKENS if t not in ids))
+        self._ids = {name: i for i, name in enumerate(self.tokens)}
+        self.pad_id = self._ids[PAD]
+        self.cls_id = self._ids[CLS]
+
+    @classmethod
+    def from_file(cls, path: Path) -> "Vocabulary":
+        """Read `vocab.json`, a JSON object name -> id."""
+        try:
+            ids = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as exc:
+            raise CheckpointError(f"{path} is not JSON: {exc}") from exc
+        if not isinstance(ids, dict) or not ids:
+            raise CheckpointError(f"{path} must be a JSON object of token name -> id")
+        return cls(ids, source=str(path))
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._ids
+
+    def ids(self, names: Iterable[str]) -> np.ndarray:
+        """Return the id of each gene name, -1 where it is unknown: int64, shape (len(names),).
+
+        Names are matched exactly and with their case, as upstream does. A special token is no gene.
+        """
+        ids = self._ids
+        found = np.fromiter((ids.get(name, -1) for name in names), dtype=np.int64)
+        found[np.isin(found, [ids[token] for token in SPECIAL_TOKENS])] = -1
+        return found

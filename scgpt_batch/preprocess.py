@@ -1,0 +1,367 @@
+"""AnnData -> filtered, normalised, cut to variable genes, binned; then cells -> tokens.
+
+The steps, their order and their surprises are those of scGPT 0.2.4 (`scgpt.preprocess.Preprocessor`,
+`scgpt.data_collator`), built on scanpy. Binning and tokenising work on whole blocks of cells.
+"""
+
+import re
+import warnings
+from dataclasses import dataclass
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import scanpy as sc
+import scipy.sparse as sp
+import torch
+
+from scgpt_batch.errors import PayloadError, PreprocessError
+from scgpt_batch.model import Vocabulary
+from scgpt_batch.parameters import Parameters
+
+COLLATOR_BINS = 51  # upstream's data collator takes this number whatever args.json says
+BLOCK = 1_000_000  # entries binned at once: bounds the memory of a block to some 50 MB
+
+SYMBOL_COLUMNS = ("gene_symbol", "gene_symbols", "feature_name", "gene_name", "gene_names", "symbol", "hgnc_symbol")
+_ENSEMBL = re.compile(r"ENS[A-Z]{0,6}G\d{11}(\.\d+)?")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Cells as token sequences, packed one after the other; each starts with `<cls>`.
+
+    Attributes
+    ----------
+    genes
+        Token ids, int64, (T,).
+    values
+        Binned values, float32, (T,); `<cls>` carries the model's pad value.
+    lengths
+        Tokens of each cell, int64, (B,).
+    """
+
+    genes: np.ndarray
+    values: np.ndarray
+    lengths: np.ndarray
+
+
+def preprocess(adata: ad.AnnData, parameters: Parameters, *, genes_only: bool = False) -> ad.AnnData:
+    """Filter genes and cells, normalise, take logs, cut to variable genes: upstream's order.
+
+    Parameters
+    ----------
+    adata
+        Cells × genes, X in CSR. It is changed.
+    genes_only
+        Leave out normalising and logs where they do not decide which genes survive (they do when their result key
+        is empty and they so replace X, which the choice of variable genes looks at).
+
+    Returns
+    -------
+    The surviving cells × genes, with upstream's layers and scanpy's statistics in `var`.
+
+    Raises
+    ------
+    PreprocessError
+        No gene or cell survives, a layer or column is missing, or scanpy cannot choose variable genes.
+    """
+    p = parameters
+    layer = _existing_layer(adata, p.use_key)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # scanpy's advice (raw or not, low bins): ours is `value_warning`
+        if p.filter_gene_by_counts:
+            sc.pp.filter_genes(adata, min_counts=p.filter_gene_by_counts)
+            _refuse_empty(adata, f"no gene reaches filter_gene_by_counts {p.filter_gene_by_counts}")
+        if min_counts := p.min_cell_counts or float(p.filter_cell_by_counts):
+            sc.pp.filter_cells(adata, min_counts=min_counts)
+            _refuse_empty(adata, f"no cell reaches {min_counts:g} counts")
+        if not (genes_only and p.result_normed_key and p.result_log1p_key):
+            _normalize(adata, layer, p)
+        if p.subset_hvg:
+            _cut_to_variable_genes(adata, p)
+    return adata
+
+
+def binned_layer(adata: ad.AnnData, parameters: Parameters) -> sp.csr_matrix:
+    """Return the matrix that upstream bins: the last layer that `preprocess` made (or X)."""
+    p = parameters
+    key = p.use_key
+    if p.normalize_total:
+        key = p.result_normed_key or key
+    if p.log1p:
+        key = p.result_log1p_key or key
+    return sp.csr_matrix(adata.X if key == "X" else adata.layers[key])
+
+
+def value_warning(adata: ad.AnnData, *, data_is_raw: bool) -> str | None:
+    """Say when the values contradict `data_is_raw`.
+
+    The judgement is upstream's `check_logged`: a maximum above 30, or no positive value below 1, means counts.
+    """
+    data = adata.X.data
+    if not len(data):
+        return None
+    raw = data.max() > 30 or data.min() >= 1
+    if raw == data_is_raw:
+        return None
+    seen = f"values from {data.min():g} to {data.max():g}"
+    if raw:
+        return f"data_is_raw is false, but X looks like counts ({seen})"
+    return f"data_is_raw is true, but X looks log-transformed ({seen})"
+
+
+def gene_names(var: pd.DataFrame, vocabulary: Vocabulary) -> tuple[np.ndarray, str | None]:
+    """Choose the names by which the row's genes are looked up, and say when that is not `var`'s own.
+
+    Names are matched exactly. Where none of them is known and they look like Ensembl ids, with or without version,
+    their symbols are taken from a column of `var`, else the ids without version.
+
+    Returns
+    -------
+    Names, one per gene, and a warning or None.
+    """
+    names = var.index.to_numpy(dtype=object)
+    looks_ensembl = sum(_ENSEMBL.fullmatch(name) is not None for name in names) > len(names) / 2
+    if not looks_ensembl or (vocabulary.ids(names) >= 0).any():
+        return names, None
+    for column in SYMBOL_COLUMNS:
+        if column in var:
+            symbols = var[column].astype(object).where(var[column].notna(), var.index).astype(str)
+            return symbols.to_numpy(dtype=object), f"Ensembl ids mapped to symbols by var column {column!r}"
+    bare = np.array([name.split(".")[0] for name in names], dtype=object)
+    if (vocabulary.ids(bare) >= 0).any():
+        return bare, "version numbers of Ensembl ids dropped"
+    columns = ", ".join(SYMBOL_COLUMNS)
+    return names, f"names look like Ensembl ids, the vocabulary holds symbols: give var a column of {columns}"
+
+
+def bin_range(
+    values: np.ndarray, indptr: np.ndarray, n_bins: int = COLLATOR_BINS
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Bin each cell's positive values by the cell's own quantiles, as upstream does.
+
+    Edges are `np.quantile(values, linspace(0, 1, n_bins - 1))` of the cell, in float64 and bit for bit. A value that
+    lies on several equal edges may take any bin between `lower` and `upper`; upstream draws one.
+
+    Parameters
+    ----------
+    values
+        The cells' positive values one after the other, (nnz,).
+    indptr
+        Start of each cell in `values`, (B + 1,).
+    n_bins
+        Bins, of which 0 is left to zeros.
+
+    Returns
+    -------
+    lower, upper
+        Lowest and highest admissible bin, 1..n_bins - 1, int64, (nnz,).
+    edges
+        Quantiles, float64, (B, n_bins - 1); 0 for a cell without values.
+    """
+    lengths = np.diff(indptr)
+    lower, upper = np.empty(len(values), np.int64), np.empty(len(values), np.int64)
+    edges = np.zeros((len(lengths), n_bins - 1))
+    for start, stop in _blocks(lengths):
+        first, last = indptr[start], indptr[stop]
+        if first == last:
+            continue
+        block = _bin_block(values[first:last], lengths[start:stop], n_bins)
+        lower[first:last], upper[first:last], edges[start:stop] = block
+    return lower, upper, edges
+
+
+def bin_values(
+    values: np.ndarray, indptr: np.ndarray, gene_hashes: np.ndarray, parameters: Parameters, *, n_bins: int
+) -> np.ndarray:
+    """Bin as `bin_range` and settle ties by `tie_break`: int64, (nnz,).
+
+    "random" draws uniformly, as upstream, but from the cell's own values and genes and the seed: the same cell gets
+    the same bins in whatever row, order or process it comes.
+    """
+    lower, upper, _ = bin_range(values, indptr, n_bins)
+    if parameters.tie_break == "upper":
+        return upper
+    if parameters.tie_break == "lower":
+        return lower
+    u = cell_noise(values, indptr, gene_hashes, parameters.seed, stream=0)
+    # upstream draws ceil(u * (lo - hi) + hi) with lo = lower - 1 where the edges differ: uniform in lower..upper
+    return upper - np.floor(u * (upper - lower + 1)).astype(np.int64)
+
+
+def tokenize(
+    matrix: sp.csr_matrix, gene_ids: np.ndarray, *, cls_id: int, cls_value: float, keep: np.ndarray | None = None
+) -> Tokens:
+    """Turn each cell's stored entries into tokens: `<cls>`, then the genes in the matrix's order.
+
+    Parameters
+    ----------
+    matrix
+        Binned values, cells × genes; an explicit zero is a token like any other.
+    gene_ids
+        Token id of each gene (column); none may be -1.
+    keep
+        Mask over the stored entries (from `sample_long_cells`); the others are left out.
+    """
+    lengths = np.diff(matrix.indptr)
+    columns, values = matrix.indices, matrix.data
+    if keep is not None:
+        cells = np.repeat(np.arange(len(lengths)), lengths)
+        lengths = np.bincount(cells[keep], minlength=len(lengths))
+        columns, values = columns[keep], values[keep]
+    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])  # where each cell's <cls> goes in
+    return Tokens(
+        genes=np.insert(gene_ids[columns].astype(np.int64), starts, cls_id),
+        values=np.insert(values.astype(np.float32), starts, cls_value),
+        lengths=lengths + 1,
+    )
+
+
+def sample_long_cells(indptr: np.ndarray, noise: np.ndarray, max_length: int) -> np.ndarray | None:
+    """Choose max_length - 1 entries of each longer cell at random; None when no cell is longer.
+
+    `noise` is (nnz,), from `cell_noise`; a cell keeps its smallest. Returns a mask over the entries.
+    """
+    lengths = np.diff(indptr)
+    if lengths.max(initial=0) <= max_length - 1:
+        return None
+    cells = np.repeat(np.arange(len(lengths)), lengths)
+    order = np.lexsort((noise, cells))
+    rank = np.empty(len(order), np.int64)
+    rank[order] = np.arange(len(order)) - indptr[:-1][cells]
+    return rank < max_length - 1
+
+
+def cell_noise(
+    values: np.ndarray, indptr: np.ndarray, gene_hashes: np.ndarray, seed: int, *, stream: int
+) -> np.ndarray:
+    """Draw one number in [0, 1) per entry from the seed, the gene and the whole content of the entry's cell.
+
+    No generator state: hashes are mixed (splitmix64's finaliser), so neither the order of cells nor of genes, nor
+    what else is in the block, changes a draw.
+
+    Parameters
+    ----------
+    values, indptr
+        The cells' values one after the other, and where each cell starts.
+    gene_hashes
+        A 64-bit hash of each entry's gene name, (nnz,).
+    stream
+        Different streams are independent.
+    """
+    value_bits = values.astype(np.float32).view(np.uint32).astype(np.uint64)
+    entries = _mix(gene_hashes ^ _mix(value_bits))
+    totals = np.concatenate([np.zeros(1, np.uint64), np.cumsum(entries, dtype=np.uint64)])  # wraps, as it may
+    cells = totals[indptr[1:]] - totals[indptr[:-1]]
+    salt = _mix(np.array([seed, stream], np.uint64))
+    salt = _mix(salt[:1] + _mix(salt[1:] + np.uint64(0x632BE59BD9B4E019)))
+    drawn = _mix(np.repeat(_mix(cells ^ salt), np.diff(indptr)) ^ gene_hashes)
+    return (drawn >> np.uint64(11)) * 2.0**-53
+
+
+def gene_hash(names: np.ndarray) -> np.ndarray:
+    """Hash gene names to 64 bits, the same in every process."""
+    return pd.util.hash_array(np.asarray(names, dtype=object), categorize=False)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """Finalise as splitmix64 does (Steele, Lea and Flood 2014, Fast splittable pseudorandom number generators)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _blocks(lengths: np.ndarray) -> list[tuple[int, int]]:
+    """Split cells into runs whose padded size stays within BLOCK."""
+    blocks, start, longest = [], 0, 0
+    for i, length in enumerate(lengths.tolist()):
+        longest = max(longest, length)
+        if i > start and longest * (i + 1 - start) > BLOCK:
+            blocks.append((start, i))
+            start, longest = i, length
+    return [*blocks, (start, len(lengths))] if len(lengths) else blocks
+
+
+def _bin_block(values: np.ndarray, lengths: np.ndarray, n_bins: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    present = np.arange(lengths.max()) < lengths[:, None]  # (B, L)
+    padded = np.full(present.shape, np.inf, values.dtype)
+    padded[present] = values
+    ordered = np.sort(padded, axis=1)
+    # np.quantile's linear method, in its own order of operations and types
+    at = np.maximum(lengths[:, None] - 1, 0) * np.linspace(0, 1, n_bins - 1)
+    below = np.floor(at).astype(np.int64)
+    above = np.minimum(below + 1, np.maximum(lengths[:, None] - 1, 0))
+    a, b = np.take_along_axis(ordered, below, axis=1), np.take_along_axis(ordered, above, axis=1)
+    a[lengths == 0], b[lengths == 0] = 0, 0
+    step, part = b - a, at - below
+    edges = np.where(part >= 0.5, b - step * (1 - part), a + step * part)
+    edge_tensor = torch.from_numpy(edges)
+    value_tensor = torch.from_numpy(padded.astype(np.float64))
+    upper = torch.searchsorted(edge_tensor, value_tensor, right=True).numpy()[present]
+    under = torch.searchsorted(edge_tensor, value_tensor, right=False).numpy()[present]
+    return np.where(under < upper, under + 1, upper), upper, edges
+
+
+def _existing_layer(adata: ad.AnnData, use_key: str) -> str | None:
+    if use_key == "X":
+        return None
+    if use_key not in adata.layers:
+        held = ", ".join(map(repr, adata.layers)) or "none"
+        raise PreprocessError(f"use_key {use_key!r} is no layer of the row; layers: {held}")
+    return use_key
+
+
+def _normalize(adata: ad.AnnData, layer: str | None, p: Parameters) -> None:
+    """Normalise and take logs into upstream's layers; an empty result key replaces the layer before."""
+    if p.normalize_total:
+        normed = sc.pp.normalize_total(adata, target_sum=p.normalize_total, layer=layer, inplace=False)["X"]
+        layer = p.result_normed_key or layer
+        _set_layer(adata, layer, normed)
+    if p.log1p:
+        logged = (adata.X if layer is None else adata.layers[layer]).copy()
+        layer = p.result_log1p_key or layer
+        _set_layer(adata, layer, logged)
+        sc.pp.log1p(adata, layer=layer)
+
+
+def _set_layer(adata: ad.AnnData, layer: str | None, matrix: sp.csr_matrix) -> None:
+    if layer is None:
+        adata.X = matrix
+    else:
+        adata.layers[layer] = matrix
+
+
+def _cut_to_variable_genes(adata: ad.AnnData, p: Parameters) -> None:
+    if p.batch_key and p.batch_key not in adata.obs:
+        raise PreprocessError(f"batch_key {p.batch_key!r} is no column of obs: {_columns(adata.obs)}")
+    try:
+        sc.pp.highly_variable_genes(
+            adata, n_top_genes=p.subset_hvg, batch_key=p.batch_key or None, flavor=p.hvg_flavor, subset=True
+        )
+    except (ValueError, IndexError, ZeroDivisionError, np.linalg.LinAlgError) as exc:
+        raise PreprocessError(
+            f"scanpy cannot choose {p.subset_hvg} variable genes ({p.hvg_flavor}) from {adata.n_obs} cells × "
+            f"{adata.n_vars} genes; counts want seurat_v3, log values cell_ranger or seurat, and a row needs enough "
+            f"cells: {str(exc).splitlines()[0]}"
+        ) from exc
+    _refuse_empty(adata, "no variable gene is left")
+
+
+def _refuse_empty(adata: ad.AnnData, why: str) -> None:
+    if not (adata.n_obs and adata.n_vars):
+        raise PreprocessError(why)
+
+
+def _columns(obs: pd.DataFrame) -> str:
+    return ", ".join(map(repr, obs.columns)) or "it has none"
+
+
+def group_labels(adata: ad.AnnData, group_by: str) -> np.ndarray:
+    """Return each cell's group as a string, (cells,); a PayloadError when obs lacks the column or a value."""
+    if group_by not in adata.obs:
+        raise PayloadError(f"group_by {group_by!r} is no column of adata_obs: {_columns(adata.obs)}")
+    labels = adata.obs[group_by]
+    if labels.isna().any():
+        cell = adata.obs_names[labels.isna()][0]
+        raise PayloadError(f"group_by {group_by!r} is null for {int(labels.isna().sum())} cells, first {cell!r}")
+    return labels.astype(str).to_numpy(dtype=object)

@@ -1,0 +1,155 @@
+"""The MLflow model, as code: a thin shell that turns a DataFrame of rows into one of answers.
+
+MLflow runs this file to load a registered model ("models from code": nothing is pickled). The work is done by
+`embedder`, which keeps loaded weights for the whole process.
+"""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any, Literal, get_args, get_origin
+
+import pandas as pd
+from mlflow.models import ModelSignature, set_model
+from mlflow.pyfunc import PythonModel
+from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+from mlflow.types.schema import Array
+
+from scgpt_batch.anndata_rows import PAYLOAD_COLUMNS
+from scgpt_batch.embedder import Answer, Embedder, load_embedder
+from scgpt_batch.errors import ConfigError, RowError
+from scgpt_batch.parameters import Parameters
+
+PARAMETER_NAMES = tuple(Parameters.model_fields)
+
+
+# MLflow advises type hints for predict at the class statement; see there why it has none
+warnings.filterwarnings("ignore", message=".*Add type hints to the `predict` method")
+
+
+class ScgptModel(PythonModel):
+    """scGPT embeddings for rows of serialized AnnData.
+
+    Input columns, parameters and output columns are those of `signature()`; each row is answered, in order.
+    """
+
+    embedder: Embedder
+
+    def load_context(self, context: Any) -> None:
+        """Load the checkpoint, once per process; `model_config` carries its digest and the roots for files."""
+        config = context.model_config or {}
+        self.embedder = load_embedder(
+            context.artifacts["checkpoint"], digest=config.get("checkpoint_digest"), roots=config.get("input_roots", ())
+        )
+
+    # No type hints: with them MLflow's server takes the `inputs` key alone, not dataframe_split or _records.
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
+        """Answer each row of a DataFrame; without one (None), the whole vocabulary.
+
+        Raises
+        ------
+        RowError, ConfigError
+            With `on_error` "raise": the first bad row, named by its position.
+        """
+        rows = [{}] if model_input is None else model_input.to_dict("records")
+        return answers_frame([self._answer(i, row, params) for i, row in enumerate(rows)])
+
+    def _answer(self, position: int, row: Mapping[str, Any], params: Mapping[str, Any] | None) -> dict[str, Any]:
+        columns = {name: row[name] for name in PARAMETER_NAMES if name in row}
+        try:
+            parameters = Parameters.create(params, columns)
+            answer = self.embedder.embed(row, parameters)
+        except ConfigError as exc:
+            # a parameter in a column concerns its row alone; one in `params` the whole request
+            parameters = Parameters.create(params)
+            if parameters.on_error == "raise":
+                raise type(exc)(f"row {position}: {exc}") from exc
+            return answer_columns(Answer(error=RowError(str(exc))), parameters)
+        if answer.error is not None and parameters.on_error == "raise":
+            raise type(answer.error)(f"row {position}: {answer.error}")
+        return answer_columns(answer, parameters)
+
+
+def answer_columns(answer: Answer, parameters: Parameters) -> dict[str, Any]:
+    """Spell one answer in the output columns."""
+    columns: dict[str, Any] = dict.fromkeys(OUTPUT_NAMES)
+    if answer.error is not None:
+        return columns | {"error": f"{type(answer.error).__name__}: {answer.error}"}
+    columns |= {
+        "genes": answer.genes,
+        "groups": answer.groups,
+        "n_cells": None if answer.n_cells is None else answer.n_cells.tolist(),
+        "cell_ids": answer.cell_ids,
+        "embedding_dim": None if answer.embeddings is None else answer.embeddings.shape[1],
+    }
+    if parameters.encoding != "list":
+        return columns | {"embeddings_base64": answer.base64(parameters.encoding)}
+    return columns | {
+        "gene_embeddings": None if answer.gene_embeddings is None else list(answer.gene_embeddings),
+        "cell_embeddings": None if answer.cell_embeddings is None else list(answer.cell_embeddings),
+    }
+
+
+def answers_frame(answers: list[dict[str, Any]]) -> pd.DataFrame:
+    """Make the output DataFrame; missing stays None, also where pandas would write NaN."""
+    return pd.DataFrame(
+        {name: pd.Series([answer[name] for answer in answers], dtype=object) for name in OUTPUT_NAMES}
+    )
+
+
+def signature() -> ModelSignature:
+    """Return the explicit signature: optional input columns, fixed output columns, every parameter with its default.
+
+    `ai_query` cannot send parameters to a custom model, so each is an optional column too. Arrays of whole numbers
+    are long and of numbers double: MLflow takes narrower ones from Spark and plain lists from JSON.
+    """
+    payload = {
+        "adata_sparsematrix": Array(Array(DataType.double)),
+        "x_data": Array(DataType.double),
+        "x_indices": Array(DataType.long),
+        "x_indptr": Array(DataType.long),
+        "adata_obs": DataType.string,
+        "adata_var": DataType.string,
+    }
+    assert tuple(payload) == PAYLOAD_COLUMNS
+    knobs = {name: Array(kind) if is_list else kind for name, (kind, is_list) in _PARAMETER_TYPES.items()}
+    return ModelSignature(
+        inputs=Schema([ColSpec(kind, name, required=False) for name, kind in (payload | knobs).items()]),
+        outputs=Schema([ColSpec(kind, name, required=False) for name, kind in _OUTPUT.items()]),
+        params=ParamSchema([_param_spec(name) for name in PARAMETER_NAMES]),
+    )
+
+
+def _param_spec(name: str) -> ParamSpec:
+    kind, is_list = _PARAMETER_TYPES[name]
+    default = Parameters.model_fields[name].default
+    return ParamSpec(name, kind, list(default) if is_list else default, shape=(-1,) if is_list else None)
+
+
+def _parameter_type(annotation: Any) -> tuple[DataType, bool]:
+    """MLflow's type for a parameter's Python type, and whether it is a list of it."""
+    if get_origin(annotation) is tuple:
+        return _parameter_type(get_args(annotation)[0])[0], True
+    if get_origin(annotation) is Literal:
+        return DataType.string, False
+    if annotation == int | None:
+        return DataType.long, False
+    plain = {bool: DataType.boolean, int: DataType.long, float: DataType.double, str: DataType.string}
+    return plain[annotation], False
+
+
+_PARAMETER_TYPES = {name: _parameter_type(field.annotation) for name, field in Parameters.model_fields.items()}
+
+_OUTPUT: dict[str, Any] = {
+    "genes": Array(DataType.string),
+    "groups": Array(DataType.string),
+    "gene_embeddings": Array(Array(DataType.float)),
+    "n_cells": Array(DataType.integer),
+    "cell_ids": Array(DataType.string),
+    "cell_embeddings": Array(Array(DataType.float)),
+    "embeddings_base64": DataType.string,
+    "embedding_dim": DataType.integer,
+    "error": DataType.string,
+}
+OUTPUT_NAMES = tuple(_OUTPUT)
+
+set_model(ScgptModel())

@@ -1,0 +1,217 @@
+"""Log, register and find the model in MLflow: sqlite, a tracking server or Unity Catalog, by URI alone."""
+
+import json
+import logging
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pandas as pd
+from mlflow.exceptions import MlflowException
+from mlflow.models import convert_input_example_to_serving_input, validate_serving_input
+
+import scgpt_batch
+from scgpt_batch import pyfunc
+from scgpt_batch.anndata_rows import PAYLOAD_COLUMNS, table_to_json
+from scgpt_batch.embedder import Embedder
+from scgpt_batch.errors import ConfigError
+from scgpt_batch.model import SPECIAL_TOKENS, Checkpoint, ModelConfig, load_checkpoint
+
+logger = logging.getLogger(__name__)
+
+# What an endpoint or a foreign cluster installs to run the model; pyspark is never among it.
+REQUIREMENTS = (
+    "anndata", "mlflow", "numpy", "pandas", "pyarrow", "pydantic", "safetensors", "scanpy", "scikit-misc", "scipy",
+    "torch",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """One version of a model, alias resolved: what a run loads, stamps and logs.
+
+    Attributes
+    ----------
+    uri
+        `models:/name/version`, or the path it was given as.
+    name, version
+        Of the registered model; of a path, the folder's name and the checkpoint's digest (12 digits).
+    folder, checkpoint
+        Where the model's files, and of these its checkpoint, lie on this machine.
+    digest
+        Of the checkpoint.
+    """
+
+    uri: str
+    name: str
+    version: str
+    folder: Path
+    checkpoint: Path
+    digest: str
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's shape, from its args.json; no weights are read."""
+        return ModelConfig.from_args(json.loads((self.checkpoint / "args.json").read_text()))
+
+
+def register(checkpoint: str, name: str, *, alias: str = "", input_roots: Sequence[str] = ()) -> ResolvedModel:
+    """Log the model with its code, signature and card, check that it serves, then register it.
+
+    Parameters
+    ----------
+    checkpoint
+        A folder in the published layout.
+    name
+        Registered model: `name`, or `catalog.schema.name` in Unity Catalog.
+    alias
+        Set on the new version, such as `champion`.
+    input_roots
+        Folders below which `input_data_path` may read; by default none.
+
+    Raises
+    ------
+    CheckpointError
+        The checkpoint cannot be used; nothing is logged.
+    ConfigError
+        MLflow refuses the name or cannot be reached.
+    """
+    loaded = load_checkpoint(checkpoint)
+    folder = Path(checkpoint).resolve()
+    example = (_example_rows(loaded), {"need_preprocess": False})
+    card = model_card(loaded, folder.name)
+    facts = _facts(loaded)
+    try:
+        with mlflow.start_run(run_name=f"register {name}", tags=facts) as run:
+            mlflow.log_text(card, "model_card.md")
+            mlflow.log_params({k: v for k, v in facts.items() if k != "checkpoint_digest"})
+            info = mlflow.pyfunc.log_model(
+                name="model",
+                python_model=pyfunc.__file__,
+                artifacts={"checkpoint": str(folder)},
+                code_paths=[str(Path(scgpt_batch.__file__).parent)],
+                signature=pyfunc.signature(),
+                input_example=example,
+                pip_requirements=[f"{package}=={_public_version(package)}" for package in REQUIREMENTS],
+                model_config={
+                    "checkpoint_digest": loaded.digest,
+                    "input_roots": [str(Path(root).resolve()) for root in input_roots],
+                },
+                metadata=facts,
+            )
+        logger.info("logged %s; checking that it answers as a server would be asked", info.model_uri)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # its successor builds an environment for the check
+            validate_serving_input(info.model_uri, convert_input_example_to_serving_input(example))
+        version = mlflow.register_model(info.model_uri, name, tags=facts | {"run_id": run.info.run_id})
+        client = mlflow.MlflowClient()
+        client.update_model_version(name, version.version, description=card)
+        if alias:
+            client.set_registered_model_alias(name, alias, version.version)
+    except MlflowException as exc:
+        raise ConfigError(f"MLflow did not register {name!r} at {mlflow.get_registry_uri()}: {exc.message}") from exc
+    return resolve(f"models:/{name}/{version.version}")
+
+
+def resolve(model_uri: str) -> ResolvedModel:
+    """Find a model and fetch its files: an alias becomes the version it stands for now.
+
+    Raises
+    ------
+    ConfigError
+        There is no such model, version, alias or path, or it is no model of this package.
+    """
+    try:
+        name, version = _name_and_version(model_uri)
+        uri = f"models:/{name}/{version}" if version else model_uri
+        folder = Path(mlflow.artifacts.download_artifacts(uri) if version else _existing_folder(model_uri))
+        flavor = mlflow.models.Model.load(str(folder)).flavors["python_function"]
+        checkpoint = folder / flavor["artifacts"]["checkpoint"]["path"]
+        digest = flavor["config"]["checkpoint_digest"]
+    except MlflowException as exc:
+        raise ConfigError(f"no model at {model_uri} in {mlflow.get_registry_uri()}: {exc.message}") from exc
+    except (KeyError, TypeError, OSError) as exc:
+        raise ConfigError(f"{model_uri} is no model that scgpt-batch register made: {exc}") from exc
+    return ResolvedModel(uri, name or folder.name, version or digest[:12], folder, checkpoint, digest)
+
+
+def load(model: ResolvedModel | str) -> Embedder:
+    """Load a model through MLflow and return its embedder; the weights are loaded once per process."""
+    place = model if isinstance(model, str) else str(model.folder)
+    python_model: Any = mlflow.pyfunc.load_model(place).unwrap_python_model()
+    return python_model.embedder
+
+
+def model_card(checkpoint: Checkpoint, source: str) -> str:
+    """Describe the model in Markdown: what it is, from which weights, of which size."""
+    config = checkpoint.config
+    return f"""# scGPT embeddings
+
+Gene and cell embeddings of single-cell counts by the scGPT encoder (Cui et al. 2024, Nature Methods), for rows of
+serialized AnnData. Numbers are those of upstream scgpt 0.2.4 in evaluation mode.
+
+| | |
+|---|---|
+| checkpoint | {source}, SHA-256 {checkpoint.digest} |
+| tensors | loaded {len(checkpoint.tensors)} of {len(checkpoint.tensors)}; not used: {len(checkpoint.ignored)} |
+| embedding width d | {config.embsize} |
+| layers, heads, feed-forward width | {config.nlayers}, {config.nheads}, {config.d_hid} |
+| vocabulary | {len(checkpoint.vocabulary)} tokens |
+| made by | scgpt_batch {scgpt_batch.__version__} |
+
+Modes: `static` (the vocabulary's vector of a gene), `contextual` (the transformer's output for a gene, averaged over
+cells), `cell` (the `<cls>` output, L2-normalised). Gene names are matched exactly.
+"""
+
+
+def _facts(checkpoint: Checkpoint) -> dict[str, str]:
+    config = checkpoint.config
+    return {
+        "checkpoint_digest": checkpoint.digest,
+        "tensors_loaded": f"{len(checkpoint.tensors)} of {len(checkpoint.tensors)}",
+        "embsize": str(config.embsize),
+        "nlayers": str(config.nlayers),
+        "nheads": str(config.nheads),
+        "vocabulary_size": str(len(checkpoint.vocabulary)),
+        "package_version": scgpt_batch.__version__,
+    }
+
+
+def _example_rows(checkpoint: Checkpoint) -> pd.DataFrame:
+    """Two small rows, one in each format, of genes that the vocabulary holds."""
+    genes = [token for token in checkpoint.vocabulary.tokens if token not in SPECIAL_TOKENS][:4]
+    var = table_to_json(pd.DataFrame(index=genes))
+    obs = table_to_json(pd.DataFrame(index=["cell1", "cell2"]))
+    dense = [[1.0] * len(genes), [2.0] + [0.0] * (len(genes) - 1)]
+    csr = {"x_data": [1.0, 2.0], "x_indices": [0, 0], "x_indptr": [0, 1, 2]}
+    rows = [{"adata_sparsematrix": dense}, csr]
+    frame = pd.DataFrame([dict.fromkeys(PAYLOAD_COLUMNS) | row | {"adata_obs": obs, "adata_var": var} for row in rows])
+    return frame.astype(object).where(frame.notna(), None)
+
+
+def _name_and_version(model_uri: str) -> tuple[str | None, str | None]:
+    """Split `models:/name/version` or `models:/name@alias`; (None, None) for a path."""
+    if not model_uri.startswith("models:/"):
+        return None, None
+    name = model_uri.removeprefix("models:/")
+    if "@" in name:
+        name, alias = name.rsplit("@", 1)
+        return name, str(mlflow.MlflowClient().get_model_version_by_alias(name, alias).version)
+    name, _, version = name.rpartition("/")
+    if not name or not version.isdigit():
+        raise ConfigError(f"{model_uri!r} is no model URI: use models:/name/version, models:/name@alias or a path")
+    return name, version
+
+
+def _existing_folder(path: str) -> str:
+    if not (Path(path) / "MLmodel").is_file():
+        raise ConfigError(f"no MLflow model at {path!r}: use models:/name/version, models:/name@alias or a path")
+    return path
+
+
+def _public_version(package: str) -> str:
+    return installed_version(package).split("+")[0]

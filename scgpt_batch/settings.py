@@ -1,0 +1,70 @@
+"""The settings of each command: names, defaults and help, from which the command line's flags are made.
+
+A flag wins over the environment (`SCGPT_BATCH_` and the name in capitals), the environment over the file.
+"""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Settings(BaseModel):
+    """What every command takes. Frozen; unknown names are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tracking_uri: str = Field("", description="MLflow tracking URI; empty: MLflow's own environment variables")
+    registry_uri: str = Field("", description="MLflow registry URI, such as databricks-uc; empty: MLflow's own")
+    spark_conf: dict[str, str] = Field({}, description="Spark settings of a local session, name=value")
+
+
+class DemoCheckpointSettings(Settings):
+    """Make a small checkpoint in the published layout from data (not the published weights)."""
+
+    h5ad: str = Field(description=".h5ad with raw counts, cells × genes")
+    out: str = Field(description="folder to write")
+
+
+class IngestSettings(Settings):
+    """Turn files into rows of serialized AnnData."""
+
+    input: tuple[str, ...] = Field(description=".h5ad, 10x .h5, 10x mtx folder or .zarr", min_length=1)
+    table: str = Field(description="adata_rows table: catalog.schema.table or delta.`path`")
+    cells_per_row: int = Field(1000, ge=1, description="cells of one row at most")
+    split_by: str = Field("", description="obs column: cells of different values never share a row")
+    gene_symbols: str = Field("", description="var column that holds the gene symbols, where var_names are Ensembl ids")
+
+
+class RegisterSettings(Settings):
+    """Log and register the model, and check that it serves."""
+
+    checkpoint: str = Field(description="folder with best_model.pt (or .safetensors), args.json and vocab.json")
+    name: str = Field(description="registered model: name, or catalog.schema.name")
+    alias: str = Field("", description="alias to set on the new version, such as champion")
+    input_roots: tuple[str, ...] = Field((), description="folders below which input_data_path may read; default none")
+    experiment: str = Field("", description="MLflow experiment; empty: MLflow's default")
+
+
+class EmbedSettings(Settings):
+    """Embed the rows that have no result yet, Delta to Delta."""
+
+    model_uri: str = Field(description="models:/name/version, models:/name@alias or a path")
+    input_table: str = Field(description="adata_rows table")
+    output_table: str = Field(description="gene_embeddings (or cell_embeddings) table; made if it is not there")
+    ledger_table: str = Field("", description="what happened to each row; empty: output table + _ledger")
+    runs_table: str = Field("", description="one row a run; empty: output table + _runs")
+    min_coverage: float = Field(0.2, ge=0, le=1, description="least share of a row's counts in known genes")
+    max_failed_fraction: float = Field(0.1, ge=0, le=1, description="exit code 3 when more of the run's rows fail")
+    retry_failed: bool = Field(False, description="take rows again that failed with the same content and parameters")
+    experiment: str = Field("", description="MLflow experiment; empty: MLflow's default")
+
+
+class SummarySettings(Settings):
+    """Say what an embeddings table holds, and the nearest genes of some."""
+
+    output_table: str = Field(description="gene_embeddings table")
+    genes: tuple[str, ...] = Field(("CD3D", "MS4A1", "LYZ", "NKG7"), description="genes to show the neighbours of")
+    neighbours: int = Field(5, ge=1, description="how many")
+
+
+Summary = dict[str, Any]

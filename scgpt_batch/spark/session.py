@@ -1,0 +1,58 @@
+"""The Spark session of a command: the one that is there, or a local one with Delta."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from pyspark.sql import SparkSession
+
+from scgpt_batch.errors import ConfigError
+
+LOCAL_CONF = Path(__file__).with_name("spark-local.conf")
+JAVA_HINT = "install Java 17 or 21 (Debian and Ubuntu: apt-get install openjdk-17-jre-headless), or set JAVA_HOME"
+
+
+def get_spark(conf: Mapping[str, str] | None = None) -> SparkSession:
+    """Return the session that spark-submit, Databricks or Connect provides, else build a local one.
+
+    Parameters
+    ----------
+    conf
+        Spark settings beside those of `spark-local.conf`; they win over it. A session that is there keeps its own.
+
+    Raises
+    ------
+    ConfigError
+        A local session is needed and there is no Java that Spark 4 runs on.
+    """
+    provided = ("PYSPARK_GATEWAY_PORT", "DATABRICKS_RUNTIME_VERSION", "SPARK_REMOTE")
+    if SparkSession.getActiveSession() or any(name in os.environ for name in provided):
+        return SparkSession.builder.getOrCreate()
+    _require_java()
+    # workers run `python3` of the PATH otherwise, which may be another installation
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
+    builder = SparkSession.builder.appName("scgpt_batch")
+    for name, value in (_read_conf(LOCAL_CONF) | dict(conf or {})).items():
+        builder = builder.config(name, value)
+    return builder.getOrCreate()
+
+
+def _read_conf(path: Path) -> dict[str, str]:
+    lines = (line.strip() for line in path.read_text().splitlines())
+    return dict(line.split(None, 1) for line in lines if line and not line.startswith("#"))  # type: ignore[misc]
+
+
+def _require_java() -> None:
+    home = os.environ.get("JAVA_HOME")
+    java = shutil.which(f"{home}/bin/java") if home else shutil.which("java")
+    if java is None:
+        raise ConfigError(f"Spark needs Java and none was found: {JAVA_HINT}")
+    told = subprocess.run([java, "-version"], capture_output=True, text=True, check=False).stderr
+    version = re.search(r'version "(\d+)', told)
+    if version and int(version[1]) < 17:
+        raise ConfigError(f"Spark 4 needs Java 17 or newer, {java} is {version[1]}: {JAVA_HINT}")

@@ -1,0 +1,176 @@
+"""The package's Delta tables: their columns, and the only code that reads and writes Delta.
+
+All of it is SQL and DataFrames, so that it runs the same under Spark Connect.
+"""
+
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from pyspark.errors import AnalysisException
+from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import functions as F
+from pyspark.sql.types import StructType
+
+from scgpt_batch.anndata_rows import PAYLOAD_COLUMNS
+from scgpt_batch.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+ADATA_ROWS = """
+    adata_id STRING NOT NULL, adata_sparsematrix ARRAY<ARRAY<DOUBLE>>,
+    x_data ARRAY<FLOAT>, x_indices ARRAY<INT>, x_indptr ARRAY<BIGINT>,
+    n_obs INT, n_vars INT, sample_id STRING, adata_obs STRING, adata_var STRING,
+    source STRING, content_hash STRING, ingested_at TIMESTAMP, x_dtype STRING
+"""
+_STAMPS = """
+    mode STRING, model_name STRING, model_version STRING, params_hash STRING, content_hash STRING, run_id STRING,
+    embedded_at TIMESTAMP
+"""
+GENE_EMBEDDINGS = f"adata_id STRING, `group` STRING, gene STRING, embedding ARRAY<FLOAT>, n_cells INT, {_STAMPS}"
+CELL_EMBEDDINGS = f"adata_id STRING, cell_id STRING, embedding ARRAY<FLOAT>, {_STAMPS}"
+LEDGER = """
+    adata_id STRING, content_hash STRING, mode STRING, model_name STRING, model_version STRING, params_hash STRING,
+    status STRING, cells BIGINT, embeddings BIGINT, genes_in INT, genes_matched INT, coverage DOUBLE,
+    warnings ARRAY<STRING>, error_class STRING, error_message STRING, run_id STRING, at TIMESTAMP
+"""
+RUNS = """
+    run_id STRING, started_at TIMESTAMP, finished_at TIMESTAMP, status STRING, mode STRING, model_uri STRING,
+    model_version STRING, params STRING, rows_in BIGINT, rows_ok BIGINT, rows_failed BIGINT, rows_skipped BIGINT,
+    cells BIGINT, embeddings BIGINT, seconds DOUBLE, input_table STRING, input_version BIGINT, output_table STRING,
+    output_version BIGINT, package_version STRING
+"""
+
+_PATH = re.compile(r"delta\.`(?P<path>[^`]+)`")
+_NAME = re.compile(r"(`[^`]+`|\w+)(\.(`[^`]+`|\w+)){0,2}")
+
+
+def table_name(given: str) -> str:
+    """Check a table's spelling: a name of one to three parts, or delta.`path`; a local path becomes absolute.
+
+    Raises
+    ------
+    ConfigError
+        It is neither.
+    """
+    if match := _PATH.fullmatch(given.strip()):
+        path = match["path"]
+        return f"delta.`{path if '://' in path or path.startswith('dbfs:') else Path(path).absolute()}`"
+    if _NAME.fullmatch(given.strip()):
+        return given.strip()
+    raise ConfigError(f"{given!r} is no table: use catalog.schema.table or delta.`path`")
+
+
+def beside(table: str, suffix: str) -> str:
+    """Name the table that stands beside another: `suffix` goes to its name or path."""
+    return f"{table[:-1].rstrip('/')}{suffix}`" if table.endswith("`") else f"{table}{suffix}"
+
+
+def exists(spark: SparkSession, table: str) -> bool:
+    """Tell whether there is a Delta table of this name or path."""
+    try:
+        if spark.catalog.tableExists(table):
+            return True
+        spark.sql(f"DESCRIBE DETAIL {table}").collect()
+        return True
+    except AnalysisException:
+        return _found_in_warehouse(spark, table)
+
+
+def read(spark: SparkSession, table: str, columns: str) -> DataFrame:
+    """Read a table with at least `columns` (DDL): those it lacks are null, further ones are carried along.
+
+    Raises
+    ------
+    ConfigError
+        There is no such table.
+    """
+    if not exists(spark, table):
+        raise ConfigError(f"no Delta table {table}")
+    rows = spark.table(table)
+    lacking = [field for field in _fields(spark, columns) if field.name not in rows.columns]
+    return rows.select("*", *(F.lit(None).cast(field.dataType).alias(field.name) for field in lacking))
+
+
+def create(spark: SparkSession, table: str, columns: str) -> bool:
+    """Create a table with these columns unless it is there; tell whether it was created.
+
+    Raises
+    ------
+    ConfigError
+        A table of this name lacks some of the columns.
+    """
+    if not exists(spark, table):
+        schema = table.rsplit(".", 1)[0] if not _PATH.fullmatch(table) and "." in table else None
+        if schema:
+            spark.sql(f"CREATE SCHEMA IF NOT EXISTS {schema}")
+        spark.sql(f"CREATE TABLE IF NOT EXISTS {table} ({columns}) USING delta")
+        return True
+    have = {field.name: field.dataType for field in spark.table(table).schema}
+    wrong = [f"{f.name} {f.dataType.simpleString()}" for f in _fields(spark, columns) if have.get(f.name) != f.dataType]
+    if wrong:
+        raise ConfigError(f"{table} is not a table of ours: it lacks {', '.join(wrong)}; name another")
+    return False
+
+
+def append(rows: DataFrame, table: str) -> None:
+    """Append rows in one commit, zstd-compressed."""
+    rows.write.format("delta").mode("append").option("compression", "zstd").saveAsTable(table)
+
+
+def delete_matching(spark: SparkSession, table: str, rows: DataFrame, keys: Sequence[str]) -> None:
+    """Delete the table's rows that agree with one of `rows` on all `keys`."""
+    rows.select(*keys).distinct().createOrReplaceTempView("_scgpt_delete")
+    same = " AND ".join(f"t.{key} = s.{key}" for key in keys)
+    spark.sql(f"MERGE INTO {table} t USING _scgpt_delete s ON {same} WHEN MATCHED THEN DELETE")
+
+
+def upsert_rows(spark: SparkSession, table: str, rows: DataFrame) -> int:
+    """Insert AnnData rows that are new, replace those whose content changed; return how many that were."""
+    rows.createOrReplaceTempView("_scgpt_ingest")
+    names = rows.columns
+    merged = spark.sql(f"""
+        MERGE INTO {table} t USING _scgpt_ingest s ON t.adata_id = s.adata_id
+        WHEN MATCHED AND NOT (t.content_hash <=> s.content_hash) THEN UPDATE SET {", ".join(f"{n} = s.{n}" for n in names)}
+        WHEN NOT MATCHED THEN INSERT ({", ".join(names)}) VALUES ({", ".join(f"s.{n}" for n in names)})
+    """)
+    return merged.first()["num_affected_rows"]  # type: ignore[index]
+
+
+def version(spark: SparkSession, table: str) -> int:
+    """Return the table's newest version."""
+    return spark.sql(f"DESCRIBE HISTORY {table} LIMIT 1").first()["version"]  # type: ignore[index]
+
+
+def content_hash() -> Column:
+    """Hash a row's payload: 128 bits as 32 hexadecimal digits, computed in the JVM without touching Python."""
+    payload = [F.col(name) for name in PAYLOAD_COLUMNS]
+    halves = [F.lpad(F.lower(F.hex(F.xxhash64(F.lit(seed), *payload))), 16, "0") for seed in (0, 1)]
+    return F.concat(*halves)
+
+
+def _fields(spark: SparkSession, columns: str) -> StructType:
+    return spark.createDataFrame([], columns).schema  # type: ignore[type-var]
+
+
+def _found_in_warehouse(spark: SparkSession, table: str) -> bool:
+    """Give a table its name back that an earlier local session wrote.
+
+    The catalog of local Spark lives in memory and forgets names when Spark stops; the warehouse folder keeps the
+    tables. (Databricks and Hive catalogs do not forget.)
+    """
+    if _PATH.fullmatch(table) or spark.conf.get("spark.sql.catalogImplementation", "") != "in-memory":
+        return False
+    *schema, name = table.replace("`", "").split(".")
+    if schema[:-1] not in ([], ["spark_catalog"]):
+        return False
+    warehouse = Path(str(spark.conf.get("spark.sql.warehouse.dir")).removeprefix("file:"))
+    folder = warehouse / (f"{schema[-1]}.db/{name}" if schema and schema[-1] != "default" else name)
+    if not (folder / "_delta_log").is_dir():
+        return False
+    if schema:
+        spark.sql(f"CREATE SCHEMA IF NOT EXISTS {schema[-1]}")
+    spark.sql(f"CREATE TABLE {table} USING delta LOCATION '{folder}'")
+    logger.info("%s: found again in %s", table, folder)
+    return True
