@@ -220,7 +220,7 @@ def _csr(row: Mapping[str, Any], n_obs: int, n_vars: int) -> sp.csr_matrix:
         raise PayloadError(f"x_data has {len(data)} values, x_indices {len(indices)}")
     if indptr[-1] != len(data):
         raise PayloadError(f"x_indptr ends at {indptr[-1]}, x_data has {len(data)} values")
-    if len(indices) and not (0 <= indices.min() and indices.max() < n_vars):
+    if len(indices) and not (indices.min() >= 0 and indices.max() < n_vars):
         worst = indices.min() if indices.min() < 0 else indices.max()
         raise PayloadError(f"x_indices holds {worst}, adata_var has genes 0 to {n_vars - 1}")
     # copied: what Arrow lends is read-only, and sorting works in place

@@ -67,9 +67,7 @@ def _register(settings: RegisterSettings) -> Summary:
 
     if settings.experiment:
         mlflow.set_experiment(settings.experiment)
-    model = register(
-        settings.checkpoint, settings.name, alias=settings.alias, input_roots=settings.input_roots
-    )
+    model = register(settings.checkpoint, settings.name, alias=settings.alias, input_roots=settings.input_roots)
     return {"model_uri": model.uri, "version": model.version, "checkpoint_digest": model.digest}
 
 
@@ -232,7 +230,7 @@ class _Named(argparse.Action):
 
 
 def _named(words: Sequence[str]) -> dict[str, str]:
-    return dict(word.split("=", 1) for word in words)  # type: ignore[misc]
+    return dict(word.split("=", 1) for word in words)
 
 
 def _is_list(field: FieldInfo) -> bool:

@@ -110,14 +110,17 @@ def summarize(spark: Any, settings: SummarySettings) -> Summary:
 
     table = tables.table_name(settings.output_table)
     rows = tables.read(spark, table, tables.GENE_EMBEDDINGS)
-    told = rows.agg(F.countDistinct("adata_id"), F.countDistinct("gene"), F.count("*")).first()
+    samples, n_genes, n_lines = rows.agg(F.countDistinct("adata_id"), F.countDistinct("gene"), F.count("*")).collect()[
+        0
+    ]
     ledger = tables.read(spark, tables.beside(table, "_ledger"), tables.LEDGER).where("status = 'ok'")
-    cells = ledger.agg(F.sum("cells")).first()[0]
+    cells = ledger.agg(F.sum("cells")).collect()[0][0] or 0
     # a static vector is the same in every row: one of each gene
-    one = rows.where("mode = 'static'").groupBy("gene").agg(F.first("embedding").alias("embedding")).toPandas()
-    genes, vectors = one["gene"].tolist(), np.stack(one["embedding"].to_list()) if len(one) else np.empty((0, 0))
+    one = rows.where("mode = 'static'").groupBy("gene").agg(F.first("embedding").alias("embedding")).toArrow()
+    genes = one["gene"].to_pylist()
+    vectors = np.array(one["embedding"].to_pylist(), np.float32)
     neighbours = {gene: nearest_genes(genes, vectors, gene, settings.neighbours) for gene in settings.genes}
-    print(f"{told[0]} rows (samples) with {cells or 0} cells; {told[1]} genes, {told[2]} embeddings")
+    print(f"{samples} rows (samples) with {cells} cells; {n_genes} genes, {n_lines} embeddings")
     print(f"embeddings in {table}")
     print(f"what happened to each row in {tables.beside(table, '_ledger')}")
     print("\nnearest genes by cosine similarity of their static embeddings")
@@ -125,7 +128,7 @@ def summarize(spark: Any, settings: SummarySettings) -> Summary:
         found = ", ".join(f"{name} {cosine:.2f}" for name, cosine in near) or "not among the genes of this table"
         print(f"  {gene:<8} {found}")
     return {
-        "output_table": table, "rows": told[0], "cells": cells, "genes": told[1], "embeddings": told[2],
+        "output_table": table, "rows": samples, "cells": cells, "genes": n_genes, "embeddings": n_lines,
         "nearest_genes": {gene: [name for name, _ in near] for gene, near in neighbours.items()},
     }  # fmt: skip
 

@@ -192,9 +192,7 @@ class Embedder:
         n_cells = np.zeros(int(kept.sum()), np.int32)
         return Answer(genes=genes[kept].tolist(), n_cells=n_cells, gene_embeddings=self.gene_table[kept])
 
-    def _read_and_preprocess(
-        self, row: Mapping[str, Any], parameters: Parameters, min_coverage: float
-    ) -> _Prepared:
+    def _read_and_preprocess(self, row: Mapping[str, Any], parameters: Parameters, min_coverage: float) -> _Prepared:
         adata = self._read(row, parameters)
         names, name_warning = gene_names(adata.var, self.vocabulary)
         report = self._coverage(adata, names, parameters, name_warning)
@@ -345,7 +343,9 @@ class Embedder:
         block = prepared.binned[cells]
         keep = None
         if prepared.noise is not None:
-            noise = sp.csr_matrix((prepared.noise, prepared.binned.indices, prepared.binned.indptr), prepared.binned.shape)
+            noise = sp.csr_matrix(
+                (prepared.noise, prepared.binned.indices, prepared.binned.indptr), prepared.binned.shape
+            )
             keep = sample_long_cells(block.indptr, noise[cells].data, parameters.max_length)
         return tokenize(
             block, prepared.token_ids, cls_id=self.vocabulary.cls_id, cls_value=self.config.pad_value, keep=keep

@@ -24,7 +24,9 @@ class Parameters(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     need_preprocess: bool = Field(True, description="filter, normalise and cut to variable genes first")
-    input_data_path: str = Field("", description=".h5ad to read when the row carries no matrix; below the registered roots")
+    input_data_path: str = Field(
+        "", description=".h5ad to read when the row carries no matrix; below the registered roots"
+    )
     data_is_raw: bool = Field(False, description="X holds counts; a row whose values contradict it carries a warning")
     use_key: str = Field("X", description="'X' or the layer that is normalised")
     filter_gene_by_counts: int = Field(3, ge=0, description="keep genes with at least this sum over cells; 0: all")

@@ -188,7 +188,7 @@ def _example_rows(checkpoint: Checkpoint) -> pd.DataFrame:
     obs = table_to_json(pd.DataFrame(index=["cell1", "cell2"]))
     dense = [[1.0] * len(genes), [2.0] + [0.0] * (len(genes) - 1)]
     csr = {"x_data": [1.0, 2.0], "x_indices": [0, 0], "x_indptr": [0, 1, 2]}
-    rows = [{"adata_sparsematrix": dense}, csr]
+    rows: list[dict[str, Any]] = [{"adata_sparsematrix": dense}, csr]
     frame = pd.DataFrame([dict.fromkeys(PAYLOAD_COLUMNS) | row | {"adata_obs": obs, "adata_var": var} for row in rows])
     return frame.astype(object).where(frame.notna(), None)
 

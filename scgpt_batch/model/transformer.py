@@ -133,7 +133,7 @@ class ScGPT(nn.Module):
         The transformer's output for each token, float32, (T, d).
         """
         x = self.encoder(genes) + self.value_encoder(values)
-        for layer in self.transformer_encoder["layers"]:  # type: ignore[union-attr]
+        for layer in self.transformer_encoder["layers"]:
             x = layer(x, lengths)
         return x
 

@@ -158,7 +158,7 @@ def _pending(job: Job, rows: DataFrame) -> pd.DataFrame:
     if job.settings.retry_failed:
         done = done.where("status = 'ok'")
     done = done.select("adata_id", "content_hash").distinct().withColumn("done", F.lit(True))
-    found = keys.join(done, ["adata_id", "content_hash"], "left").toPandas()
+    found: pd.DataFrame = keys.join(done, ["adata_id", "content_hash"], "left").toPandas()
     _refuse_ambiguous(job, found)
     job.counts["rows_in"] = int(found["copies"].sum())
     pending = found[found["done"].isna()].sort_values(["cells", "adata_id"], ascending=[False, True])
@@ -194,7 +194,7 @@ def _embed_wave(job: Job, rows: DataFrame, wave: pd.DataFrame) -> None:
         .persist(StorageLevel.DISK_ONLY)  # the model runs once, two tables are written
     )
     try:
-        ledger = _ledger_lines(job, answers).toPandas()
+        ledger: pd.DataFrame = _ledger_lines(job, answers).toPandas()
         # what a killed run, or an older content of the row, left under the same key
         stamped = ids.select("adata_id", *(F.lit(v).alias(k) for k, v in job.stamps.items()))
         tables.delete_matching(job.spark, job.output, stamped, KEY)
@@ -228,7 +228,7 @@ def _embeddings(job: Job, answers: DataFrame, ref: ModelRef) -> DataFrame:
 
 def _ledger_lines(job: Job, answers: DataFrame) -> DataFrame:
     lines = answers.where("report IS NOT NULL").select("adata_id", "content_hash", "report.*")
-    names = [f.name for f in job.spark.createDataFrame([], tables.LEDGER).schema]  # type: ignore[type-var]
+    names = [f.name for f in job.spark.createDataFrame([], tables.LEDGER).schema]
     return lines.withColumns(
         {name: F.lit(value) for name, value in job.stamps.items()}
         | {"run_id": F.lit(job.run_id), "at": F.current_timestamp()}
@@ -249,7 +249,7 @@ def _write_run(job: Job, started: datetime, status: str, seconds: float) -> None
         "output_table": job.output, "output_version": tables.version(job.spark, job.output),
         "package_version": scgpt_batch.__version__,
     }  # fmt: skip
-    schema = job.spark.createDataFrame([], tables.RUNS).schema  # type: ignore[type-var]
+    schema = job.spark.createDataFrame([], tables.RUNS).schema
     tables.append(job.spark.createDataFrame([tuple(told[f.name] for f in schema)], schema), job.runs)
 
 

@@ -85,7 +85,9 @@ def ingest(spark: SparkSession, settings: IngestSettings) -> Summary:
     table = tables.table_name(settings.table)
     slices = [piece for path in _distinct_files(settings) for piece in _slices(path, settings)]
     tables.create(spark, table, tables.ADATA_ROWS)
-    plan = spark.createDataFrame([(s.path, s.group, s.start, s.stop) for s in slices], "p STRING, g STRING, a INT, b INT")
+    plan = spark.createDataFrame(
+        [(s.path, s.group, s.start, s.stop) for s in slices], "p STRING, g STRING, a INT, b INT"
+    )
     rows = (
         plan.repartition(min(len(slices), 64))
         .mapInArrow(_read_slices(settings.split_by, settings.gene_symbols), ROWS_DDL)
@@ -123,7 +125,9 @@ def open_counts(path: Path, gene_symbols: str = "") -> CountsFile:
     if not gene_symbols:
         return file
     if gene_symbols not in file.var:
-        raise ConfigError(f"{path}: var has no column {gene_symbols!r}; it has {', '.join(map(repr, file.var)) or 'none'}")
+        raise ConfigError(
+            f"{path}: var has no column {gene_symbols!r}; it has {', '.join(map(repr, file.var)) or 'none'}"
+        )
     var = file.var.set_index(ad.utils.make_index_unique(pd.Index(file.var[gene_symbols].astype(str))))
     return CountsFile(file.obs, var, file.x)
 

@@ -44,7 +44,7 @@ def get_spark(conf: Mapping[str, str] | None = None) -> SparkSession:
 
 def _read_conf(path: Path) -> dict[str, str]:
     lines = (line.strip() for line in path.read_text().splitlines())
-    return dict(line.split(None, 1) for line in lines if line and not line.startswith("#"))  # type: ignore[misc]
+    return dict(line.split(None, 1) for line in lines if line and not line.startswith("#"))
 
 
 def _require_java() -> None:

@@ -130,10 +130,11 @@ def upsert_rows(spark: SparkSession, table: str, rows: DataFrame) -> int:
     """Insert AnnData rows that are new, replace those whose content changed; return how many that were."""
     rows.createOrReplaceTempView("_scgpt_ingest")
     names = rows.columns
+    updates, values = ", ".join(f"{n} = s.{n}" for n in names), ", ".join(f"s.{n}" for n in names)
     merged = spark.sql(f"""
         MERGE INTO {table} t USING _scgpt_ingest s ON t.adata_id = s.adata_id
-        WHEN MATCHED AND NOT (t.content_hash <=> s.content_hash) THEN UPDATE SET {", ".join(f"{n} = s.{n}" for n in names)}
-        WHEN NOT MATCHED THEN INSERT ({", ".join(names)}) VALUES ({", ".join(f"s.{n}" for n in names)})
+        WHEN MATCHED AND NOT (t.content_hash <=> s.content_hash) THEN UPDATE SET {updates}
+        WHEN NOT MATCHED THEN INSERT ({", ".join(names)}) VALUES ({values})
     """)
     return merged.first()["num_affected_rows"]  # type: ignore[index]
 
@@ -151,7 +152,7 @@ def content_hash() -> Column:
 
 
 def _fields(spark: SparkSession, columns: str) -> StructType:
-    return spark.createDataFrame([], columns).schema  # type: ignore[type-var]
+    return spark.createDataFrame([], columns).schema
 
 
 def _found_in_warehouse(spark: SparkSession, table: str) -> bool:

@@ -5,7 +5,7 @@ contiguous buffer under a list array; no Python list of floats is made.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from scgpt_batch.anndata_rows import arrow_rows
 from scgpt_batch.embedder import Answer, Embedder
 from scgpt_batch.parameters import Parameters
 
-Batches = Iterator[pa.RecordBatch]
+Batches = Iterable[pa.RecordBatch]
 
 REPORT = pa.struct(
     [
