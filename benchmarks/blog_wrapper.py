@@ -190,9 +190,7 @@ def embed(rows: DataFrame, udf: Any, version: str, run_id: str) -> DataFrame:
 
 def run(spark: SparkSession, rows_table: str, out: str, model_uri: str) -> dict[str, object]:
     """Warm both workers on rows that aren't timed, then time read -> UDF -> write."""
-    udf = mlflow.pyfunc.spark_udf(
-        spark, model_uri, env_manager="local", result_type="map<string,array<float>>"
-    )
+    udf = mlflow.pyfunc.spark_udf(spark, model_uri, env_manager="local", result_type="map<string,array<float>>")
     version = model_uri.rpartition("/")[2]
     rows = spark.read.format("delta").load(rows_table)
     warm = rows.limit(2).repartition(2)
