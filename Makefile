@@ -19,10 +19,63 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; call make with PYTHON=python3.11")'
 	$(PYTHON) -m venv --clear $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt uv
-	$(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python -c constraints.txt -e '.[dev]'
+	$(VENV)/bin/uv pip install --quiet --compile-bytecode --python $(VENV)/bin/python -c constraints.txt -e '.[dev]'
 	touch $@
 
 $(UPSTREAM)/.ready: pyproject.toml constraints-upstream.txt $(VENV)/.ready
 	$(PYTHON) -m venv --clear $(UPSTREAM)
-	$(VENV)/bin/uv pip install --quiet --python $(UPSTREAM)/bin/python -c constraints-upstream.txt -e '.[local,upstream]' pytest
+	$(VENV)/bin/uv pip install --quiet --compile-bytecode --python $(UPSTREAM)/bin/python -c constraints-upstream.txt -e '.[local,upstream]' pytest
 	touch $@
+
+# Spark needs Java 17 or 21: taken as it is, installed where that needs no question, else asked for.
+java:
+	@if ! command -v java >/dev/null && [ -z "$$JAVA_HOME" ]; then \
+	  if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+	    apt-get update -qq && apt-get install -y -qq openjdk-17-jre-headless >/dev/null; \
+	  else \
+	    echo 'Spark needs Java: run  sudo apt-get install openjdk-17-jre-headless  (or install Java 17 or 21 your way)'; \
+	    exit 2; \
+	  fi; \
+	fi
+
+DEMO := $(VENV)/bin/scgpt-batch
+CONF := --config conf/local.yml
+
+# Each step leaves its result in .demo and is not repeated; ingest and embed look for themselves what is new.
+demo: setup .demo/registered
+	@echo; echo '--- ingest: real PBMC cells -> rows in Delta'
+	@$(DEMO) ingest $(CONF) 2>>.demo/log
+	@echo; echo '--- embed: spark-submit, Delta to Delta'
+	@PYSPARK_PYTHON=$(CURDIR)/$(VENV)/bin/python PATH="$(CURDIR)/$(VENV)/bin:$$PATH" \
+	  $(VENV)/bin/spark-submit --properties-file conf/spark-local.conf jobs/embed_genes.py $(CONF) 2>>.demo/log
+	@echo; echo '--- what came of it'
+	@$(DEMO) summary $(CONF) 2>>.demo/log | sed '$$d'
+	@echo; echo 'The demo checkpoint is made from these cells; it is NOT the published scGPT weights (see README.md).'
+
+.demo/checkpoint/best_model.pt: $(VENV)/.ready
+	@mkdir -p .demo; echo '--- demo-checkpoint: gene vectors from the co-expression of PBMC3k'
+	@$(DEMO) demo-checkpoint $(CONF) 2>>.demo/log
+	@touch $@
+
+.demo/registered: .demo/checkpoint/best_model.pt
+	@echo; echo '--- register: the model in MLflow (sqlite)'
+	@$(DEMO) register $(CONF) 2>>.demo/log
+	@touch $@
+
+check: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+test: check
+	$(VENV)/bin/pytest
+
+parity: setup $(UPSTREAM)/.ready
+	$(UPSTREAM)/bin/python -m pytest tests/upstream -o addopts= -o filterwarnings=ignore -q -p no:cacheprovider
+
+bench-blog: setup $(UPSTREAM)/.ready
+	$(VENV)/bin/python benchmarks/blog.py
+
+clean:
+	rm -rf .demo .cache $(VENV) $(UPSTREAM)

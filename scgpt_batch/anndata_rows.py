@@ -6,6 +6,7 @@ and `var` as JSON, `orient="split"`. All that arrives is checked before it is us
 
 import json
 from collections.abc import Iterator, Mapping
+from decimal import Decimal
 from typing import Any, Literal
 
 import anndata as ad
@@ -19,13 +20,17 @@ from scgpt_batch.errors import PayloadError
 MATRIX_COLUMNS = ("adata_sparsematrix", "x_data", "x_indices", "x_indptr")
 PAYLOAD_COLUMNS = (*MATRIX_COLUMNS, "adata_obs", "adata_var")
 _CSR = ("x_data", "x_indices", "x_indptr")
+_NUMBER_TYPES = (
+    "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float32", "float64",
+)  # fmt: skip
 
 
 def to_row(adata: ad.AnnData, *, layout: Literal["csr", "dense"] = "csr") -> dict[str, Any]:
     """Turn X, obs and var of an AnnData into the payload columns of a row.
 
     `from_row` gives the same values, names and dtype of X back. In obs and var, categoricals come back as strings,
-    integers as int64, floats as float64 and missing values as NaN or None; anything else (dates) as its string.
+    integers as int64, floats as float64 and missing values as NaN or None; anything else (dates, infinities) as its
+    string.
 
     Parameters
     ----------
@@ -37,16 +42,23 @@ def to_row(adata: ad.AnnData, *, layout: Literal["csr", "dense"] = "csr") -> dic
     Raises
     ------
     PayloadError
-        X holds values that the layout's type cannot hold exactly.
+        There is no X, or it holds values that the layout's type cannot hold exactly.
     """
     dtype = np.float32 if layout == "csr" else np.float64
     x = adata.X
-    values = (x.data if sp.issparse(x) else np.asarray(x)).astype(dtype)
-    if not np.array_equal(values, x.data if sp.issparse(x) else x, equal_nan=True):
+    if x is None:
+        raise PayloadError("the AnnData has no X")
+    _number_type(x.dtype.name, "the type of X")
+    if sp.issparse(x) and not x.has_canonical_format:
+        x = x.copy()
+        x.sum_duplicates()  # two entries of one gene are one value
+    held = x.data if sp.issparse(x) else np.asarray(x)
+    values = _cast(held, dtype)
+    if not np.array_equal(_cast(values, held.dtype), held, equal_nan=True):
         raise PayloadError(f"X ({x.dtype}) holds values that {np.dtype(dtype).name} rounds; cast X first, or use dense")
     row: dict[str, Any] = dict.fromkeys(PAYLOAD_COLUMNS)
     if layout == "dense":
-        row["adata_sparsematrix"] = [cell.astype(dtype) for cell in (x.toarray() if sp.issparse(x) else np.asarray(x))]
+        row["adata_sparsematrix"] = list(x.toarray().astype(dtype) if sp.issparse(x) else values)
     else:
         csr = sp.csr_matrix(x)
         row["x_data"] = csr.data.astype(np.float32)
@@ -70,25 +82,26 @@ def from_row(row: Mapping[str, Any]) -> ad.AnnData:
     obs = _table(row, "adata_obs", "cell")
     var = _table(row, "adata_var", "gene")
     _check_stated_shape(row, len(obs), len(var))
-    if row.get("adata_sparsematrix") is not None:
-        extra = [name for name in _CSR if row.get(name) is not None]
+    if len(obs) == 0 or len(var) == 0:
+        raise PayloadError(f"the row is empty: adata_obs has {len(obs)} cells, adata_var {len(var)} genes")
+    matrix = _given(row, "adata_sparsematrix")
+    if matrix is not None:
+        extra = [name for name in _CSR if _given(row, name) is not None]
         if extra:
             raise PayloadError(f"adata_sparsematrix and {', '.join(extra)} are both given: a row has one matrix")
-        x = _dense(row["adata_sparsematrix"], len(obs), len(var))
+        x = _dense(matrix, len(obs), len(var))
+        _check_values(x, var.index, "adata_sparsematrix")
     else:
         x = _csr(row, len(obs), len(var))
-    if len(obs) == 0 or len(var) == 0:
-        raise PayloadError(f"the row is empty: {len(obs)} cells, {len(var)} genes")
-    _check_values(x, var.index)
-    dtype = row.get("x_dtype")
-    if dtype is not None:
-        x = x.astype(_number_type(dtype))
+        _check_values(x, var.index, "x_data")
+    x = _as_stated(x, _given(row, "x_dtype"))
+    x.eliminate_zeros()
     return ad.AnnData(x, obs=obs, var=var)
 
 
 def is_empty(row: Mapping[str, Any]) -> bool:
     """Tell whether a row carries no payload at all (a request for the whole vocabulary)."""
-    return all(row.get(name) is None for name in PAYLOAD_COLUMNS)
+    return all(_given(row, name) is None for name in PAYLOAD_COLUMNS)
 
 
 def arrow_rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
@@ -96,14 +109,13 @@ def arrow_rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
     columns = dict(zip(batch.schema.names, batch.columns, strict=True))
     for i in range(batch.num_rows):
         yield {
-            name: (column[i].values if pa.types.is_list(column.type) else column[i].as_py())
-            for name, column in columns.items()
+            name: (column[i].values if _is_list(column.type) else column[i].as_py()) for name, column in columns.items()
         }
 
 
 def table_to_json(table: pd.DataFrame) -> str:
     """Write obs or var as pandas' JSON, `orient="split"`, floats in full (pandas itself rounds to 15 digits)."""
-    cells = [[_json_value(v) for v in table[name].tolist()] for name in table.columns]
+    cells = [[_json_value(v) for v in _plain_values(column)] for _, column in table.items()]
     rows = [list(row) for row in zip(*cells, strict=True)] if cells else [[] for _ in range(len(table))]
     split = {"columns": [str(c) for c in table.columns], "index": [str(i) for i in table.index], "data": rows}
     return json.dumps(split, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
@@ -116,6 +128,8 @@ def table_from_json(text: str, column: str) -> pd.DataFrame:
     """
     try:
         split = json.loads(text)
+        if "\\u" in text or not text.isascii():
+            json.dumps(split, ensure_ascii=False).encode()  # half a surrogate pair could be written nowhere
     except (ValueError, RecursionError) as exc:
         raise PayloadError(f"{column} is not JSON: {exc}") from exc
     if not isinstance(split, dict) or set(split) != {"columns", "index", "data"}:
@@ -123,6 +137,8 @@ def table_from_json(text: str, column: str) -> pd.DataFrame:
     columns, index, data = split["columns"], split["index"], split["data"]
     if not all(isinstance(part, list) for part in (columns, index, data)):
         raise PayloadError(f"{column}: columns, index and data must be lists")
+    if not columns and not data:
+        data = [[]] * len(index)  # pandas leaves the rows out where there are no columns
     if len(data) != len(index):
         raise PayloadError(f"{column}: {len(index)} names in index, {len(data)} rows in data")
     for name, values in zip(index, data, strict=True):
@@ -141,10 +157,16 @@ def table_from_json(text: str, column: str) -> pd.DataFrame:
     return table
 
 
+def _plain_values(column: pd.Series) -> list[Any]:
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        return [None if missing else str(v) for v, missing in zip(column, column.isna(), strict=True)]
+    return column.tolist()
+
+
 def _json_value(value: Any) -> Any:
     if isinstance(value, np.generic):
         value = value.item()
-    if value is None or value is pd.NA or value is pd.NaT or value != value:
+    if _is_missing(value):
         return None
     if isinstance(value, (bool, int, str)):
         return value
@@ -153,13 +175,27 @@ def _json_value(value: Any) -> Any:
     return str(value)
 
 
+def _is_missing(value: Any) -> bool:
+    """Tell None and pandas' markers for it, as they stand in a DataFrame's cells."""
+    return value is None or value is pd.NA or value is pd.NaT or (isinstance(value, float) and value != value)
+
+
+def _given(row: Mapping[str, Any], column: str) -> Any:
+    value = row.get(column)
+    return None if _is_missing(value) else value
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
 def _table(row: Mapping[str, Any], column: str, what: str) -> pd.DataFrame:
-    given = row.get(column)
+    given = _given(row, column)
     if given is None:
         raise PayloadError(f"{column} is null: the row needs its table of {what}s")
     if isinstance(given, pd.DataFrame):
         table = given.copy()
-        table.index = table.index.astype(str)
+        table.index = pd.Index([str(name) for name in table.index], dtype=object)
     elif isinstance(given, str):
         table = table_from_json(given, column)
     else:
@@ -172,41 +208,36 @@ def _table(row: Mapping[str, Any], column: str, what: str) -> pd.DataFrame:
 
 def _check_stated_shape(row: Mapping[str, Any], n_obs: int, n_vars: int) -> None:
     for column, found, where in (("n_obs", n_obs, "adata_obs"), ("n_vars", n_vars, "adata_var")):
-        stated = row.get(column)
-        if stated is not None and stated != found:
-            raise PayloadError(f"{column} says {stated}, but {where} has {found} rows")
+        stated = _given(row, column)
+        if stated is None:
+            continue
+        if not isinstance(stated, (int, float, np.number)) or stated != found:
+            raise PayloadError(f"{column} says {stated!r}, but {where} has {found} rows")
 
 
 def _dense(given: Any, n_obs: int, n_vars: int) -> sp.csr_matrix:
     if sp.issparse(given):
         matrix = sp.csr_matrix(given)
-        if not np.issubdtype(matrix.dtype, np.number):
-            raise PayloadError(f"adata_sparsematrix holds {matrix.dtype}, not numbers")
         # scipy lets anyone set the arrays; they are checked as if they came in columns
         arrays = {"x_data": matrix.data, "x_indices": matrix.indices, "x_indptr": matrix.indptr}
         if matrix.shape != (n_obs, n_vars):
             raise PayloadError(f"adata_sparsematrix is {matrix.shape}, obs and var want ({n_obs}, {n_vars})")
         return _csr(arrays, n_obs, n_vars)
     cells = _numpy(given, "adata_sparsematrix") if isinstance(given, pa.Array) else given
-    if not isinstance(cells, (list, tuple, np.ndarray)):
+    if not isinstance(cells, (list, tuple, np.ndarray)) or (isinstance(cells, np.ndarray) and cells.ndim == 0):
         raise PayloadError(f"adata_sparsematrix must be a list of lists, not {type(given).__name__}")
     if len(cells) != n_obs:
         raise PayloadError(f"adata_sparsematrix has {len(cells)} cells, adata_obs {n_obs}")
+    checked = []
     for i, cell in enumerate(cells):
-        if not hasattr(cell, "__len__") or isinstance(cell, (str, bytes)):
-            raise PayloadError(f"adata_sparsematrix: cell {i} is no list of numbers")
-        if len(cell) != n_vars:
-            raise PayloadError(f"adata_sparsematrix: cell {i} has {len(cell)} values, adata_var {n_vars} genes")
-    if n_obs == 0 or n_vars == 0:
-        return sp.csr_matrix((n_obs, n_vars))
-    try:
-        return sp.csr_matrix(np.stack([np.asarray(cell, dtype=np.float64) for cell in cells]))
-    except (ValueError, TypeError) as exc:
-        raise PayloadError(f"adata_sparsematrix holds what is no number: {exc}") from exc
+        checked.append(_numbers(cell, f"adata_sparsematrix: cell {i}"))
+        if len(checked[i]) != n_vars:
+            raise PayloadError(f"adata_sparsematrix: cell {i} has {len(checked[i])} values, adata_var {n_vars} genes")
+    return sp.csr_matrix(np.stack(checked))
 
 
 def _csr(row: Mapping[str, Any], n_obs: int, n_vars: int) -> sp.csr_matrix:
-    missing = [name for name in _CSR if row.get(name) is None]
+    missing = [name for name in _CSR if _given(row, name) is None]
     if missing:
         raise PayloadError(f"no matrix: {', '.join(missing)} and adata_sparsematrix are null")
     data = _numbers(row["x_data"], "x_data")
@@ -224,46 +255,54 @@ def _csr(row: Mapping[str, Any], n_obs: int, n_vars: int) -> sp.csr_matrix:
         worst = indices.min() if indices.min() < 0 else indices.max()
         raise PayloadError(f"x_indices holds {worst}, adata_var has genes 0 to {n_vars - 1}")
     # copied: what Arrow lends is read-only, and sorting works in place
-    matrix = sp.csr_matrix((data, indices.astype(np.int64), indptr.astype(np.int64)), (n_obs, n_vars), copy=True)
+    matrix = sp.csr_matrix((data, indices, indptr), (n_obs, n_vars), copy=True)
     matrix.sort_indices()
     if not matrix.has_canonical_format:
         raise PayloadError("x_indices names a gene twice in one cell")
     return matrix
 
 
-def _check_values(x: sp.csr_matrix, genes: pd.Index) -> None:
+def _check_values(x: sp.csr_matrix, genes: pd.Index, column: str) -> None:
     for wrong, what in ((~np.isfinite(x.data), "NaN or infinity"), (x.data < 0, "a negative value")):
         if wrong.any():
             at = int(np.argmax(wrong))
             cell = int(np.searchsorted(x.indptr, at, side="right")) - 1
-            raise PayloadError(f"the matrix holds {what} in cell {cell}, gene {genes[x.indices[at]]!r}")
-    x.eliminate_zeros()
+            raise PayloadError(f"{column} holds {what} in cell {cell}, gene {genes[x.indices[at]]!r}")
 
 
 def _numbers(values: Any, column: str) -> np.ndarray:
+    """Read a flat list of numbers: float32 and float64 stay, others become float64."""
     array = _numpy(values, column)
-    if not np.issubdtype(array.dtype, np.floating):
-        try:
-            array = array.astype(np.float32)
-        except (ValueError, TypeError) as exc:
-            raise PayloadError(f"{column} holds what is no number: {exc}") from exc
     if array.ndim != 1:
         raise PayloadError(f"{column} must be a flat list of numbers")
-    return array
+    if array.dtype == object:
+        array = _objects_as_numbers(array, column)
+    if array.dtype.kind not in "iuf":
+        raise PayloadError(f"{column} holds what is no number ({array.dtype})")
+    return array if array.dtype in (np.float32, np.float64) else _cast(array, np.float64)
+
+
+def _objects_as_numbers(array: np.ndarray, column: str) -> np.ndarray:
+    nulls = sum(map(_is_missing, array))
+    if nulls:
+        raise PayloadError(f"{column} holds {nulls} nulls")
+    for value in array:
+        if not isinstance(value, (int, float, np.integer, np.floating, Decimal)) or isinstance(value, bool):
+            raise PayloadError(f"{column} holds what is no number: {type(value).__name__}")
+    try:
+        return array.astype(np.float64)
+    except (ValueError, TypeError, OverflowError) as exc:
+        raise PayloadError(f"{column} holds what is no number: {exc}") from exc
 
 
 def _whole_numbers(values: Any, column: str) -> np.ndarray:
+    """Read a flat list of whole numbers as int64."""
     array = _numpy(values, column)
-    if array.ndim != 1:
-        raise PayloadError(f"{column} must be a flat list of whole numbers")
-    if np.issubdtype(array.dtype, np.integer):
-        return array
-    try:
-        floats = array.astype(np.float64)
-    except (ValueError, TypeError) as exc:
-        raise PayloadError(f"{column} holds what is no number: {exc}") from exc
+    if array.ndim == 1 and array.dtype.kind in "iu" and array.dtype != np.uint64:
+        return array.astype(np.int64, copy=False)
+    floats = _numbers(array, column)
     if not (np.isfinite(floats).all() and (floats == np.floor(floats)).all() and (abs(floats) < 2**53).all()):
-        raise PayloadError(f"{column} holds nulls or fractions where whole numbers are due")
+        raise PayloadError(f"{column} holds NaN, fractions or huge numbers where indices are due")
     return floats.astype(np.int64)
 
 
@@ -271,20 +310,33 @@ def _numpy(values: Any, column: str) -> np.ndarray:
     if isinstance(values, pa.Array):
         if values.null_count:
             raise PayloadError(f"{column} holds {values.null_count} nulls")
-        if pa.types.is_list(values.type):
-            return np.array([_numpy(cell.values, column) for cell in values] + [None], dtype=object)[:-1]
+        if _is_list(values.type):
+            return np.array([*(_numpy(cell.values, column) for cell in values), None], dtype=object)[:-1]
         return values.to_numpy(zero_copy_only=False)
     try:
         return np.asarray(values)
-    except ValueError as exc:
+    except (ValueError, TypeError) as exc:
         raise PayloadError(f"{column} is ragged: {exc}") from exc
 
 
-def _number_type(name: Any) -> np.dtype:
-    try:
-        dtype = np.dtype(name)
-    except TypeError as exc:
-        raise PayloadError(f"x_dtype {name!r} is no number type") from exc
-    if not np.issubdtype(dtype, np.number) or np.issubdtype(dtype, np.complexfloating):
-        raise PayloadError(f"x_dtype {name!r} is no real number type")
-    return dtype
+def _as_stated(x: sp.csr_matrix, name: Any) -> sp.csr_matrix:
+    """Cast to `x_dtype`. Rounding to a shorter float is allowed; any other change of a value is not."""
+    if name is None:
+        return x
+    dtype = _number_type(name, "x_dtype")
+    data = _cast(x.data, dtype)
+    lost = ~np.isfinite(data) if dtype.kind == "f" else data != x.data
+    if lost.any():
+        raise PayloadError(f"x_dtype says {name}, which does not hold {x.data[np.argmax(lost)]}")
+    return sp.csr_matrix((data, x.indices, x.indptr), x.shape)
+
+
+def _number_type(name: Any, what: str) -> np.dtype:
+    if not isinstance(name, str) or name not in _NUMBER_TYPES:
+        raise PayloadError(f"{what} is {name!r}, none of {', '.join(_NUMBER_TYPES)}")
+    return np.dtype(name)
+
+
+def _cast(values: np.ndarray, dtype: Any) -> np.ndarray:
+    with np.errstate(all="ignore"):  # the caller looks whether a value was lost
+        return values.astype(dtype)

@@ -7,8 +7,9 @@ import base64
 import logging
 import os
 import threading
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -208,29 +209,31 @@ class Embedder:
 
     def _read(self, row: Mapping[str, Any], parameters: Parameters) -> ad.AnnData:
         if parameters.input_data_path and is_empty(row):
-            adata = ad.read_h5ad(allowed_path(parameters.input_data_path, self.roots))
-            adata = ad.AnnData(sp.csr_matrix(adata.X), obs=adata.obs, var=adata.var, layers=dict(adata.layers))
+            adata = _read_file(allowed_path(parameters.input_data_path, self.roots), parameters.use_key)
         else:
             adata = from_row(row)
         # one type, so that both row formats and JSON give the same numbers
-        adata.X = adata.X.astype(np.float32)
+        with np.errstate(over="ignore"):
+            adata.X = adata.X.astype(np.float32)
+        if not np.isfinite(adata.X.data).all():
+            raise PayloadError(f"X holds values beyond float32's {np.finfo(np.float32).max:.2g}")
         return adata
 
     def _coverage(
         self, adata: ad.AnnData, names: np.ndarray, parameters: Parameters, name_warning: str | None
     ) -> RowReport:
         known = self.vocabulary.ids(names) >= 0
-        per_gene = np.asarray(adata.X.sum(axis=0)).ravel()
+        per_gene = np.asarray(adata.X.sum(axis=0, dtype=np.float64)).ravel()
         total = per_gene.sum()
-        warnings = [name_warning]
+        told = [name_warning]
         if not parameters.data_is_binned:
-            warnings.append(value_warning(adata, data_is_raw=parameters.data_is_raw))
+            told.append(value_warning(adata, data_is_raw=parameters.data_is_raw))
         return RowReport(
             cells=adata.n_obs,
             genes_in=adata.n_vars,
             genes_matched=int(known.sum()),
             coverage=float(per_gene[known].sum() / total) if total else 0.0,
-            warnings=tuple(w for w in warnings if w),
+            warnings=tuple(w for w in told if w),
         )
 
     def _select(self, adata: ad.AnnData, parameters: Parameters, report: RowReport) -> _Prepared:
@@ -249,9 +252,8 @@ class Embedder:
             binned = sp.csr_matrix(matrix[:, columns])
             if not (parameters.need_preprocess or parameters.data_is_binned):
                 binned = _binned(binned, names[columns], parameters, COLLATOR_BINS)
-        if extra_warning:
-            report = RowReport(**{**vars(report), "warnings": (*report.warnings, extra_warning)})
-        report = RowReport(**{**vars(report), "cells": adata.n_obs})
+        extra = [w for w in (extra_warning, _empty_cells_warning(binned)) if w]
+        report = replace(report, cells=adata.n_obs, warnings=(*report.warnings, *extra))
         return _Prepared(
             cell_ids=adata.obs_names.to_numpy(dtype=object),
             genes=names[columns],
@@ -411,6 +413,36 @@ def allowed_path(path: str, roots: Iterable[str]) -> Path:
     if not real.is_file():
         raise PayloadError(f"input_data_path {path!r} is no file")
     return real
+
+
+def _read_file(path: Path, use_key: str) -> ad.AnnData:
+    """Read an .h5ad and check it as a row is checked; of its layers, the one that is used."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # names given twice: the check below refuses them
+            held = ad.read_h5ad(path)
+    except (OSError, KeyError, ValueError) as exc:
+        raise PayloadError(f"input_data_path: {path.name} cannot be read as .h5ad: {exc}") from exc
+
+    def checked(matrix: Any, key: str) -> ad.AnnData:
+        if matrix is None:
+            raise PayloadError(f"input_data_path: {path.name} has no {key}")
+        row = {"adata_sparsematrix": sp.csr_matrix(matrix), "adata_obs": held.obs, "adata_var": held.var}
+        try:
+            return from_row(row)
+        except PayloadError as exc:
+            raise PayloadError(f"input_data_path: {path.name}, {key}: {exc}") from exc
+
+    adata = checked(held.X, "X")
+    if use_key in held.layers:
+        adata.layers[use_key] = checked(held.layers[use_key], use_key).X
+    return adata
+
+
+def _empty_cells_warning(binned: sp.csr_matrix | None) -> str | None:
+    """Say when cells have nothing for the model to see: their answers are all alike."""
+    empty = 0 if binned is None else int((np.diff(binned.indptr) == 0).sum())
+    return f"{empty} cells carry no gene of the vocabulary: what they give is that of <cls> alone" if empty else None
 
 
 def _binned(matrix: sp.csr_matrix, names: np.ndarray, parameters: Parameters, n_bins: int) -> sp.csr_matrix:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 import numpy as np
+import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from scgpt_batch.errors import ConfigError
@@ -116,12 +117,10 @@ def validation_message(exc: ValidationError, what: str) -> str:
 
 def _plain(value: Any) -> Any:
     """Turn numpy values and pandas' missing markers, as they stand in a column, into Python's."""
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, np.ndarray):
-        return tuple(value.tolist())
+    if isinstance(value, (np.generic, np.ndarray)):
+        value = value.tolist()
     if isinstance(value, list):
         return tuple(value)
-    if isinstance(value, float) and value != value:
+    if value is pd.NA or value is pd.NaT or (isinstance(value, float) and value != value):
         return None
     return value

@@ -96,12 +96,13 @@ def binned_layer(adata: ad.AnnData, parameters: Parameters) -> sp.csr_matrix:
 def value_warning(adata: ad.AnnData, *, data_is_raw: bool) -> str | None:
     """Say when the values contradict `data_is_raw`.
 
-    The judgement is upstream's `check_logged`: a maximum above 30, or no positive value below 1, means counts.
+    A maximum above 30, or whole numbers alone, means counts. (Upstream's `check_logged` takes "no positive value below
+    1" for the second, which some log-transformed cells meet too.)
     """
     data = adata.X.data
     if not len(data):
         return None
-    raw = data.max() > 30 or data.min() >= 1
+    raw = data.max() > 30 or bool((data == np.floor(data)).all())
     if raw == data_is_raw:
         return None
     seen = f"values from {data.min():g} to {data.max():g}"

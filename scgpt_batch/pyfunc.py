@@ -60,30 +60,35 @@ class ScgptModel(PythonModel):
             parameters = Parameters.create(params)
             if parameters.on_error == "raise":
                 raise type(exc)(f"row {position}: {exc}") from exc
-            return answer_columns(Answer(error=RowError(str(exc))), parameters)
+            return answer_columns(Answer(error=RowError(str(exc))), parameters, self.embedder.config.embsize)
         if answer.error is not None and parameters.on_error == "raise":
             raise type(answer.error)(f"row {position}: {answer.error}")
-        return answer_columns(answer, parameters)
+        return answer_columns(answer, parameters, self.embedder.config.embsize)
 
 
-def answer_columns(answer: Answer, parameters: Parameters) -> dict[str, Any]:
-    """Spell one answer in the output columns."""
-    columns: dict[str, Any] = dict.fromkeys(OUTPUT_NAMES)
-    if answer.error is not None:
-        return columns | {"error": f"{type(answer.error).__name__}: {answer.error}"}
-    columns |= {
-        "genes": answer.genes,
-        "groups": answer.groups,
-        "n_cells": None if answer.n_cells is None else answer.n_cells.tolist(),
-        "cell_ids": answer.cell_ids,
-        "embedding_dim": None if answer.embeddings is None else answer.embeddings.shape[1],
+def answer_columns(answer: Answer, parameters: Parameters, dim: int) -> dict[str, Any]:
+    """Spell one answer in the output columns; arrays that the mode or encoding does not fill are empty.
+
+    (Empty and not null, because `spark_udf` cannot carry a null array of arrays.)
+    """
+    columns: dict[str, Any] = {
+        "genes": answer.genes or [],
+        "groups": answer.groups or [],
+        "gene_embeddings": [],
+        "n_cells": [] if answer.n_cells is None else answer.n_cells.tolist(),
+        "cell_ids": answer.cell_ids or [],
+        "cell_embeddings": [],
+        "embeddings_base64": None,
+        "embedding_dim": dim,
+        "error": None if answer.error is None else f"{type(answer.error).__name__}: {answer.error}",
     }
     if parameters.encoding != "list":
-        return columns | {"embeddings_base64": answer.base64(parameters.encoding)}
-    return columns | {
-        "gene_embeddings": None if answer.gene_embeddings is None else list(answer.gene_embeddings),
-        "cell_embeddings": None if answer.cell_embeddings is None else list(answer.cell_embeddings),
-    }
+        columns["embeddings_base64"] = answer.base64(parameters.encoding)
+    elif answer.gene_embeddings is not None:
+        columns["gene_embeddings"] = list(answer.gene_embeddings)
+    elif answer.cell_embeddings is not None:
+        columns["cell_embeddings"] = list(answer.cell_embeddings)
+    return columns
 
 
 def answers_frame(answers: list[dict[str, Any]]) -> pd.DataFrame:

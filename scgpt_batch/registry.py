@@ -11,6 +11,7 @@ from typing import Any
 
 import mlflow
 import pandas as pd
+import yaml
 from mlflow.exceptions import MlflowException
 from mlflow.models import convert_input_example_to_serving_input, validate_serving_input
 
@@ -134,8 +135,9 @@ def resolve(model_uri: str) -> ResolvedModel:
         digest = flavor["config"]["checkpoint_digest"]
     except MlflowException as exc:
         raise ConfigError(f"no model at {model_uri} in {mlflow.get_registry_uri()}: {exc.message}") from exc
-    except (KeyError, TypeError, OSError) as exc:
-        raise ConfigError(f"{model_uri} is no model that scgpt-batch register made: {exc}") from exc
+    except (KeyError, TypeError, AttributeError, OSError, yaml.YAMLError) as exc:
+        why = " ".join(str(exc).split())  # YAML's complaints have several lines
+        raise ConfigError(f"{model_uri} is no model that scgpt-batch register made: {why}") from exc
     return ResolvedModel(uri, name or folder.name, version or digest[:12], folder, checkpoint, digest)
 
 

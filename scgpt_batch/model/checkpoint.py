@@ -125,7 +125,11 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
     weights = weights_file(folder)
     config = ModelConfig.from_args(_read_args(folder / "args.json"))
     vocabulary = Vocabulary.from_file(_existing(folder / "vocab.json"))
-    state = {_our_name(name): tensor for name, tensor in _read_tensors(weights).items()}
+    state: dict[str, torch.Tensor] = {}
+    for name, tensor in _read_tensors(weights).items():
+        if _our_name(name) in state:
+            raise CheckpointError(f"{weights} holds {_our_name(name)!r} twice: in both key layouts")
+        state[_our_name(name)] = tensor
     for name in state:
         for prefix, part in NOT_BUILT_TENSORS.items():
             if name.startswith(prefix):
@@ -216,7 +220,7 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as exc:  # torch and safetensors raise many types for one fact: the file is no state dict
         raise CheckpointError(f"{path} cannot be read as tensors: {exc}") from exc
-    if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(n, str) and torch.is_tensor(t) for n, t in state.items()):
         raise CheckpointError(f"{path} is no plain state dict (tensor name -> tensor)")
     return state
 

@@ -15,7 +15,7 @@ from typing import Any
 import mlflow
 import pandas as pd
 from pyspark import StorageLevel
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 import scgpt_batch
@@ -50,6 +50,7 @@ class Job:
     model: registry.ResolvedModel
     run_id: str
     input: str
+    input_version: int  # the whole run reads this snapshot
     output: str
     ledger: str
     runs: str
@@ -80,19 +81,20 @@ def embed_table(spark: SparkSession, settings: EmbedSettings, parameters: Parame
     """
     model = registry.resolve(settings.model_uri)
     check_model_parameters(parameters, model.config)
-    output = tables.table_name(settings.output_table)
+    input_table, output = tables.table_name(settings.input_table), tables.table_name(settings.output_table)
+    tables.read(spark, input_table, tables.ADATA_ROWS)
     job = Job(
         spark=spark,
         settings=settings,
         parameters=parameters,
         model=model,
         run_id="",
-        input=tables.table_name(settings.input_table),
+        input=input_table,
+        input_version=tables.version(spark, input_table),
         output=output,
         ledger=tables.table_name(settings.ledger_table or tables.beside(output, "_ledger")),
         runs=tables.table_name(settings.runs_table or tables.beside(output, "_runs")),
     )
-    tables.read(spark, job.input, tables.ADATA_ROWS)
     _create_tables(job)
     if settings.experiment:
         mlflow.set_experiment(settings.experiment)
@@ -132,7 +134,7 @@ def _create_tables(job: Job) -> None:
 
 
 def _embed_waves(job: Job, clock: float) -> None:
-    rows = _rows(job)
+    rows = tables.read(job.spark, job.input, tables.ADATA_ROWS, version=job.input_version)
     pending = _pending(job, rows)
     total = int(pending["cells"].sum())
     done = 0
@@ -142,36 +144,49 @@ def _embed_waves(job: Job, clock: float) -> None:
         _show_progress(job, len(pending), done, total, time.monotonic() - clock)
 
 
-def _rows(job: Job) -> DataFrame:
-    """The input rows with their content hash, computed where the table has none."""
-    rows = tables.read(job.spark, job.input, tables.ADATA_ROWS)
-    return rows.withColumn("content_hash", F.coalesce("content_hash", tables.content_hash())).select(*PAYLOAD)
-
-
 def _pending(job: Job, rows: DataFrame) -> pd.DataFrame:
-    """Ask which rows have no result: adata_id, content_hash, cells; largest first."""
-    keys = rows.select("adata_id", "content_hash", F.coalesce("n_obs", F.lit(ROW_CELLS_UNKNOWN)).alias("cells"))
-    keys = keys.groupBy("adata_id", "content_hash").agg(F.max("cells").alias("cells"), F.count("*").alias("copies"))
+    """Ask which rows have no result: adata_id, cells, copies (equal rows of one key); largest first.
+
+    Content hashes that the table lacks are computed, which reads the payload, only where they decide something.
+    """
+    done = _done(job)
+    found = None if done.head(1) else _found(rows, done)
+    if found is None or (found["copies"] > 1).any():
+        found = _found(rows.withColumn("content_hash", _hash()), done)
+    if found["adata_id"].isna().any():
+        raise ConfigError(f"{job.input} has rows without adata_id: give each row a key")
+    twice = found[found["contents"] > 1]
+    if len(twice):
+        first = twice["adata_id"].iloc[0]
+        raise ConfigError(f"{job.input} has {len(twice)} adata_id with several contents, first {first!r}")
+    job.counts["rows_in"] = int(found["copies"].sum())
+    pending = found[found["done"].isna()].sort_values(["cells", "adata_id"], ascending=[False, True])
+    job.counts["rows_skipped"] = job.counts["rows_in"] - len(pending)
+    return pending[["adata_id", "cells", "copies"]]
+
+
+def _done(job: Job) -> DataFrame:
+    """The rows and contents that have a result under the run's stamps."""
     done = tables.read(job.spark, job.ledger, tables.LEDGER)
     for name, value in job.stamps.items():
         done = done.where(F.col(name) == value)
     if job.settings.retry_failed:
         done = done.where("status = 'ok'")
-    done = done.select("adata_id", "content_hash").distinct().withColumn("done", F.lit(True))
-    found: pd.DataFrame = keys.join(done, ["adata_id", "content_hash"], "left").toPandas()
-    _refuse_ambiguous(job, found)
-    job.counts["rows_in"] = int(found["copies"].sum())
-    pending = found[found["done"].isna()].sort_values(["cells", "adata_id"], ascending=[False, True])
-    job.counts["rows_skipped"] = job.counts["rows_in"] - len(pending)
-    return pending[["adata_id", "content_hash", "cells"]]
+    return done.select("adata_id", "content_hash").distinct().withColumn("done", F.lit(True))
 
 
-def _refuse_ambiguous(job: Job, found: pd.DataFrame) -> None:
-    if found["adata_id"].isna().any():
-        raise ConfigError(f"{job.input} has rows without adata_id: give each row a key")
-    twice = found["adata_id"][found["adata_id"].duplicated()]
-    if len(twice):
-        raise ConfigError(f"{job.input} has {len(twice)} adata_id with several contents, first {twice.iloc[0]!r}")
+def _found(rows: DataFrame, done: DataFrame) -> pd.DataFrame:
+    keys = rows.groupBy("adata_id").agg(
+        F.max(F.coalesce("n_obs", F.lit(ROW_CELLS_UNKNOWN))).alias("cells"),
+        F.count("*").alias("copies"),
+        F.countDistinct("content_hash").alias("contents"),
+        F.first("content_hash").alias("content_hash"),
+    )
+    return keys.join(done, ["adata_id", "content_hash"], "left").toPandas()
+
+
+def _hash() -> Column:
+    return F.coalesce("content_hash", tables.content_hash())
 
 
 def _waves(pending: pd.DataFrame) -> Iterator[pd.DataFrame]:
@@ -182,22 +197,25 @@ def _waves(pending: pd.DataFrame) -> Iterator[pd.DataFrame]:
 
 
 def _embed_wave(job: Job, rows: DataFrame, wave: pd.DataFrame) -> None:
-    ids = job.spark.createDataFrame(wave[["adata_id", "content_hash"]])
-    n_tasks = -(-int(wave["cells"].sum()) // TASK_CELLS)
-    ref = ModelRef.of(job.model)
+    ids = job.spark.createDataFrame(wave[["adata_id"]])
+    ref = ModelRef(
+        checkpoint=str(job.model.checkpoint),
+        digest=job.model.digest,
+        uri=job.model.uri,
+        tracking_uri=mlflow.get_tracking_uri(),
+        registry_uri=mlflow.get_registry_uri(),
+    )
     work = embed_rows(ref, job.parameters, job.settings.min_coverage)
     answers = (
-        rows.join(F.broadcast(ids), ["adata_id", "content_hash"])
-        .dropDuplicates(["adata_id"])
-        .repartition(min(n_tasks, len(wave)), "adata_id")
+        _spread(job, rows.join(F.broadcast(ids), "adata_id"), wave)
+        .withColumn("content_hash", _hash())
+        .select(*PAYLOAD)
         .mapInArrow(work, ANSWERS_DDL)
         .persist(StorageLevel.DISK_ONLY)  # the model runs once, two tables are written
     )
     try:
         ledger: pd.DataFrame = _ledger_lines(job, answers).toPandas()
-        # what a killed run, or an older content of the row, left under the same key
-        stamped = ids.select("adata_id", *(F.lit(v).alias(k) for k, v in job.stamps.items()))
-        tables.delete_matching(job.spark, job.output, stamped, KEY)
+        _clear(job, ids)
         tables.append(_embeddings(job, answers, ref), job.output)
         tables.append(_ledger_lines(job, answers), job.ledger)
     finally:
@@ -209,6 +227,26 @@ def _embed_wave(job: Job, rows: DataFrame, wave: pd.DataFrame) -> None:
         job.counts[name] += int(ledger.loc[ledger["status"] == "ok", name].sum())
     for _, line in ledger[ledger["status"] == "failed"].head(5).iterrows():
         logger.warning("row %s failed: %s: %s", line["adata_id"], line["error_class"], line["error_message"])
+
+
+def _spread(job: Job, rows: DataFrame, wave: pd.DataFrame) -> DataFrame:
+    """Give each task its share of rows; equal copies of a row become one."""
+    if (wave["copies"] > 1).any():
+        return rows.dropDuplicates(["adata_id"])
+    if job.parameters.mode == "static":
+        return rows  # some 25 ms a row: moving the payload between tasks would cost more
+    n_tasks = min(-(-int(wave["cells"].sum()) // TASK_CELLS), len(wave))
+    return rows.repartition(n_tasks, "adata_id")
+
+
+def _clear(job: Job, ids: DataFrame) -> None:
+    """Delete what a killed run, or an older content of the row, left under the same keys."""
+    held = job.spark.table(job.output)
+    for name, value in job.stamps.items():
+        held = held.where(F.col(name) == value)
+    if held.head(1):
+        stamped = ids.select("adata_id", *(F.lit(value).alias(name) for name, value in job.stamps.items()))
+        tables.delete_matching(job.spark, job.output, stamped, KEY)
 
 
 def _embeddings(job: Job, answers: DataFrame, ref: ModelRef) -> DataFrame:
@@ -245,7 +283,7 @@ def _write_run(job: Job, started: datetime, status: str, seconds: float) -> None
         "run_id": job.run_id, "started_at": started, "finished_at": datetime.now(UTC), "status": status,
         "mode": job.parameters.mode, "model_uri": job.model.uri, "model_version": job.model.version,
         "params": job.parameters.model_dump_json(), **job.counts, "seconds": seconds,
-        "input_table": job.input, "input_version": tables.version(job.spark, job.input),
+        "input_table": job.input, "input_version": job.input_version,
         "output_table": job.output, "output_version": tables.version(job.spark, job.output),
         "package_version": scgpt_batch.__version__,
     }  # fmt: skip

@@ -78,8 +78,10 @@ def exists(spark: SparkSession, table: str) -> bool:
         return _found_in_warehouse(spark, table)
 
 
-def read(spark: SparkSession, table: str, columns: str) -> DataFrame:
+def read(spark: SparkSession, table: str, columns: str, *, version: int | None = None) -> DataFrame:
     """Read a table with at least `columns` (DDL): those it lacks are null, further ones are carried along.
+
+    `version` None reads the newest snapshot.
 
     Raises
     ------
@@ -88,7 +90,7 @@ def read(spark: SparkSession, table: str, columns: str) -> DataFrame:
     """
     if not exists(spark, table):
         raise ConfigError(f"no Delta table {table}")
-    rows = spark.table(table)
+    rows = spark.table(table) if version is None else spark.sql(f"SELECT * FROM {table} VERSION AS OF {version}")
     lacking = [field for field in _fields(spark, columns) if field.name not in rows.columns]
     return rows.select("*", *(F.lit(None).cast(field.dataType).alias(field.name) for field in lacking))
 
@@ -161,7 +163,7 @@ def _found_in_warehouse(spark: SparkSession, table: str) -> bool:
     The catalog of local Spark lives in memory and forgets names when Spark stops; the warehouse folder keeps the
     tables. (Databricks and Hive catalogs do not forget.)
     """
-    if _PATH.fullmatch(table) or spark.conf.get("spark.sql.catalogImplementation", "") != "in-memory":
+    if _PATH.fullmatch(table) or spark.conf.get("spark.sql.catalogImplementation") != "in-memory":
         return False
     *schema, name = table.replace("`", "").split(".")
     if schema[:-1] not in ([], ["spark_catalog"]):

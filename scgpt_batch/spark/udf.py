@@ -4,19 +4,19 @@
 contiguous buffer under a list array; no Python list of floats is made.
 """
 
-import logging
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mlflow
+import numba
 import numpy as np
 import pyarrow as pa
+import torch
 
-from scgpt_batch import registry
 from scgpt_batch.anndata_rows import arrow_rows
-from scgpt_batch.embedder import Answer, Embedder
+from scgpt_batch.embedder import Answer, Embedder, load_embedder
 from scgpt_batch.parameters import Parameters
 
 Batches = Iterable[pa.RecordBatch]
@@ -49,29 +49,36 @@ LINES = 4096  # of a batch: 8 MB of vectors at d 512
 
 @dataclass(frozen=True)
 class ModelRef:
-    """How a worker finds the model: its files where it can see them, else MLflow."""
+    """How a worker finds the registered version: its checkpoint's files where it can see them, else through MLflow."""
 
-    folder: str
+    checkpoint: str
+    digest: str
     uri: str
     tracking_uri: str
     registry_uri: str
 
-    @classmethod
-    def of(cls, model: registry.ResolvedModel) -> "ModelRef":
-        """Point to a resolved model."""
-        return cls(str(model.folder), model.uri, mlflow.get_tracking_uri(), mlflow.get_registry_uri())
-
     def load(self) -> Embedder:
         """Load the model in this process, or take it from an earlier task of the process."""
-        if self not in _LOADED:
-            mlflow.set_tracking_uri(self.tracking_uri)
-            mlflow.set_registry_uri(self.registry_uri)
-            logging.getLogger("mlflow").setLevel(logging.ERROR)  # its advice on each load is not a job's news
-            _LOADED[self] = registry.load(self.folder if Path(self.folder).is_dir() else self.uri)
-        return _LOADED[self]
+        _use_own_cores_only()
+        folder = self.checkpoint if Path(self.checkpoint).is_dir() else self._fetch()
+        return load_embedder(folder, digest=self.digest)
+
+    def _fetch(self) -> Path:
+        # seconds to import, and needed only where the driver's folder cannot be seen
+        import mlflow
+
+        from scgpt_batch.registry import resolve
+
+        mlflow.set_tracking_uri(self.tracking_uri)
+        mlflow.set_registry_uri(self.registry_uri)
+        return resolve(self.uri).checkpoint
 
 
-_LOADED: dict[ModelRef, Embedder] = {}
+def _use_own_cores_only() -> None:
+    """Keep numba and torch to the cores that Spark gave the task: workers side by side would fight for them."""
+    cores = int(os.environ.get("OMP_NUM_THREADS", "1"))
+    numba.set_num_threads(min(cores, numba.get_num_threads()))
+    torch.set_num_threads(cores)
 
 
 def embed_rows(model: ModelRef, parameters: Parameters, min_coverage: float) -> Callable[[Batches], Batches]:

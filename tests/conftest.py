@@ -1,0 +1,49 @@
+"""What all tests share: one local Spark session, real cells, the golden outputs."""
+
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import anndata as ad
+import pytest
+import torch
+
+DATA = Path(__file__).parent / "data"
+
+# before any Spark session: paths and ports of this machine stay on it
+os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
+
+# small models on few cores: a second thread costs more than it brings, most of all beside Spark's workers
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The folder of golden files and real cells."""
+    return DATA
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The golden outputs of scgpt 0.2.4."""
+    return DATA / "golden"
+
+
+@pytest.fixture(scope="session")
+def pbmc3k() -> ad.AnnData:
+    """Real counts, 2,700 cells × 32,738 genes; copy before changing."""
+    return ad.read_h5ad(DATA / "pbmc3k.h5ad")
+
+
+@pytest.fixture(scope="session")
+def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
+    """The suite's one Spark session, as the commands build it, with its tables in a temporary folder."""
+    from scgpt_batch.spark.session import get_spark
+
+    folder = tmp_path_factory.mktemp("spark")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        session = get_spark({"spark.sql.warehouse.dir": str(folder), "spark.master": "local[2]"})
+    yield session
+    session.stop()

@@ -1,0 +1,55 @@
+"""What several tests share: one comparison of numbers, one generator of AnnData."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+
+def assert_close(found: Any, wanted: Any, *, atol: float = 0.0, rtol: float = 0.0) -> None:
+    """Compare numbers; NaN equals NaN, and infinity itself. Fails with the largest difference and its place."""
+    found, wanted = np.asarray(found, dtype=np.float64), np.asarray(wanted, dtype=np.float64)
+    assert found.shape == wanted.shape, f"shape {found.shape}, wanted {wanted.shape}"
+    same = (found == wanted) | (np.isnan(found) & np.isnan(wanted))
+    difference = np.where(same, 0.0, np.inf)
+    np.subtract(found, wanted, out=difference, where=~same & np.isfinite(found) & np.isfinite(wanted))
+    difference = np.abs(difference)
+    excess = difference - np.where(np.isfinite(wanted), atol + rtol * np.abs(wanted), 0.0)
+    if (excess > 0).any():
+        at = np.unravel_index(np.argmax(np.where(excess > 0, difference, -1.0)), found.shape)
+        place = tuple(map(int, at))
+        raise AssertionError(
+            f"{int((excess > 0).sum())} of {found.size} differ by more than atol {atol:g}, rtol {rtol:g}; largest "
+            f"difference {difference[at]:g} at {place}: found {found[at]!r}, wanted {wanted[at]!r}"
+        )
+
+
+def random_adata(
+    n_obs: int,
+    n_vars: int,
+    *,
+    seed: int = 0,
+    dtype: Any = np.float32,
+    layout: Literal["sparse", "dense"] = "sparse",
+    genes: Sequence[str] | None = None,
+) -> ad.AnnData:
+    """Make small counts, two thirds of them zero (quarters of counts for float types), with obs of every type."""
+    rng = np.random.default_rng(seed)
+    dtype = np.dtype(dtype)
+    x = rng.poisson(4, (n_obs, n_vars)) * (rng.random((n_obs, n_vars)) < 1 / 3)
+    x = (x / 4 if dtype.kind == "f" else x).astype(dtype)
+    obs = pd.DataFrame(
+        {
+            "donor": [f"donor {i % 3}" for i in range(n_obs)],
+            "cell_type": pd.Categorical(rng.choice(["B", "NK", "CD4 T"], n_obs)),
+            "n_genes": rng.integers(0, 5000, n_obs),
+            "score": np.where(np.arange(n_obs) % 4 == 1, np.nan, rng.normal(size=n_obs)),
+            "kept": rng.random(n_obs) < 0.5,
+        },
+        index=[f"CELL{i}-1" for i in range(n_obs)],
+    )
+    var = pd.DataFrame(index=list(genes) if genes is not None else [f"GENE{i}" for i in range(n_vars)])
+    return ad.AnnData(sp.csr_matrix(x) if layout == "sparse" else x, obs=obs, var=var)

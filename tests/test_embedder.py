@@ -1,0 +1,606 @@
+"""Rows in, embeddings out: golden parity, independence of chunks and formats, and what is refused."""
+
+import base64
+import json
+import logging
+from functools import cache
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+from helpers import assert_close, random_adata
+
+from scgpt_batch import embedder as embedder_module
+from scgpt_batch.anndata_rows import to_row
+from scgpt_batch.demo import write_demo_checkpoint
+from scgpt_batch.embedder import Embedder, allowed_path, load_embedder, loads_in_this_process
+from scgpt_batch.errors import (
+    CheckpointError,
+    ConfigError,
+    LowCoverage,
+    NonFiniteOutput,
+    PayloadError,
+    PreprocessError,
+)
+from scgpt_batch.model import Vocabulary, load_checkpoint
+from scgpt_batch.parameters import Parameters
+
+DATA = Path(__file__).parent / "data"
+GOLDEN = DATA / "golden"
+UNPROCESSED = {"need_preprocess": False}
+CELLS = {"need_preprocess": False, "mode": "cell"}
+BINNED = {"need_preprocess": False, "mode": "contextual", "data_is_binned": True}
+
+
+def golden(name):
+    with np.load(GOLDEN / f"{name}.npz") as arrays:
+        return dict(arrays)
+
+
+@cache
+def pbmc():
+    return ad.read_h5ad(DATA / "pbmc3k.h5ad")
+
+
+@cache
+def known_genes(n=400):
+    """Genes of the data and of the golden vocabulary, most counts first."""
+    vocabulary = Vocabulary.from_file(GOLDEN / "checkpoint_flash" / "vocab.json")
+    totals = np.asarray(pbmc().X.sum(axis=0)).ravel()
+    return [pbmc().var_names[i] for i in np.argsort(-totals) if pbmc().var_names[i] in vocabulary][:n]
+
+
+def small(n_cells, start=0):
+    """Real cells, known genes and some unknown ones."""
+    genes = [*known_genes(), "not-a-gene"]
+    adata = pbmc()[start : start + n_cells, known_genes()]
+    x = sp.hstack([adata.X, np.ones((n_cells, 1), np.float32)], format="csr")
+    return ad.AnnData(x, obs=adata.obs.copy(), var=pd.DataFrame(index=genes))
+
+
+def small_logs(n_cells):
+    adata = small(n_cells)
+    adata.X.data = np.log1p(adata.X.data)
+    return adata
+
+
+@pytest.fixture(scope="module")
+def embedder():
+    return Embedder(load_checkpoint(GOLDEN / "checkpoint_flash"), device="cpu")
+
+
+@pytest.fixture
+def embed(embedder):
+    """Answer an AnnData; an error in the answer fails the test."""
+
+    def embed(adata, layout="csr", min_coverage=0.0, **parameters):
+        answer = embedder.embed(to_row(adata, layout=layout), Parameters(**parameters), min_coverage=min_coverage)
+        assert answer.error is None, answer.error
+        return answer
+
+    return embed
+
+
+@pytest.fixture
+def refuse(embedder):
+    """Answer an AnnData that must come back with an error."""
+
+    def refuse(adata, min_coverage=0.0, **parameters):
+        return embedder.embed(to_row(adata), Parameters(**parameters), min_coverage=min_coverage).error
+
+    return refuse
+
+
+def golden_cells():
+    """The cells of transformer.npz, binned as they were for upstream."""
+    wanted, tokens = golden("transformer"), Vocabulary.from_file(GOLDEN / "checkpoint_flash" / "vocab.json").tokens
+    genes = [tokens[i] for i in golden("contextual")["gene_ids"]]
+    x = np.zeros((len(wanted["lengths"]), len(genes)), np.float32)
+    place = {token_id: j for j, token_id in enumerate(golden("contextual")["gene_ids"])}
+    for i, n in enumerate(wanted["lengths"]):
+        x[i, [place[g] for g in wanted["gene_ids"][i, 1:n]]] = wanted["values"][i, 1:n]
+    names = [f"cell {i}" for i in range(len(x))]
+    return ad.AnnData(sp.csr_matrix(x), obs=pd.DataFrame(index=names), var=pd.DataFrame(index=genes))
+
+
+def golden_raw():
+    """The cells of embed_data.npz, all genes, raw counts."""
+    return pbmc()[golden("embed_data")["cell_index"]].copy()
+
+
+def golden_log1p():
+    given = golden("preprocess_input")
+    raw = pbmc()[given["cell_index"]]
+    x = sp.csr_matrix((given["log1p_data"], raw.X.indices, given["indptr"]), raw.shape)
+    return ad.AnnData(x, obs=raw.obs.copy(), var=raw.var.copy())[: len(golden("embed_data")["cell_index"])].copy()
+
+
+def cosine(a, b):
+    return (a * b).sum(axis=1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+
+
+# Golden parity
+
+
+def test_contextual_means_are_upstreams(embed):
+    wanted = golden("contextual")
+    answer = embed(golden_cells(), **BINNED)
+    assert answer.genes == wanted["tokens"].tolist()
+    assert answer.n_cells.tolist() == wanted["count"].tolist()
+    assert_close(answer.gene_embeddings, wanted["mean"], atol=1e-4)
+
+
+@pytest.mark.parametrize("tie_break", ["upper", "lower"])
+def test_cell_vectors_are_embed_datas(embed, tie_break):
+    wanted = golden("embed_data")
+    answer = embed(golden_raw(), **CELLS, tie_break=tie_break)
+    assert answer.cell_ids == wanted["cell_names"].tolist()
+    assert_close(answer.cell_embeddings, wanted[f"x_1200_{tie_break}"], atol=1e-5)
+
+
+def test_log_values_give_the_same_cell_vectors_as_counts(embed):
+    found = embed(golden_log1p(), **CELLS, tie_break="upper").cell_embeddings
+    assert_close(found, golden("embed_data")["x_1200_log1p_upper"], atol=1e-5)
+
+
+def test_random_ties_stay_within_upstreams_own_noise(embed):
+    found = embed(golden_raw(), **CELLS).cell_embeddings
+    assert cosine(found, golden("embed_data")["x_1200_mean_of_5_seeds"]).min() > 0.998
+
+
+def test_sampled_long_cells_stay_within_upstreams_own_noise(embed):
+    found = embed(golden_raw(), **CELLS, max_length=128).cell_embeddings
+    assert cosine(found, golden("embed_data")["x_128_seed0"]).mean() > 0.98
+
+
+def test_static_vectors_are_the_vocabularys_rows(embed, embedder):
+    answer = embed(small(3), **UNPROCESSED)
+    assert answer.genes == known_genes()
+    assert_close(
+        answer.gene_embeddings, golden("static")["embeddings"][embedder.vocabulary.ids(answer.genes)], atol=1e-5
+    )
+    assert answer.n_cells.tolist() == small(3)[:, known_genes()].X.getnnz(axis=0).tolist()
+
+
+def test_an_empty_row_asks_for_the_whole_vocabulary(embedder):
+    answer = embedder.embed({}, Parameters(**UNPROCESSED))
+    assert answer.genes == list(embedder.vocabulary.tokens)
+    assert_close(answer.gene_embeddings, golden("static")["embeddings"], atol=1e-5)
+
+
+def test_an_empty_row_has_no_cells_to_embed(embedder):
+    answer = embedder.embed({}, Parameters(**CELLS))
+    assert isinstance(answer.error, PayloadError) and "needs cells" in str(answer.error)
+
+
+# A cell's vector depends on the cell, the model and the parameters alone
+
+
+def split(adata, size):
+    return [adata[i : i + size].copy() for i in range(0, adata.n_obs, size)]
+
+
+@pytest.mark.parametrize("max_length", [1200, 100], ids=["whole cells", "sampled cells"])
+def test_chunks_do_not_change_tokens_or_bins(embedder, max_length):
+    parameters = Parameters(**CELLS, max_length=max_length)
+
+    def tokens(adata):
+        prepared = embedder._prepare(to_row(adata), parameters, 0.0)
+        return embedder._tokens(prepared, np.arange(adata.n_obs), parameters)
+
+    whole = tokens(small(1000))
+    assert whole.lengths.max() == min(max_length, whole.lengths.max()) and whole.lengths.max() > 99
+    for size in (100, 333):
+        parts = [tokens(part) for part in split(small(1000), size)]
+        for field in ("genes", "values", "lengths"):
+            assert np.array_equal(np.concatenate([getattr(part, field) for part in parts]), getattr(whole, field))
+
+
+@pytest.mark.parametrize("max_length", [1200, 100], ids=["whole cells", "sampled cells"])
+def test_chunks_do_not_change_cell_vectors(embed, max_length):
+    whole = embed(small(100), **CELLS, max_length=max_length)
+    for size in (50, 7, 1):
+        parts = [embed(part, **CELLS, max_length=max_length) for part in split(small(100), size)]
+        assert [name for part in parts for name in part.cell_ids] == whole.cell_ids
+        assert_close(np.concatenate([part.cell_embeddings for part in parts]), whole.cell_embeddings, atol=1e-5)
+
+
+def test_order_of_cells_and_genes_does_not_change_cell_vectors(embed):
+    adata, rng = small(30), np.random.default_rng(0)
+    cells = rng.permutation(adata.n_obs)
+    shuffled = adata[cells][:, rng.permutation(adata.n_vars)].copy()
+    assert_close(embed(shuffled, **CELLS).cell_embeddings, embed(adata, **CELLS).cell_embeddings[cells], atol=1e-5)
+
+
+def test_batch_size_does_not_change_cell_vectors(embed, monkeypatch):
+    whole = embed(small(40), **CELLS).cell_embeddings
+    monkeypatch.setattr(embedder_module, "BATCH_TOKENS", 500)
+    assert_close(embed(small(40), **CELLS).cell_embeddings, whole, atol=1e-5)
+
+
+def test_the_same_call_gives_the_same_bits(embed):
+    first, second = (embed(small(20), **CELLS).cell_embeddings for _ in range(2))
+    assert np.array_equal(first, second)
+
+
+def test_another_seed_draws_other_ties(embed):
+    first, second = (embed(small(20), **CELLS, seed=seed).cell_embeddings for seed in (0, 1))
+    assert not np.array_equal(first, second)
+    assert cosine(first, second).min() > 0.9
+
+
+@pytest.mark.parametrize("mode", ["static", "contextual", "cell"])
+@pytest.mark.parametrize("need_preprocess", [True, False])
+def test_both_row_formats_give_identical_embeddings(embed, mode, need_preprocess):
+    parameters = {"mode": mode, "need_preprocess": need_preprocess, "subset_hvg": 0}
+    csr, dense = (embed(small(20), layout, **parameters) for layout in ("csr", "dense"))
+    assert (csr.genes, csr.cell_ids) == (dense.genes, dense.cell_ids)
+    assert np.array_equal(csr.embeddings, dense.embeddings)
+
+
+# What a caller may ask for
+
+
+def test_groups_are_averaged_apart(embed):
+    adata = small(60)
+    answer = embed(adata, **UNPROCESSED, mode="contextual", group_by="cell_type")
+    assert sorted(set(answer.groups)) == sorted(adata.obs["cell_type"].unique())
+    for name in adata.obs["cell_type"].unique():
+        alone = embed(adata[adata.obs["cell_type"] == name].copy(), **UNPROCESSED, mode="contextual")
+        of_group = np.array(answer.groups) == name
+        assert np.array(answer.genes)[of_group].tolist() == alone.genes
+        assert answer.n_cells[of_group].tolist() == alone.n_cells.tolist()
+        assert_close(answer.gene_embeddings[of_group], alone.gene_embeddings, atol=1e-5)
+
+
+def test_contextual_means_count_only_cells_that_carry_the_gene(embed):
+    adata = small(20)
+    answer = embed(adata, **UNPROCESSED, mode="contextual")
+    carried = adata[:, answer.genes].X.getnnz(axis=0)
+    assert answer.n_cells.tolist() == carried.tolist() and carried.min() > 0
+
+
+def test_group_by_names_a_column_that_must_exist(refuse):
+    error = refuse(small(3), **UNPROCESSED, mode="contextual", group_by="batch")
+    assert isinstance(error, PayloadError) and "'batch'" in str(error) and "'cell_type'" in str(error)
+
+
+@pytest.mark.parametrize("mode", ["static", "contextual"])
+def test_genes_restrict_the_answer_not_the_computation(embed, mode):
+    wanted = (known_genes()[5], known_genes()[2], "not-a-gene")
+    answer, whole = (embed(small(10), **UNPROCESSED, mode=mode, genes=genes) for genes in (wanted, ()))
+    assert answer.genes == [known_genes()[2], known_genes()[5]]
+    places = [whole.genes.index(gene) for gene in answer.genes]
+    assert np.array_equal(answer.gene_embeddings, whole.gene_embeddings[places])
+
+
+def test_genes_restrict_the_whole_vocabulary(embedder):
+    answer = embedder.embed({}, Parameters(**UNPROCESSED, genes=(known_genes()[0],)))
+    assert answer.genes == [known_genes()[0]]
+    assert answer.gene_embeddings.shape == (1, embedder.config.embsize)
+
+
+def test_preprocessing_decides_which_genes_are_answered(embed):
+    answer = embed(golden_log1p())
+    assert 0 < len(answer.genes) < 1200
+    assert set(answer.genes) < set(embed(golden_log1p(), **UNPROCESSED).genes)
+
+
+@pytest.mark.parametrize("name", ["embsize", "nhead", "d_hid", "nlayers", "n_layers_cls"])
+def test_a_stated_size_that_disagrees_is_refused(embedder, name):
+    with pytest.raises(ConfigError, match=f"{name} is 7, but the checkpoint has"):
+        embedder.embed(to_row(small(1)), Parameters(**UNPROCESSED, **{name: 7}))
+
+
+def test_stated_sizes_that_agree_change_nothing(embed):
+    sizes = {"embsize": 64, "nhead": 4, "d_hid": 128, "nlayers": 3, "n_layers_cls": 3}
+    stated, silent = embed(small(2), **UNPROCESSED, **sizes), embed(small(2), **UNPROCESSED)
+    assert np.array_equal(stated.gene_embeddings, silent.gene_embeddings)
+
+
+@pytest.mark.parametrize("encoding", ["float32_base64", "float16_base64"])
+def test_base64_holds_the_vectors_little_endian_row_by_row(embed, encoding):
+    answer = embed(small(2), **UNPROCESSED)
+    held = np.frombuffer(base64.b64decode(answer.base64(encoding)), "<f4" if encoding.startswith("float32") else "<f2")
+    assert_close(held.reshape(len(answer.genes), -1), answer.gene_embeddings, atol=0 if held.itemsize == 4 else 2e-3)
+
+
+# What is said about a row, and what is refused
+
+
+def with_names(adata, names):
+    return ad.AnnData(adata.X, obs=adata.obs, var=pd.DataFrame(index=names))
+
+
+def test_the_report_tells_cells_matches_and_their_share_of_the_counts(embed):
+    adata = small(10)
+    report = embed(adata, **UNPROCESSED, data_is_raw=True).report
+    assert (report.cells, report.genes_in, report.genes_matched) == (10, 401, 400)
+    assert_close(report.coverage, 1 - 10 / adata.X.sum(), atol=1e-6)
+    assert report.warnings == ()
+
+
+@pytest.mark.parametrize("min_coverage", [0.0, 0.2], ids=["ungated", "gated"])
+def test_a_row_without_a_known_gene_is_low_coverage(refuse, min_coverage):
+    error = refuse(random_adata(4, 6), **UNPROCESSED, min_coverage=min_coverage)
+    assert isinstance(error, LowCoverage) and "0 of 6 gene names" in str(error)
+
+
+def test_a_row_below_min_coverage_is_refused_and_one_above_is_not(refuse):
+    adata = small(10)
+    coverage = 1 - 10 / adata.X.sum()
+    assert isinstance(refuse(adata, **UNPROCESSED, min_coverage=coverage + 0.001), LowCoverage)
+    assert refuse(adata, **UNPROCESSED, min_coverage=coverage - 0.001) is None
+
+
+def test_a_refused_row_still_carries_its_report(embedder):
+    answer = embedder.embed(to_row(random_adata(4, 6)), Parameters(**UNPROCESSED))
+    assert (answer.report.cells, answer.report.genes_in, answer.report.genes_matched) == (4, 6, 0)
+
+
+@pytest.mark.parametrize(
+    ("adata", "data_is_raw", "said"),
+    [
+        (small, False, "data_is_raw is false, but X looks like counts"),
+        (small, True, None),
+        (small_logs, True, "data_is_raw is true, but X looks log-transformed"),
+        (small_logs, False, None),
+    ],
+    ids=["counts unsaid", "counts said", "logs called counts", "logs"],
+)
+def test_values_that_contradict_data_is_raw_are_warned_of(embed, adata, data_is_raw, said):
+    warnings = embed(adata(5), **UNPROCESSED, data_is_raw=data_is_raw).report.warnings
+    assert [str(said) in warning for warning in warnings] == ([True] if said else [])
+
+
+def test_bins_are_not_warned_of_as_counts(embed):
+    assert embed(golden_cells(), **BINNED).report.warnings == ()
+
+
+def ensembl(n, version=""):
+    return [f"ENSG{i:011d}{version}" for i in range(n)]
+
+
+def test_ensembl_ids_are_mapped_by_the_rows_symbol_column(embed):
+    adata = with_names(small(5), ensembl(401))
+    adata.var["gene_symbol"] = small(1).var_names
+    mapped, plain = embed(adata, **CELLS, data_is_raw=True), embed(small(5), **CELLS)
+    assert mapped.report.warnings == ("Ensembl ids mapped to symbols by var column 'gene_symbol'",)
+    assert np.array_equal(mapped.cell_embeddings, plain.cell_embeddings)
+
+
+def test_ensembl_ids_that_nothing_maps_are_refused_with_the_reason(refuse):
+    error = refuse(with_names(small(5), ensembl(401)), **UNPROCESSED)
+    assert isinstance(error, LowCoverage) and "names look like Ensembl ids" in str(error)
+
+
+def test_of_genes_that_map_to_one_symbol_the_one_with_most_counts_stays(embed):
+    adata = with_names(small(5), ensembl(401))
+    symbols = small(1).var_names.to_numpy(dtype=object)
+    symbols[399] = symbols[0]  # column 0 has most counts
+    adata.var["gene_symbol"] = symbols
+    answer = embed(adata, **UNPROCESSED, data_is_raw=True)
+    assert answer.genes == known_genes()[:399]
+    assert answer.n_cells[0] == adata.X[:, 0].getnnz()
+    assert any(warning.startswith("1 genes map to a symbol taken by another") for warning in answer.report.warnings)
+
+
+def without_known_genes(adata, cells):
+    x = adata.X.tolil()
+    x[cells, :400] = 0
+    return ad.AnnData(x.tocsr(), obs=adata.obs, var=adata.var)
+
+
+def test_a_cell_without_any_known_gene_gets_the_vector_of_cls_alone_and_a_warning(embed):
+    adata = without_known_genes(small(6), [0, 5])
+    answer, whole = embed(adata, **CELLS, data_is_raw=True), embed(small(6), **CELLS)
+    assert np.array_equal(answer.cell_embeddings[0], answer.cell_embeddings[5])
+    assert_close(np.linalg.norm(answer.cell_embeddings, axis=1), np.ones(6), atol=1e-6)
+    assert_close(answer.cell_embeddings[1:5], whole.cell_embeddings[1:5], atol=1e-5)
+    assert any("2 cells carry no gene" in warning for warning in answer.report.warnings)
+
+
+def test_a_cell_without_any_known_gene_counts_for_no_gene(embed):
+    adata = without_known_genes(small(6), [0])
+    answer, others = (embed(a, **UNPROCESSED, mode="contextual") for a in (adata, small(6)[1:].copy()))
+    assert (answer.genes, answer.n_cells.tolist()) == (others.genes, others.n_cells.tolist())
+    assert_close(answer.gene_embeddings, others.gene_embeddings, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["static", "contextual", "cell"])
+def test_a_row_of_zeros_is_answered_without_a_crash(embed, mode):
+    adata = small(3)
+    zeros = ad.AnnData(sp.csr_matrix(adata.shape, dtype=np.float32), obs=adata.obs, var=adata.var)
+    answer = embed(zeros, **UNPROCESSED, mode=mode)
+    assert np.isfinite(answer.embeddings).all()
+    assert answer.report.coverage == 0
+
+
+@pytest.mark.parametrize("parameters", [UNPROCESSED, CELLS], ids=["static", "cell"])
+def test_nan_in_the_answer_fails_the_row_by_name(parameters):
+    checkpoint = load_checkpoint(GOLDEN / "checkpoint_flash")
+    gene = known_genes()[3]
+    checkpoint.tensors["encoder.embedding.weight"][checkpoint.vocabulary.ids([gene])] = np.nan
+    answer = Embedder(checkpoint, device="cpu").embed(to_row(small(3)), Parameters(**parameters))
+    assert isinstance(answer.error, NonFiniteOutput)
+    assert (gene if parameters is UNPROCESSED else small(1).obs_names[0]) in str(answer.error)
+    assert answer.embeddings is None
+
+
+def test_a_row_that_cannot_be_read_is_an_answer_not_an_exception(embedder):
+    answer = embedder.embed(to_row(small(2)) | {"x_indptr": [0, 9, 3]}, Parameters(**UNPROCESSED))
+    assert isinstance(answer.error, PayloadError) and "x_indptr" in str(answer.error)
+
+
+def test_values_beyond_float32_are_refused(embedder):
+    row = to_row(small(1), layout="dense")
+    row["adata_sparsematrix"][0][0] = 1e39
+    answer = embedder.embed(row, Parameters(**UNPROCESSED))
+    assert isinstance(answer.error, PayloadError) and "float32" in str(answer.error)
+
+
+def test_what_a_library_raises_for_a_row_becomes_its_error(refuse, monkeypatch, caplog):
+    def broken(*_, **__):
+        raise IndexError("deep inside")
+
+    monkeypatch.setattr(embedder_module, "preprocess", broken)
+    with caplog.at_level(logging.CRITICAL):
+        error = refuse(small(2))
+    assert isinstance(error, PreprocessError) and str(error) == "IndexError: deep inside"
+
+
+def test_a_row_of_which_no_gene_survives_says_so(refuse):
+    error = refuse(small(2), filter_gene_by_counts=10**6)
+    assert isinstance(error, PreprocessError) and "filter_gene_by_counts" in str(error)
+
+
+# Files that a request may name
+
+
+@pytest.fixture
+def root(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "cells.h5ad").touch()
+    (tmp_path / "secret.h5ad").touch()
+    return tmp_path / "data"
+
+
+def test_no_file_is_read_where_no_root_was_listed(root):
+    with pytest.raises(PayloadError, match="no root was listed"):
+        allowed_path(str(root / "cells.h5ad"), [])
+
+
+def test_a_file_below_a_root_is_read(root):
+    (root / "deep").mkdir()
+    (root / "deep" / "more.h5ad").touch()
+    for name in ("cells.h5ad", "deep/more.h5ad"):
+        assert allowed_path(str(root / name), ["/nowhere", str(root)]) == root / name
+
+
+def test_a_root_that_is_a_link_counts_as_the_folder_it_leads_to(root, tmp_path):
+    (tmp_path / "link").symlink_to(root)
+    assert allowed_path(str(tmp_path / "link" / "cells.h5ad"), [str(tmp_path / "link")]) == root / "cells.h5ad"
+
+
+@pytest.mark.parametrize("path", ["../secret.h5ad", "../data/cells.h5ad", "deep/../cells.h5ad", "..", "."])
+def test_dots_and_folders_are_refused(root, path):
+    with pytest.raises(PayloadError):
+        allowed_path(f"{root}/{path}", [str(root)])
+
+
+def test_links_out_of_the_root_are_refused(root, tmp_path):
+    (root / "link.h5ad").symlink_to(tmp_path / "secret.h5ad")
+    (root / "folder").symlink_to(tmp_path)
+    for name in ("link.h5ad", "folder/secret.h5ad"):
+        with pytest.raises(PayloadError, match="does not lie below a root"):
+            allowed_path(str(root / name), [str(root)])
+
+
+def test_a_sibling_whose_name_starts_like_the_root_is_refused(root, tmp_path):
+    (tmp_path / "database").mkdir()
+    (tmp_path / "database" / "cells.h5ad").touch()
+    with pytest.raises(PayloadError, match="does not lie below a root"):
+        allowed_path(str(tmp_path / "database" / "cells.h5ad"), [str(root)])
+
+
+def test_a_missing_file_is_named(root):
+    with pytest.raises(PayloadError, match=r"nothing\.h5ad.*no file"):
+        allowed_path(str(root / "nothing.h5ad"), [str(root)])
+
+
+def test_a_file_gives_what_its_row_gives(tmp_path, embed):
+    small(5).write_h5ad(tmp_path / "cells.h5ad")
+    reader = Embedder(load_checkpoint(GOLDEN / "checkpoint_flash"), device="cpu", roots=[str(tmp_path)])
+    answer = reader.embed({}, Parameters(**CELLS, input_data_path=str(tmp_path / "cells.h5ad")))
+    assert answer.error is None and answer.cell_ids == small(5).obs_names.tolist()
+    assert np.array_equal(answer.cell_embeddings, embed(small(5), **CELLS).cell_embeddings)
+
+
+@pytest.mark.parametrize("damage", ["no h5ad", "negative", "nan", "twice the same gene"])
+def test_a_file_is_checked_as_a_row_is(tmp_path, damage):
+    adata, path = small(3), tmp_path / "cells.h5ad"
+    if damage == "negative":
+        adata.X.data[0] = -1
+    elif damage == "nan":
+        adata.X.data[0] = np.nan
+    elif damage == "twice the same gene":
+        adata.var_names = [*known_genes(), known_genes()[0]]
+    if damage == "no h5ad":
+        path.write_text("not HDF5")
+    else:
+        adata.write_h5ad(path)
+    reader = Embedder(load_checkpoint(GOLDEN / "checkpoint_flash"), device="cpu", roots=[str(tmp_path)])
+    answer = reader.embed({}, Parameters(**CELLS, input_data_path=str(path)))
+    assert isinstance(answer.error, PayloadError) and "cells.h5ad" in str(answer.error)
+
+
+def test_a_layer_of_a_file_may_be_what_is_normalised(tmp_path):
+    adata = small_logs(40)
+    adata.layers["counts"] = small(40).X
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    reader = Embedder(load_checkpoint(GOLDEN / "checkpoint_flash"), device="cpu", roots=[str(tmp_path)])
+    same = {"mode": "cell", "subset_hvg": 0, "filter_gene_by_counts": 0, "tie_break": "upper"}
+    found = reader.embed({}, Parameters(**same, input_data_path=str(tmp_path / "cells.h5ad"), use_key="counts"))
+    assert_close(found.cell_embeddings, reader.embed(to_row(small(40)), Parameters(**same)).cell_embeddings, atol=1e-6)
+
+
+# Loading
+
+
+def test_a_checkpoint_is_loaded_once_per_process():
+    first = load_embedder(GOLDEN / "checkpoint_torch")
+    loads = loads_in_this_process()
+    assert load_embedder(GOLDEN / "checkpoint_torch") is first
+    assert load_embedder("/gone/since", digest=first.digest) is first
+    assert loads_in_this_process() == loads
+
+
+def test_weights_that_are_not_the_registered_ones_are_refused():
+    with pytest.raises(CheckpointError, match="was registered"):
+        load_embedder(GOLDEN / "checkpoint_torch", digest="0" * 64)
+
+
+# The demo checkpoint
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo") / "checkpoint"
+    write_demo_checkpoint(DATA / "pbmc3k.h5ad", folder)
+    return folder
+
+
+def test_the_demo_checkpoint_has_the_published_layout_and_loads(demo):
+    assert sorted(path.name for path in demo.iterdir()) == ["args.json", "best_model.pt", "vocab.json"]
+    checkpoint = load_checkpoint(demo)
+    assert checkpoint.ignored == ()
+    assert len(checkpoint.vocabulary) == pbmc().n_vars + 3
+
+
+def test_the_demo_checkpoint_says_that_it_is_not_the_published_one(demo):
+    assert "NOT the published scGPT weights" in json.loads((demo / "args.json").read_text())["data_source"]
+
+
+def test_the_demo_checkpoint_does_not_overwrite_another(tmp_path):
+    (tmp_path / "args.json").write_text('{"data_source": "mine"}')
+    with pytest.raises(ConfigError, match="holds another checkpoint"):
+        write_demo_checkpoint(DATA / "pbmc3k.h5ad", tmp_path)
+
+
+def test_marker_genes_of_one_cell_type_are_nearer_to_each_other_than_to_other_types(demo):
+    markers = {
+        "T": "CD3D CD3E CD2 IL7R",
+        "B": "MS4A1 CD79A CD79B",
+        "Mono": "LYZ S100A9 FCN1",
+        "NK": "NKG7 GNLY GZMB PRF1",
+    }
+    genes = {gene: kind for kind, names in markers.items() for gene in names.split()}
+    answer = Embedder(load_checkpoint(demo), device="cpu").embed({}, Parameters(**UNPROCESSED, genes=tuple(genes)))
+    unit = answer.gene_embeddings / np.linalg.norm(answer.gene_embeddings, axis=1, keepdims=True)
+    similarity, kinds = unit @ unit.T, np.array([genes[gene] for gene in answer.genes])
+    for i, kind in enumerate(kinds):
+        same = (kinds == kind) & (np.arange(len(kinds)) != i)
+        assert similarity[i, same].mean() > similarity[i, kinds != kind].max(), answer.genes[i]

@@ -1,0 +1,456 @@
+"""The commands on real Spark, Delta and MLflow: files in, tables out."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import anndata as ad
+import h5py
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.io
+import scipy.sparse as sp
+from pyspark.sql import functions as F
+
+from scgpt_batch.anndata_rows import from_row, to_row
+from scgpt_batch.cli import OK, TOO_MANY_FAILED_ROWS, WRONG_USAGE, main
+from scgpt_batch.embedder import load_embedder, loads_in_this_process
+from scgpt_batch.parameters import Parameters
+from tests.helpers import assert_close
+
+REPO = Path(__file__).parents[1]
+BINS_ONLY = ["--need-preprocess", "false", "--data-is-raw", "true"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with an MLflow store that MLflow uses until the module ends."""
+    folder = tmp_path_factory.mktemp("jobs")
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
+    mlflow.create_experiment("jobs", artifact_location=str(folder / "artifacts"))
+    mlflow.set_experiment("jobs")
+    yield folder
+    mlflow.set_tracking_uri(before)
+
+
+@pytest.fixture(scope="module")
+def model(home, golden):
+    """The golden checkpoint, registered through the command line."""
+    code = main(
+        ["register", "--checkpoint", str(golden / "checkpoint_flash"), "--name", "scgpt", "--alias", "champion"]
+    )
+    assert code == OK
+    return "models:/scgpt@champion"
+
+
+@pytest.fixture(scope="module")
+def cells(home, pbmc3k):
+    """60 real cells of three types in an .h5ad."""
+    types = pbmc3k.obs["cell_type"]
+    picked = np.concatenate([np.flatnonzero(types == name)[:20] for name in ("B", "NK", "CD14+ Mono")])
+    path = home / "cells.h5ad"
+    pbmc3k[np.sort(picked)].write_h5ad(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def rows_table(spark, home, cells):
+    """The 60 cells as four rows."""
+    table = f"delta.`{home}/adata_rows`"
+    assert main(["ingest", "--input", str(cells), "--table", table, "--cells-per-row", "16"]) == OK
+    return table
+
+
+@pytest.fixture
+def run(capfd):
+    """Run a command; give its exit code, its JSON line and its standard error."""
+
+    def call(*argv):
+        capfd.readouterr()
+        code = main([str(arg) for arg in argv])
+        told = capfd.readouterr()
+        last = told.out.strip().splitlines()[-1] if told.out.strip() else "{}"
+        return code, json.loads(last), told.err
+
+    return call
+
+
+def small_rows(n, golden, *, seed=0):
+    """Rows of three cells with forty of the golden vocabulary's genes."""
+    vocabulary = json.loads((golden / "checkpoint_flash/vocab.json").read_text())
+    genes = [name for name in vocabulary if not name.startswith("<")][:40]
+    rng = np.random.default_rng(seed)
+    for i in range(n):
+        counts = sp.csr_matrix(rng.poisson(1.0, (3, 40)).astype(np.float32) + np.eye(3, 40, dtype=np.float32))
+        adata = ad.AnnData(counts, obs=pd.DataFrame(index=["a", "b", "c"]), var=pd.DataFrame(index=genes))
+        yield to_row(adata) | {"adata_id": f"good-{i:03}"}
+
+
+def write_rows(spark, rows, table):
+    from scgpt_batch.spark import tables
+
+    tables.create(spark, table, tables.ADATA_ROWS)
+    schema = spark.table(table).schema
+    plain = [{k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in row.items()} for row in rows]
+    tables.append(spark.createDataFrame([tuple(row.get(f.name) for f in schema) for row in plain], schema), table)
+
+
+def embeddings(spark, table, key):
+    lines = spark.table(table).orderBy("adata_id", key).toArrow().to_pandas()
+    return lines, np.stack(lines["embedding"].to_list())
+
+
+@pytest.mark.parametrize("mode", ["static", "contextual", "cell"])
+def test_the_tables_hold_what_the_model_answers(spark, run, home, model, rows_table, golden, mode):
+    out = f"delta.`{home}/{mode}`"
+    code, told, _ = run("embed", "--model-uri", model, "--input-table", rows_table, "--output-table", out,
+                        "--mode", mode, *BINS_ONLY)  # fmt: skip
+    assert (code, told["rows_ok"], told["rows_failed"], told["cells"]) == (OK, 4, 0, 60)
+
+    embedder = load_embedder(golden / "checkpoint_flash")
+    parameters = Parameters(mode=mode, need_preprocess=False, data_is_raw=True)
+    key = "cell_id" if mode == "cell" else "gene"
+    lines, vectors = embeddings(spark, out, key)
+    assert len(lines) == told["embeddings"]
+    for row in spark.table(rows_table).toArrow().to_pylist():
+        answer = embedder.embed(row, parameters)
+        names = np.array(answer.cell_ids if mode == "cell" else answer.genes)
+        mine = lines["adata_id"] == row["adata_id"]
+        assert lines.loc[mine, key].tolist() == sorted(names)
+        assert_close(vectors[mine], answer.embeddings[np.argsort(names)], atol=1e-5)
+
+
+def test_every_line_is_stamped_and_every_row_is_in_the_ledger(spark, run, home, model, rows_table):
+    out = f"delta.`{home}/stamped`"
+    _, told, _ = run("embed", "--model-uri", model, "--input-table", rows_table, "--output-table", out, *BINS_ONLY)
+    stamps = spark.table(out).select("mode", "model_name", "model_version", "run_id").distinct().collect()
+    assert [tuple(s) for s in stamps] == [("static", "scgpt", told["model_version"], told["run_id"])]
+    ledger = spark.table(f"delta.`{home}/stamped_ledger`").toArrow().to_pandas()
+    assert (ledger["status"] == "ok").all() and len(ledger) == 4
+    assert (ledger["genes_in"] == 32738).all() and (ledger["genes_matched"] == 2200).all()
+    assert ledger["coverage"].between(0.5, 1).all()
+    (a_run,) = spark.table(f"delta.`{home}/stamped_runs`").collect()
+    assert (a_run["run_id"], a_run["status"], a_run["rows_ok"]) == (told["run_id"], "finished", 4)
+    assert mlflow.get_run(told["run_id"]).data.metrics["rows_ok"] == 4
+
+
+def test_rows_with_a_result_are_skipped_until_content_or_parameters_change(spark, run, home, model, golden):
+    table, out = f"delta.`{home}/again`", f"delta.`{home}/again_out`"
+    write_rows(spark, small_rows(3, golden), table)
+    embed = ["embed", "--model-uri", model, "--input-table", table, "--output-table", out, *BINS_ONLY]
+    assert run(*embed)[1]["rows_ok"] == 3
+    again = run(*embed)[1]
+    assert (again["rows_in"], again["rows_ok"], again["rows_skipped"], again["embeddings"]) == (3, 0, 3, 0)
+
+    other = next(small_rows(1, golden, seed=9))
+    spark.sql(f"DELETE FROM {table} WHERE adata_id = 'good-000'")
+    write_rows(spark, [other], table)
+    assert run(*embed)[1]["rows_ok"] == 1
+    assert spark.table(out).groupBy("adata_id", "gene").count().where("count > 1").count() == 0
+    assert spark.table(out).where("adata_id = 'good-000'").select("content_hash").distinct().count() == 1
+
+    assert run(*embed, "--seed", "1")[1]["rows_ok"] == 3
+
+
+def damaged_rows(golden):
+    """One row of each kind of damage, with the words that its error must hold."""
+    good = next(small_rows(1, golden))
+    obs, var = json.loads(good["adata_obs"]), json.loads(good["adata_var"])
+    x, indices, indptr = good["x_data"], good["x_indices"], good["x_indptr"]
+
+    def at(values, position, value):
+        changed = values.copy()
+        changed[position] = value
+        return changed
+
+    return {
+        "index out of bounds": ({"x_indices": at(indices, 0, 40)}, "x_indices"),
+        "negative index": ({"x_indices": at(indices, 0, -1)}, "x_indices"),
+        "falling indptr": ({"x_indptr": at(indptr, 1, indptr[2] + 1)}, "x_indptr"),
+        "short indptr": ({"x_indptr": indptr[:-1]}, "x_indptr"),
+        "lengths differ": ({"x_data": x[:-1]}, "x_data"),
+        "NaN": ({"x_data": at(x, 1, np.nan)}, "NaN"),
+        "infinity": ({"x_data": at(x, 1, np.inf)}, "infinity"),
+        "negative value": ({"x_data": at(x, 1, -1)}, "negative"),
+        "gene twice": ({"adata_var": json.dumps(var | {"index": [var["index"][1], *var["index"][1:]]})}, "twice"),
+        "short var": ({"adata_var": json.dumps(var | {k: var[k][:-1] for k in ("index", "data")})}, "n_vars"),
+        "long obs": ({"adata_obs": json.dumps({"columns": [], "index": ["a"] * 4, "data": [[]] * 4})}, "adata_obs"),
+        "no JSON": ({"adata_var": "{oops"}, "adata_var"),
+        "null obs": ({"adata_obs": None}, "adata_obs"),
+        "empty": ({"x_data": x[:0], "x_indices": indices[:0], "x_indptr": indptr[:1], "n_obs": 0,
+                   "adata_obs": json.dumps(obs | {"index": [], "data": []})}, "empty"),
+        "no matrix": ({"x_data": None, "x_indices": None, "x_indptr": None}, "no matrix"),
+        "unknown genes": ({"adata_var": json.dumps(var | {"index": [f"x{i}" for i in range(40)]})}, "vocabulary"),
+    }  # fmt: skip
+
+
+def test_a_bad_row_costs_one_row_and_the_ledger_names_its_fault(spark, run, home, model, golden):
+    bad = damaged_rows(golden)
+    template = next(small_rows(1, golden))
+    good = list(small_rows(100, golden))
+    write_rows(spark, good, f"delta.`{home}/all_good`")
+    write_rows(spark, good, f"delta.`{home}/with_bad`")
+    write_rows(spark, [template | damage | {"adata_id": f"bad: {name}"} for name, (damage, _) in bad.items()],
+               f"delta.`{home}/with_bad`")  # fmt: skip
+    found = {}
+    for name in ("all_good", "with_bad"):
+        out = f"delta.`{home}/{name}_out`"
+        code, told, _ = run("embed", "--model-uri", model, "--input-table", f"delta.`{home}/{name}`",
+                            "--output-table", out, "--mode", "cell", *BINS_ONLY)  # fmt: skip
+        found[name] = (code, told, *embeddings(spark, out, "cell_id"))
+    assert found["all_good"][0] == OK
+    code, told, lines, vectors = found["with_bad"]
+    assert (code, told["rows_ok"], told["rows_failed"]) == (TOO_MANY_FAILED_ROWS, 100, len(bad))
+    assert lines["adata_id"].tolist() == found["all_good"][2]["adata_id"].tolist()
+    assert_close(vectors, found["all_good"][3], atol=1e-6)
+    failed = spark.table(f"delta.`{home}/with_bad_out_ledger`").where("status = 'failed'").collect()
+    assert len(failed) == len(bad)
+    for line in failed:
+        wanted = bad[line["adata_id"].removeprefix("bad: ")][1]
+        assert wanted in line["error_message"] and line["error_class"] in ("PayloadError", "LowCoverage")
+
+    again = ["embed", "--model-uri", model, "--input-table", f"delta.`{home}/with_bad`", "--mode", "cell"]
+    again += ["--output-table", f"delta.`{home}/with_bad_out`", "--max-failed-fraction", "1", *BINS_ONLY]
+    assert run(*again)[1]["rows_skipped"] == 100 + len(bad)
+    code, told, _ = run(*again, "--retry-failed")
+    assert (code, told["rows_failed"]) == (OK, len(bad))
+
+
+def test_the_same_key_with_several_contents_is_refused(spark, run, home, model, golden):
+    table = f"delta.`{home}/ambiguous`"
+    rows = [row | {"adata_id": "one"} for row in small_rows(2, golden)]
+    write_rows(spark, rows, table)
+    code, _, err = run("embed", "--model-uri", model, "--input-table", table, "--output-table", f"delta.`{home}/amb`")
+    assert code == WRONG_USAGE and "'one'" in err
+
+
+def test_equal_copies_of_a_row_are_embedded_once(spark, run, home, model, golden):
+    table, out = f"delta.`{home}/copies`", f"delta.`{home}/copies_out`"
+    (row,) = small_rows(1, golden)
+    write_rows(spark, [row, row], table)
+    _, told, _ = run("embed", "--model-uri", model, "--input-table", table, "--output-table", out, *BINS_ONLY)
+    assert (told["rows_in"], told["rows_ok"], told["rows_skipped"]) == (2, 1, 1)
+    assert spark.table(out).groupBy("gene").count().where("count > 1").count() == 0
+
+
+def test_a_table_of_others_without_hashes_and_shapes_is_read(spark, run, home, model, golden):
+    rows = [{"adata_id": r["adata_id"], "adata_obs": r["adata_obs"], "adata_var": r["adata_var"],
+             "adata_sparsematrix": from_row(r).X.toarray().tolist(),
+             "note": "mine"} for r in small_rows(2, golden)]  # fmt: skip
+    ddl = "adata_id string, adata_obs string, adata_var string, adata_sparsematrix array<array<double>>, note string"
+    spark.createDataFrame(rows, ddl).write.format("delta").save(f"{home}/foreign")
+    out = f"delta.`{home}/foreign_out`"
+    embed = [
+        "embed",
+        "--model-uri",
+        model,
+        "--input-table",
+        f"delta.`{home}/foreign`",
+        "--output-table",
+        out,
+        *BINS_ONLY,
+    ]
+    assert run(*embed)[1]["rows_ok"] == 2
+    assert run(*embed)[1]["rows_skipped"] == 2
+    assert spark.table(out).select(F.length("content_hash")).distinct().first()[0] == 32
+
+
+def test_equal_static_vectors_lie_side_by_side_and_cost_little(spark, run, home, model, golden):
+    table, out = f"delta.`{home}/many`", home / "many_out"
+    write_rows(spark, small_rows(60, golden), table)
+    run("embed", "--model-uri", model, "--input-table", table, "--output-table", f"delta.`{out}`", *BINS_ONLY)
+    lines = spark.table(f"delta.`{out}`").cache()
+    lines.repartition(4).write.option("compression", "snappy").parquet(str(home / "unsorted"))
+    size = {p: sum(f.stat().st_size for f in p.glob("*.parquet")) for p in (out, home / "unsorted")}
+    lines.unpersist()
+    assert size[out] * 3 < size[home / "unsorted"]  # the more rows, the more: 200 rows take a tenth
+
+
+@pytest.mark.parametrize(
+    ("argv", "wanted"),
+    [
+        (["--mode", "dynamic"], "mode"),
+        (["--nlayers", "12"], "nlayers"),
+        (["--model-uri", "models:/scgpt/999"], "models:/scgpt/999"),
+        (["--model-uri", "models:/nobody@champion"], "nobody"),
+        (["--model-uri", "/nowhere"], "/nowhere"),
+        (["--input-table", "delta.`/nowhere/rows`"], "/nowhere/rows"),
+        (["--output-table", "not a table"], "not a table"),
+        (["--min-coverage", "7"], "min_coverage"),
+        (["--group-by", "cell_type"], "contextual"),
+        (["--config", "/nowhere.yml"], "/nowhere.yml"),
+    ],
+)
+def test_a_wrong_call_ends_with_one_line_that_says_what(spark, run, home, model, rows_table, argv, wanted):
+    base = {"--model-uri": model, "--input-table": rows_table, "--output-table": f"delta.`{home}/never`"}
+    base |= dict(zip(argv[::2], argv[1::2], strict=True))
+    code, told, err = run("embed", *(word for pair in base.items() for word in pair))
+    last = err.strip().splitlines()[-1]
+    assert (code, told) == (WRONG_USAGE, {})
+    assert last.startswith("scgpt-batch: ") and wanted in last and "Traceback" not in err
+    assert not (home / "never").exists()
+
+
+def test_an_output_table_of_another_kind_is_refused(spark, run, home, model, rows_table):
+    code, _, err = run("embed", "--model-uri", model, "--input-table", rows_table, "--output-table", rows_table)
+    assert code == WRONG_USAGE and "lacks" in err
+
+
+def test_a_table_by_name_is_found_again_by_the_next_session(spark, run, model, rows_table):
+    from scgpt_batch.spark import tables
+
+    warehouse = spark.conf.get("spark.sql.warehouse.dir").removeprefix("file:")
+    # what another process leaves: a folder, and nothing in the catalog of this one
+    spark.sql(f"CREATE TABLE delta.`{warehouse}/lab.db/genes` ({tables.GENE_EMBEDDINGS}) USING delta")
+    assert tables.exists(spark, "lab.genes") and not tables.exists(spark, "lab.cells")
+    embed = ["embed", "--model-uri", model, "--input-table", rows_table, "--output-table", "lab.genes", *BINS_ONLY]
+    assert run(*embed)[1]["rows_ok"] == 4
+    assert spark.table("lab.genes").count() == spark.table(f"delta.`{warehouse}/lab.db/genes`").count() == 8800
+
+
+def test_mlflow_spark_udf_answers_every_row_with_one_load_per_process(spark, model, rows_table):
+    udf = mlflow.pyfunc.spark_udf(spark, model, params={"need_preprocess": False, "data_is_raw": True})
+    rows = spark.table(rows_table).repartition(4)
+    columns = ["x_data", "x_indices", "x_indptr", "adata_obs", "adata_var"]
+    answers = rows.select(udf(F.struct(*columns)).alias("a")).select("a.genes", "a.error", "a.gene_embeddings")
+    told = answers.collect()
+    assert len(told) == 4 and all(row["error"] is None and len(row["genes"]) == 2200 for row in told)
+    assert len(told[0]["gene_embeddings"]) == 2200 and len(told[0]["gene_embeddings"][0]) == 64
+
+    loads = F.udf(lambda _: loads_in_this_process(), "int")
+    assert {r[0] for r in spark.range(8, numPartitions=4).select(loads("id")).collect()} <= {0, 1}
+
+
+def write_10x(adata, folder):
+    """The three files of a 10x folder and the one .h5, as Cell Ranger 3 writes them."""
+    folder.mkdir()
+    scipy.io.mmwrite(folder / "matrix.mtx", adata.X.T.astype(int))
+    features = pd.DataFrame({"id": adata.var["gene_ids"], "name": adata.var["gene_symbol"], "type": "Gene Expression"})
+    features.to_csv(folder / "features.tsv", sep="\t", header=False, index=False)
+    pd.Series(adata.obs_names).to_csv(folder / "barcodes.tsv", header=False, index=False)
+    for name in ("matrix.mtx", "features.tsv", "barcodes.tsv"):
+        subprocess.run(["gzip", str(folder / name)], check=True)
+    with h5py.File(folder.with_suffix(".h5"), "w") as file:
+        x = sp.csr_matrix(adata.X)
+        group = file.create_group("matrix")
+        for name, value in {"data": x.data.astype(int), "indices": x.indices, "indptr": x.indptr}.items():
+            group.create_dataset(name, data=value)
+        group.create_dataset("shape", data=x.shape[::-1])
+        group.create_dataset("barcodes", data=adata.obs_names.to_numpy("S"))
+        told = group.create_group("features")
+        for name, column in {"id": features["id"], "name": features["name"], "feature_type": features["type"]}.items():
+            told.create_dataset(name, data=column.to_numpy("S"))
+        told.create_dataset("genome", data=np.full(len(features), b"hg19"))
+
+
+@pytest.mark.parametrize("kind", ["h5ad", "zarr", "10x h5", "10x folder", "dense h5ad", "csc h5ad"])
+def test_every_kind_of_file_gives_the_same_rows(spark, run, tmp_path, cells, kind):
+    adata = ad.read_h5ad(cells)
+    path = {"zarr": tmp_path / "f.zarr", "10x h5": tmp_path / "f.h5", "10x folder": tmp_path / "f"}.get(
+        kind, tmp_path / "f.h5ad"
+    )
+    if kind.startswith("10x"):
+        write_10x(adata, tmp_path / "f")
+    elif kind == "zarr":
+        adata.write_zarr(path)
+    else:
+        adata.X = {"dense h5ad": adata.X.toarray, "csc h5ad": adata.X.tocsc, "h5ad": adata.X.copy}[kind]()
+        adata.write_h5ad(path)
+    table = f"delta.`{tmp_path}/rows`"
+    code, told, _ = run("ingest", "--input", path, "--table", table, "--cells-per-row", "25")
+    assert (code, told["rows"], told["cells"], told["rows_skipped"]) == (OK, 3, 60, 0)
+    rows = [from_row(r) for r in spark.table(table).orderBy(F.col("n_obs").desc(), "adata_id").toArrow().to_pylist()]
+    found = ad.concat(rows)
+    assert found.obs_names.tolist() == adata.obs_names.tolist()
+    assert found.var_names.tolist() == adata.var_names.tolist()
+    assert abs(found.X - sp.csr_matrix(adata.X)).max() == 0
+
+
+def test_ingesting_twice_adds_nothing_and_a_changed_file_replaces_its_rows(spark, run, tmp_path, cells):
+    path, table = tmp_path / "mine.h5ad", f"delta.`{tmp_path}/rows`"
+    adata = ad.read_h5ad(cells)
+    adata.write_h5ad(path)
+    ingest = ["ingest", "--input", path, "--table", table, "--cells-per-row", "20"]
+    assert run(*ingest)[1]["rows"] == 3
+    assert (run(*ingest)[1]["rows"], run(*ingest)[1]["rows_skipped"]) == (0, 3)
+    adata.X[0, 0] = 7
+    adata.write_h5ad(path)
+    assert run(*ingest)[1]["rows"] == 1
+    assert spark.table(table).count() == 3
+
+
+def test_a_file_of_the_same_name_does_not_replace_rows(spark, run, tmp_path, cells):
+    table = f"delta.`{tmp_path}/rows`"
+    for i, folder in enumerate(("one", "two")):
+        (tmp_path / folder).mkdir()
+        ad.read_h5ad(cells)[i:].copy().write_h5ad(tmp_path / folder / "sample.h5ad")
+    assert run("ingest", "--input", tmp_path / "one/sample.h5ad", "--table", table)[0] == OK
+    ad.read_h5ad(cells)[::-1].copy().write_h5ad(tmp_path / "two/sample.h5ad")
+    code, _, err = run("ingest", "--input", tmp_path / "two/sample.h5ad", "--table", table)
+    assert code == WRONG_USAGE and "rename" in err and "one/sample.h5ad" in err
+    both = run("ingest", "--input", tmp_path / "one/sample.h5ad", tmp_path / "two/sample.h5ad", "--table", table)
+    assert both[0] == WRONG_USAGE and "rename" in both[2]
+
+
+def test_cells_are_split_by_a_column_and_genes_take_their_symbols(spark, run, tmp_path, cells):
+    adata = ad.read_h5ad(cells)
+    adata.var_names = adata.var["gene_ids"].astype(str)
+    adata.write_h5ad(tmp_path / "ids.h5ad")
+    table = f"delta.`{tmp_path}/rows`"
+    _, told, _ = run("ingest", "--input", tmp_path / "ids.h5ad", "--table", table, "--split-by", "cell_type",
+                     "--gene-symbols", "gene_symbol")  # fmt: skip
+    assert told["rows"] == 3
+    for row in spark.table(table).toArrow().to_pylist():
+        found = from_row(row)
+        assert found.obs["cell_type"].nunique() == 1 and "CD3D" in found.var_names
+
+
+@pytest.mark.parametrize(
+    ("argv", "wanted"),
+    [
+        (["--input", "/nowhere.h5ad"], "/nowhere.h5ad"),
+        (["--input", __file__], "test_jobs.py"),
+        (["--split-by", "donor"], "donor"),
+        (["--gene-symbols", "symbols"], "symbols"),
+        (["--cells-per-row", "0"], "cells_per_row"),
+    ],
+)
+def test_ingest_says_what_is_wrong_with_a_file_or_column(spark, run, tmp_path, cells, argv, wanted):
+    base = {"--input": str(cells), "--table": f"delta.`{tmp_path}/rows`"} | dict([argv])
+    code, _, err = run("ingest", *(word for pair in base.items() for word in pair))
+    assert code == WRONG_USAGE and wanted in err.strip().splitlines()[-1]
+    assert not (tmp_path / "rows").exists()
+
+
+def test_settings_come_from_file_environment_and_flags_in_this_order(spark, run, tmp_path, cells, monkeypatch):
+    config = tmp_path / "c.yml"
+    config.write_text(f"ingest:\n  input: ['{cells}']\n  table: delta.`{tmp_path}/file`\n  cells_per_row: 30\n")
+    assert run("ingest", "--config", config)[1]["rows"] == 2
+    monkeypatch.setenv("SCGPT_BATCH_TABLE", f"delta.`{tmp_path}/environment`")
+    monkeypatch.setenv("SCGPT_BATCH_CELLS_PER_ROW", "20")
+    told = run("ingest", "--config", config)[1]
+    assert told["rows"] == 3 and "environment" in told["table"]
+    assert run("ingest", "--config", config, "--cells-per-row", "10")[1]["rows"] == 6
+
+
+def test_spark_submit_runs_the_job_file(home, model, rows_table):
+    """The same from outside: a JVM of its own, flags, the JSON line last."""
+    bin_folder = Path(sys.executable).parent
+    command = [
+        bin_folder / "spark-submit", "--properties-file", REPO / "conf/spark-local.conf", REPO / "jobs/embed_genes.py",
+        "--model-uri", model, "--input-table", rows_table, "--output-table", f"delta.`{home}/submitted`",
+        "--tracking-uri", mlflow.get_tracking_uri(), *BINS_ONLY,
+    ]  # fmt: skip
+    environment = {
+        "PATH": f"{bin_folder}:/usr/bin:/bin",
+        "SPARK_LOCAL_IP": "127.0.0.1",
+        "PYSPARK_PYTHON": sys.executable,
+    }
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
+    assert done.returncode == OK, done.stderr[-2000:]
+    told = json.loads(done.stdout.strip().splitlines()[-1])
+    assert (told["rows_ok"], told["embeddings"]) == (4, 8800)

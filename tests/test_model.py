@@ -1,0 +1,153 @@
+"""The model against the published package's golden outputs, and packing against padding."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import assert_close
+from torch import nn
+
+from scgpt_batch.model import ScGPT, load_checkpoint
+from scgpt_batch.model.attention import attention
+from scgpt_batch.model.transformer import SelfAttention
+
+GOLDEN = Path(__file__).parent / "data" / "golden"
+
+
+def golden(name):
+    with np.load(GOLDEN / f"{name}.npz") as arrays:
+        return dict(arrays)
+
+
+@pytest.fixture(scope="module", params=["checkpoint_flash", "checkpoint_torch"])
+def checkpoint(request):
+    return load_checkpoint(GOLDEN / request.param)
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint):
+    return ScGPT.from_checkpoint(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def cells():
+    """Each golden cell: its token ids and its values, padding left out."""
+    wanted = golden("transformer")
+    genes, values = torch.from_numpy(wanted["gene_ids"]).long(), torch.from_numpy(wanted["values"])
+    return [(genes[i, :n], values[i, :n]) for i, n in enumerate(wanted["lengths"])]
+
+
+def encode(model, cells):
+    """Run cells packed, and give each cell's output."""
+    lengths = [len(genes) for genes, _ in cells]
+    genes, values = (torch.cat(parts) for parts in zip(*cells, strict=True))
+    return [part.numpy() for part in model(genes, values, lengths).split(lengths)]
+
+
+def cosine(a, b):
+    return (a * b).sum(axis=-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
+
+
+def test_gene_vectors_are_upstreams(model):
+    wanted = golden("static")
+    assert_close(model.gene_vectors(torch.from_numpy(wanted["token_ids"])), wanted["embeddings"], atol=1e-5)
+
+
+def test_value_vectors_are_upstreams_also_beyond_the_clamp(model):
+    wanted = golden("static")
+    assert_close(model.value_encoder(torch.from_numpy(wanted["value_inputs"])), wanted["value_embeddings"], atol=1e-5)
+
+
+def test_output_is_upstreams_for_every_real_token(model, cells):
+    wanted = golden("transformer")
+    found = np.concatenate(encode(model, cells))
+    assert_close(found, wanted["output"][~wanted["key_padding_mask"]], atol=1e-4)
+
+
+def test_cls_is_upstreams_raw_and_normalised(model, cells):
+    wanted = golden("transformer")
+    cls = np.stack([output[0] for output in encode(model, cells)])
+    assert_close(cls, wanted["cls"], atol=1e-4)
+    assert_close(cls / np.linalg.norm(cls, axis=1, keepdims=True), wanted["cls_l2"], atol=1e-5)
+
+
+def test_cls_follows_the_value_it_carries(model, cells):
+    zeroed = [(genes, torch.cat([torch.zeros(1), values[1:]])) for genes, values in cells]
+    cls = np.stack([output[0] for output in encode(model, zeroed)])
+    assert_close(cls, golden("transformer")["cls_value0"], atol=1e-4)
+
+
+def test_each_layer_is_upstreams(model, cells):
+    wanted = golden("transformer")
+    layers = model.transformer_encoder["layers"]
+    seen = []
+    hooks = [layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))]
+    hooks += [layer.register_forward_hook(lambda _, __, output: seen.append(output.clone())) for layer in layers]
+    encode(model, [cells[int(wanted["layer_cell"])]])
+    for hook in hooks:
+        hook.remove()
+    assert_close(np.stack(seen), wanted["layer_outputs"], atol=1e-4)
+
+
+def test_bfloat16_stays_near_float32(checkpoint, cells):
+    wanted = golden("transformer")
+    wanted = wanted["output"][~wanted["key_padding_mask"]]
+    found = np.concatenate(encode(ScGPT.from_checkpoint(checkpoint, dtype=torch.bfloat16), cells))
+    assert_close(found, wanted, atol=0.02)
+    assert cosine(found, wanted).min() > 0.9999
+
+
+def test_both_key_layouts_hold_one_model():
+    flash, plain = (load_checkpoint(GOLDEN / f"checkpoint_{layout}") for layout in ("flash", "torch"))
+    assert flash.tensors.keys() == plain.tensors.keys()
+    assert all(torch.equal(flash.tensors[name], plain.tensors[name]) for name in flash.tensors)
+
+
+def test_a_cell_alone_gives_what_it_gives_in_a_batch(model, cells):
+    for cell, together in zip(cells, encode(model, cells), strict=True):
+        assert_close(encode(model, [cell])[0], together, atol=1e-5)
+
+
+def test_order_of_cells_does_not_matter(model, cells):
+    order = np.random.default_rng(0).permutation(len(cells))
+    together = encode(model, cells)
+    for i, output in zip(order, encode(model, [cells[i] for i in order]), strict=True):
+        assert_close(output, together[i], atol=1e-5)
+
+
+def test_order_of_genes_does_not_matter_to_cls(model, cells):
+    genes, values = cells[0]
+    order = torch.cat([torch.zeros(1, dtype=torch.long), 1 + torch.randperm(len(genes) - 1)])
+    assert_close(encode(model, [(genes[order], values[order])])[0][0], encode(model, [cells[0]])[0][0], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "lengths", [[1], [3, 3, 3], [1, 5, 9], [9, 1, 5, 5, 1]], ids=["one token", "equal", "rising", "mixed"]
+)
+def test_packed_attention_equals_padded_attention_with_a_mask(lengths):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(sum(lengths), 2, 8, generator=generator) for _ in range(3))
+    real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]  # (B, L)
+    padded = []
+    for x in (q, k, v):
+        padded.append(torch.full((*real.shape, 2, 8), 7.0))  # what stands in the padding must not show
+        padded[-1][real] = x
+    wanted = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in padded), attn_mask=real[:, None, None, :])
+    assert_close(attention(q, k, v, lengths), wanted.transpose(1, 2)[real], atol=1e-6)
+
+
+def test_self_attention_is_torchs_multihead_attention():
+    torch.manual_seed(0)
+    theirs = nn.MultiheadAttention(16, 4, batch_first=True)
+    ours = SelfAttention(16, 4)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(1, 6, 16)
+    with torch.no_grad():
+        assert_close(ours(x[0], [6]), theirs(x, x, x, need_weights=False)[0][0], atol=1e-6)
+
+
+def test_weights_want_no_gradient_and_no_dropout(model):
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())

@@ -1,0 +1,588 @@
+"""Preprocessing, binning and tokens: equal to the published package, and the same for a cell wherever it is."""
+
+import json
+from functools import cache
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import scanpy as sc
+import scipy.sparse as sp
+from helpers import assert_close, random_adata
+
+from scgpt_batch.errors import PayloadError, PreprocessError
+from scgpt_batch.model import Vocabulary
+from scgpt_batch.parameters import Parameters
+from scgpt_batch.preprocess import (
+    SYMBOL_COLUMNS,
+    bin_range,
+    bin_values,
+    binned_layer,
+    cell_noise,
+    gene_hash,
+    gene_names,
+    group_labels,
+    preprocess,
+    sample_long_cells,
+    tokenize,
+    value_warning,
+)
+
+DATA = Path(__file__).parent / "data"
+RAW_V3 = ("raw_v3", "raw_v3_batch")  # scanpy ranks these genes with an unstable sort
+EXACT = ("seed", "seed_batch", "raw_nohvg", "raw_nohvg_cellfilter")
+CASES = EXACT + RAW_V3
+
+
+@cache
+def golden(name: str) -> dict[str, np.ndarray]:
+    with np.load(DATA / "golden" / f"{name}.npz") as arrays:
+        return dict(arrays)
+
+
+@cache
+def pbmc3k() -> ad.AnnData:
+    return ad.read_h5ad(DATA / "pbmc3k.h5ad")[golden("preprocess_input")["cell_index"]].copy()
+
+
+def cells_of(case: str) -> ad.AnnData:
+    """The case's input; var["column"] says where a gene stands in the file."""
+    given, raw = golden("preprocess_input"), pbmc3k().X
+    logged = sp.csr_matrix((given["log1p_data"], raw.indices, raw.indptr), raw.shape)
+    obs = pd.DataFrame({"batch": given["batch"]}, index=given["cell_names"])
+    var = pd.DataFrame({"column": np.arange(raw.shape[1])}, index=pbmc3k().var_names)
+    return ad.AnnData(logged if case.startswith("seed") else raw.copy(), obs=obs, var=var)
+
+
+def parameters_of(case: str, **changes) -> Parameters:
+    params = json.loads(str(golden(f"preprocess_{case}")["params"]))
+    params["min_cell_counts"] = float(params.pop("filter_cell_by_counts"))  # a number there, a boolean here
+    del params["input"]
+    return Parameters.create(params, changes)
+
+
+@cache
+def survivors(case: str) -> ad.AnnData:
+    return preprocess(cells_of(case), parameters_of(case))
+
+
+@cache
+def before_the_cut(case: str) -> tuple[ad.AnnData, Parameters]:
+    """All genes that pass the filters, so that golden's choice of variable genes can be taken."""
+    parameters = parameters_of(case, subset_hvg=0)
+    adata = preprocess(cells_of(case), parameters)
+    column = {c: i for i, c in enumerate(adata.var["column"])}
+    genes = [column[c] for c in golden(f"preprocess_{case}")["gene_index"]]
+    return adata[:40, genes].copy(), parameters
+
+
+@cache
+def normalised_variances(case: str) -> pd.DataFrame:
+    """What seurat_v3 ranks: one column a batch, NaN below the batch's cut, one line a gene of the file."""
+    adata = preprocess(cells_of(case), parameters_of(case, subset_hvg=0))
+    batches = adata.obs["batch"] if parameters_of(case).batch_key else pd.Series("all", adata.obs_names)
+    ranked = {}
+    for batch in batches.unique():
+        part = adata[batches == batch].copy()
+        sc.pp.highly_variable_genes(part, n_top_genes=1200, flavor="seurat_v3")
+        value = part.var.set_index("column")["variances_norm"]
+        ranked[batch] = value.where(value >= value.nlargest(1200).iloc[-1])
+    return pd.DataFrame(ranked)
+
+
+def tied_genes(case: str) -> set[int]:
+    """Genes whose rank in some batch is left to the sort."""
+    values = normalised_variances(case)
+    tied = values.apply(lambda column: column.duplicated(keep=False) & column.notna()).any(axis=1)
+    return set(values.index[tied])
+
+
+def sparse_of(arrays: dict[str, np.ndarray], name: str) -> sp.csr_matrix:
+    parts = (arrays[f"{name}_{part}"] for part in ("data", "indices", "indptr"))
+    return sp.csr_matrix(tuple(parts), arrays[f"{name}_shape"])
+
+
+def assert_close_sparse(found: sp.csr_matrix, wanted: sp.csr_matrix, **tolerance) -> None:
+    assert found.indptr.tolist() == wanted.indptr.tolist()
+    assert found.indices.tolist() == wanted.indices.tolist()
+    assert_close(found.data, wanted.data, **tolerance)
+
+
+# Parity with the published package
+
+
+@pytest.mark.parametrize("case", EXACT)
+def test_surviving_genes_are_upstreams(case):
+    assert survivors(case).var["column"].tolist() == golden(f"preprocess_{case}")["gene_index"].tolist()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_surviving_cells_are_upstreams(case):
+    wanted = golden("preprocess_input")["cell_names"][golden(f"preprocess_{case}")["cell_pos"]]
+    assert survivors(case).obs_names.tolist() == wanted.tolist()
+
+
+def test_variable_genes_of_seurat_v3_differ_at_the_cut_alone():
+    found, wanted = survivors("raw_v3").var["column"].tolist(), golden("preprocess_raw_v3")["gene_index"].tolist()
+    cut = normalised_variances("raw_v3")["all"].min()
+    assert found == sorted(found) and len(found) == len(wanted)
+    differ = sorted(set(found) ^ set(wanted))
+    assert len(set(found) - set(wanted)) <= 0.01 * len(wanted)
+    assert_close(normalised_variances("raw_v3").loc[differ, "all"], np.full(len(differ), cut))
+
+
+def test_variable_genes_of_seurat_v3_with_batches_differ_by_ties_alone():
+    found = survivors("raw_v3_batch").var["column"].tolist()
+    wanted = golden("preprocess_raw_v3_batch")["gene_index"].tolist()
+    assert found == sorted(found) and len(found) == len(wanted)
+    assert len(set(found) - set(wanted)) <= 0.01 * len(wanted)
+    assert set(found) ^ set(wanted) <= tied_genes("raw_v3_batch")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gene_statistics_are_scanpys(case):
+    wanted, found = golden(f"preprocess_{case}"), survivors(case).var.set_index("column")
+    left_to_the_sort = tied_genes(case) if case in RAW_V3 else set()
+    for name in (name for name in wanted if name.startswith("var_")):
+        left_out = left_to_the_sort if name.startswith("var_highly_variable") else set()
+        common = [c for c in wanted["gene_index"] if c in found.index and c not in left_out]
+        assert len(common) > 300
+        values = pd.Series(wanted[name], wanted["gene_index"])
+        assert_close(found.loc[common, name.removeprefix("var_")], values[common], rtol=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_normalised_values_are_upstreams(case):
+    adata, wanted = before_the_cut(case)[0], golden(f"preprocess_{case}")
+    assert_close_sparse(adata.layers["X_normed"], sparse_of(wanted, "normed"), rtol=1e-5)
+    assert ("log1p_data" in wanted) == case.startswith("raw")
+    if "log1p_data" in wanted:
+        assert_close_sparse(adata.layers["X_log1p"], sparse_of(wanted, "log1p"), rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bins_are_upstreams(case):
+    (adata, parameters), wanted = before_the_cut(case), golden(f"preprocess_{case}")
+    matrix = binned_layer(adata, parameters)
+    lower, upper, edges = bin_range(matrix.data, matrix.indptr, parameters.binning)
+    assert matrix.indices.tolist() == wanted["bin_indices"].tolist()
+    assert_close(lower, wanted["bin_lower"])
+    assert_close(upper, wanted["bin_upper"])
+    assert_close(np.insert(edges, 0, 0, axis=1), wanted["bin_edges"], rtol=1e-6)
+    assert (lower <= wanted["bin_actual_seed0"]).all() and (wanted["bin_actual_seed0"] <= upper).all()
+
+
+@pytest.mark.parametrize("name", ["nonzero", "allgenes"])
+def test_tokens_are_upstreams(name):
+    arrays = golden("tokenize")
+    binned, (n_cells, n_genes) = arrays["binned"], arrays["binned"].shape
+    matrix = sp.csr_matrix(binned.astype(np.float32))
+    if name == "allgenes":  # zeros are stored
+        every = np.tile(np.arange(n_genes), n_cells), np.arange(n_cells + 1) * n_genes
+        matrix = sp.csr_matrix((binned.ravel().astype(np.float32), *every), binned.shape)
+    tokens = tokenize(matrix, arrays["gene_ids"], cls_id=2501, cls_value=0)
+    present = np.arange(tokens.lengths.max()) < tokens.lengths[:, None]
+    for found, padding, wanted in ((tokens.genes, 2500, "genes"), (tokens.values, -2, "values")):
+        padded = np.full(present.shape, padding, found.dtype)
+        padded[present] = found
+        assert_close(padded, arrays[f"{name}_{wanted}"])
+
+
+# The steps
+
+
+def small(n_obs: int = 60, n_vars: int = 40, **changes) -> ad.AnnData:
+    adata = random_adata(n_obs, n_vars, **changes)
+    adata.obs["batch"] = np.where(np.arange(n_obs) % 2, "odd", "even")
+    return adata
+
+
+def prepared(adata: ad.AnnData, *, genes_only: bool = False, **parameters) -> ad.AnnData:
+    everything = {"filter_gene_by_counts": 0, "normalize_total": 0, "subset_hvg": 0}
+    return preprocess(adata.copy(), Parameters.create(everything, parameters), genes_only=genes_only)
+
+
+def totals(*sums: float) -> ad.AnnData:
+    """Two genes; the cells' (or, transposed, the genes') sums."""
+    return ad.AnnData(sp.csr_matrix([[s / 2, s / 2] for s in sums], dtype=np.float32))
+
+
+@pytest.mark.parametrize(("least", "kept"), [(0, 4), (1, 2), (3, 1), (True, 2), (False, 4)], ids=str)
+def test_gene_filter_keeps_sums_from_the_threshold(least, kept):
+    adata = totals(0, 0.5, 1, 3).T.copy()
+    adata.X = sp.csr_matrix(adata.X)
+    assert prepared(adata, filter_gene_by_counts=least).var_names.tolist() == ["0", "1", "2", "3"][4 - kept :]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "kept"),
+    [({}, 4), ({"filter_cell_by_counts": True}, 2), ({"min_cell_counts": 1}, 2), ({"min_cell_counts": 2.5}, 1)],
+    ids=str,
+)
+def test_cell_filter_keeps_sums_from_the_threshold(parameters, kept):
+    adata = prepared(totals(0, 0.5, 1, 3), **parameters)
+    assert adata.obs_names.tolist() == ["0", "1", "2", "3"][4 - kept :]
+
+
+def test_filters_come_before_normalising():
+    adata = ad.AnnData(sp.csr_matrix([[1.0, 8, 0], [1, 2, 6]], dtype=np.float32))
+    found = prepared(adata, filter_gene_by_counts=3, normalize_total=8)
+    assert_close(found.layers["X_normed"].toarray(), [[8, 0], [2, 6]])
+    assert_close(found.X.toarray(), [[8, 0], [2, 6]])
+
+
+def test_cut_keeps_layers_and_order():
+    adata = small()
+    cut = prepared(adata, normalize_total=100, log1p=True, subset_hvg=10)
+    uncut = prepared(adata, normalize_total=100, log1p=True)[:, cut.var_names]
+    assert 10 <= cut.n_vars < 15  # ties at the cut stay in
+    assert cut.var_names.tolist() == [name for name in adata.var_names if name in cut.var_names]
+    for layer in ("X_normed", "X_log1p"):
+        assert_close(cut.layers[layer].toarray(), uncut.layers[layer].toarray())
+
+
+@pytest.mark.parametrize("case", ["seed", "raw_v3"])
+def test_more_variable_genes_than_genes_keeps_all(case):
+    adata = preprocess(cells_of(case), parameters_of(case, subset_hvg=10**6))
+    assert adata.var_names.tolist() == preprocess(cells_of(case), parameters_of(case, subset_hvg=0)).var_names.tolist()
+
+
+@pytest.mark.parametrize(
+    ("keys", "steps"),
+    [
+        ({"result_normed_key": "n", "result_log1p_key": "l"}, ()),
+        ({"result_normed_key": "n", "result_log1p_key": ""}, ()),
+        ({"result_normed_key": "", "result_log1p_key": "l"}, ("normalize",)),
+        ({"result_normed_key": "", "result_log1p_key": ""}, ("normalize", "log1p")),
+    ],
+    ids=["both named", "log replaces the named layer", "normalised replaces X", "both replace X"],
+)
+def test_empty_result_key_changes_what_variable_genes_look_at(keys, steps):
+    adata = small(n_vars=200)
+    adata.X = adata.X.multiply(np.linspace(1, 30, adata.n_obs)[:, None]).tocsr()  # depths, so that normalising matters
+    wanted = adata.copy()
+    if "normalize" in steps:
+        sc.pp.normalize_total(wanted, target_sum=50)
+    if "log1p" in steps:
+        sc.pp.log1p(wanted)
+    sc.pp.highly_variable_genes(wanted, n_top_genes=20, flavor="cell_ranger", subset=True)
+    parameters = keys | {"normalize_total": 50, "log1p": True, "subset_hvg": 20}
+    found = prepared(adata, **parameters)
+    assert found.var_names.tolist() == wanted.var_names.tolist()
+    assert_close(found.X.toarray(), wanted.X.toarray(), rtol=1e-6)
+    assert prepared(adata, genes_only=True, **parameters).var_names.tolist() == wanted.var_names.tolist()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "wanted"),
+    [
+        ({}, "X"),
+        ({"normalize_total": 50}, "X_normed"),
+        ({"normalize_total": 50, "result_normed_key": ""}, "X"),
+        ({"normalize_total": 50, "log1p": True}, "X_log1p"),
+        ({"normalize_total": 50, "log1p": True, "result_log1p_key": ""}, "X_normed"),
+        ({"log1p": True}, "X_log1p"),
+        ({"use_key": "counts"}, "counts"),
+    ],
+    ids=str,
+)
+def test_the_last_layer_is_binned(parameters, wanted):
+    adata = small()
+    adata.layers["counts"] = adata.X * 3
+    found = prepared(adata, **parameters)
+    layer = found.X if wanted == "X" else found.layers[wanted]
+    assert_close(binned_layer(found, Parameters(**{"normalize_total": 0} | parameters)).toarray(), layer.toarray())
+
+
+def test_log_layer_leaves_the_normalised_one_alone():
+    found = prepared(small(), normalize_total=50, log1p=True)
+    assert_close(found.layers["X_log1p"].toarray(), np.log1p(found.layers["X_normed"].toarray()), rtol=1e-6)
+    assert_close(found.layers["X_normed"].sum(axis=1), np.full((60, 1), 50), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"filter_gene_by_counts": 10**6}, "no gene reaches filter_gene_by_counts 1000000"),
+        ({"min_cell_counts": 1e6}, r"no cell reaches 1e\+06 counts"),
+        ({"use_key": "counts"}, "use_key 'counts' is no layer of the row; layers: none"),
+        ({"subset_hvg": 10, "batch_key": "lane"}, "batch_key 'lane' is no column of obs: 'donor', .*'batch'"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_cannot_be_prepared_is_named(parameters, message):
+    with pytest.raises(PreprocessError, match=message):
+        prepared(small(), **parameters)
+
+
+def test_too_few_cells_for_variable_genes_are_named():
+    with pytest.raises(
+        PreprocessError, match=r"cannot choose 10 variable genes \(cell_ranger\) from 1 cells × 40 genes"
+    ):
+        prepared(small(1), subset_hvg=10)
+
+
+# Bins
+
+
+def reference_bins(row: np.ndarray, n_bins: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Upstream's binning of one cell, as it is written there."""
+    edges = np.quantile(row, np.linspace(0, 1, n_bins - 1)) if len(row) else np.zeros(n_bins - 1)
+    high, low = np.digitize(row, edges), np.digitize(row, edges, right=True)
+    return np.where(low == high, high, low + 1), high, edges
+
+
+def ragged(*cells: list, dtype=np.float32) -> tuple[np.ndarray, np.ndarray]:
+    """Values one after the other, and where each cell starts."""
+    return np.concatenate([np.asarray(c, dtype) for c in cells]), np.cumsum([0, *map(len, cells)])
+
+
+@pytest.mark.parametrize("n_bins", [2, 3, 51])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_bins_equal_numpys_cell_by_cell(dtype, n_bins):
+    rng = np.random.default_rng(5)
+    lengths = [0, 1, 2, 49, 50, 51, 52, 400, 0]
+    cells = [rng.gamma(1, 3, n).astype(dtype) for n in lengths]  # no ties
+    cells += [rng.poisson(2, n).astype(dtype) + 1 for n in lengths]  # many
+    cells += [np.log1p(rng.poisson(2, n) + 1).astype(dtype) for n in lengths] + [np.full(7, 0.1, dtype)]
+    values, indptr = ragged(*cells, dtype=dtype)
+    lower, upper, edges = bin_range(values, indptr, n_bins)
+    for i, cell in enumerate(cells):
+        part = slice(indptr[i], indptr[i + 1])
+        for found, wanted in zip((lower[part], upper[part], edges[i]), reference_bins(cell, n_bins), strict=True):
+            assert_close(found, wanted)
+
+
+def test_bins_do_not_depend_on_the_block(monkeypatch):
+    adata = small(30, 50)
+    whole = bin_range(adata.X.data, adata.X.indptr)
+    monkeypatch.setattr("scgpt_batch.preprocess.BLOCK", 60)
+    for found, wanted in zip(bin_range(adata.X.data, adata.X.indptr), whole, strict=True):
+        assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("cells", [[[]], [[], []], []], ids=["one empty cell", "two", "no cell"])
+def test_cells_without_values_have_no_bins(cells):
+    lower, upper, edges = bin_range(*(ragged(*cells) if cells else (np.empty(0, np.float32), np.zeros(1, int))))
+    assert len(lower) == len(upper) == 0
+    assert_close(edges, np.zeros((len(cells), 50)))
+
+
+def bin_table(adata: ad.AnnData, **parameters) -> pd.DataFrame:
+    """Bins as a table cells × genes, to be compared by name."""
+    x = adata.X
+    hashes = gene_hash(adata.var_names.to_numpy())[x.indices]
+    bins = bin_values(x.data, x.indptr, hashes, Parameters(**parameters), n_bins=51)
+    return pd.DataFrame(sp.csr_matrix((bins, x.indices, x.indptr), x.shape).toarray(), adata.obs_names, adata.var_names)
+
+
+def test_ties_take_the_bin_that_is_asked_for():
+    adata = small()
+    lower, upper, _ = bin_range(adata.X.data, adata.X.indptr)
+    for tie_break, wanted in (("lower", lower), ("upper", upper)):
+        assert_close(bin_table(adata, tie_break=tie_break).to_numpy()[adata.X.nonzero()], wanted)
+    drawn = bin_table(adata).to_numpy()[adata.X.nonzero()]
+    assert (lower <= drawn).all() and (drawn <= upper).all()
+    assert (lower < drawn).any() and (drawn < upper).any()
+
+
+def test_ties_are_drawn_uniformly():
+    adata = ad.AnnData(sp.csr_matrix(np.ones((1, 5000), np.float32)))
+    counts = np.bincount(bin_table(adata).to_numpy().ravel(), minlength=51)
+    assert counts[0] == 0
+    assert ((counts[1:] - 100) ** 2 / 100).sum() < 86, "chi-squared with 49 degrees of freedom: beyond 1 in 1000"
+
+
+def cells_elsewhere() -> dict[str, ad.AnnData]:
+    adata = small(20, 30)
+    order = np.random.default_rng(1).permutation
+    others = random_adata(9, 30, seed=8)
+    others.obs_names = [f"other {i}" for i in range(9)]
+    return {
+        "genes permuted": adata[:, order(30)].copy(),
+        "cells permuted": adata[order(20)].copy(),
+        "cells beside": ad.concat([others, adata, others[:3].copy()], index_unique=None),
+        "cell alone": adata[7].copy(),
+        "genes it lacks left out": adata[[3, 4], np.flatnonzero(adata[[3, 4]].X.sum(axis=0))].copy(),
+        "in double precision": ad.AnnData(adata.X.astype(np.float64), obs=adata.obs, var=adata.var),
+    }
+
+
+@pytest.mark.parametrize("where", cells_elsewhere())
+def test_a_cell_has_the_same_bins_wherever_it_is(where):
+    wanted, found = bin_table(small(20, 30)), bin_table(cells_elsewhere()[where])
+    cells = [cell for cell in wanted.index if cell in found.index]
+    assert cells
+    pd.testing.assert_frame_equal(found.loc[cells, :], wanted.loc[cells, found.columns])
+
+
+def noise_of(adata: ad.AnnData, seed: int = 0, stream: int = 0) -> np.ndarray:
+    hashes = gene_hash(adata.var_names.to_numpy())[adata.X.indices]
+    return cell_noise(adata.X.data, adata.X.indptr, hashes, seed, stream=stream)
+
+
+def test_bins_change_with_the_seed():
+    adata = small(20, 30)
+    first, *others = (bin_table(adata, seed=seed) for seed in (0, 1, 2**63 - 1))
+    assert not any((first == other).all(axis=1).any() for other in others)
+
+
+def test_every_draw_of_a_cell_changes_with_its_content():
+    adata, other = random_adata(20, 30), random_adata(20, 30)
+    other.X.data[0] += 1
+    same = noise_of(adata) == noise_of(other)
+    assert not same[: adata.X.indptr[1]].any()
+    assert same[adata.X.indptr[1] :].all()
+
+
+def test_every_draw_of_a_cell_changes_with_a_genes_name():
+    adata, other = random_adata(1, 30), random_adata(1, 30)
+    other.var_names = [f"{name}_2" if i == adata.X.indices[0] else name for i, name in enumerate(adata.var_names)]
+    assert not (noise_of(adata) == noise_of(other)).any()
+
+
+def test_noise_is_uniform_and_its_streams_differ():
+    adata = random_adata(200, 150)
+    first, second = noise_of(adata), noise_of(adata, stream=1)
+    assert first.min() >= 0 and first.max() < 1
+    assert len(np.unique(first)) == len(first)
+    assert_close(np.histogram(first, 10, (0, 1))[0] / len(first), np.full(10, 0.1), atol=0.02)
+    assert_close(np.corrcoef(first, second)[0, 1], 0, atol=0.03)
+
+
+def test_gene_hashes_are_the_same_in_every_process():
+    # a change here changes every random draw
+    assert gene_hash(np.array(["CD3D", "β"])).tolist() == [12462208748712996712, 15427765383747918551]
+
+
+# Tokens
+
+
+def test_tokens_start_with_cls_and_keep_the_order():
+    matrix = sp.csr_matrix(np.array([[0, 3, 1], [0, 0, 0], [2, 0, 0]], np.float32))
+    tokens = tokenize(matrix, np.array([7, 5, 6]), cls_id=9, cls_value=-2)
+    assert tokens.genes.tolist() == [9, 5, 6, 9, 9, 7]
+    assert tokens.values.tolist() == [-2, 3, 1, -2, -2, 2]
+    assert tokens.lengths.tolist() == [3, 1, 2]
+
+
+def test_tokens_left_out_are_left_out():
+    matrix = sp.csr_matrix(np.array([[4, 3, 1], [0, 2, 0], [2, 0, 5]], np.float32))
+    keep = np.array([False, True, True, False, True, False])
+    tokens = tokenize(matrix, np.array([7, 5, 6]), cls_id=9, cls_value=-2, keep=keep)
+    assert tokens.genes.tolist() == [9, 5, 6, 9, 9, 7]
+    assert tokens.values.tolist() == [-2, 3, 1, -2, -2, 2]
+    assert tokens.lengths.tolist() == [3, 1, 2]
+
+
+def kept_genes(adata: ad.AnnData, max_length: int, seed: int = 0) -> dict[str, set[str]]:
+    """The genes that each cell keeps when it is sampled."""
+    x = adata.X
+    hashes = gene_hash(adata.var_names.to_numpy())[x.indices]
+    keep = sample_long_cells(x.indptr, cell_noise(x.data, x.indptr, hashes, seed, stream=1), max_length)
+    cells = np.repeat(np.arange(adata.n_obs), np.diff(x.indptr))
+    return {name: set(adata.var_names[x.indices[keep & (cells == i)]]) for i, name in enumerate(adata.obs_names)}
+
+
+def test_long_cells_keep_max_length_and_short_ones_all():
+    adata = small(20, 30)
+    lengths = np.diff(adata.X.indptr)
+    kept = kept_genes(adata, max_length=10)
+    assert lengths.min() < 9 < lengths.max()
+    assert [len(genes) for genes in kept.values()] == np.minimum(lengths, 9).tolist()
+
+
+def test_nothing_is_sampled_when_no_cell_is_longer():
+    indptr = np.array([0, 4, 4, 9])
+    assert sample_long_cells(indptr, np.zeros(9), max_length=6) is None
+    assert sample_long_cells(indptr, np.linspace(1, 0, 9), max_length=5).tolist() == [True] * 4 + [False] + [True] * 4
+
+
+@pytest.mark.parametrize("where", cells_elsewhere())
+def test_a_cell_is_sampled_the_same_wherever_it_is(where):
+    wanted, found = kept_genes(small(20, 30), 6), kept_genes(cells_elsewhere()[where], 6)
+    assert {cell: genes for cell, genes in found.items() if cell in wanted}.items() <= wanted.items()
+
+
+def test_samples_change_with_the_seed():
+    adata = random_adata(20, 300)
+    first, second = (kept_genes(adata, 20, seed) for seed in (0, 1))
+    assert all(first[cell] != second[cell] for cell in first)
+
+
+# Warnings and names
+
+
+@pytest.mark.parametrize(
+    ("values", "data_is_raw", "warning"),
+    [
+        ([1, 2, 31], False, "data_is_raw is false, but X looks like counts (values from 1 to 31)"),
+        ([1, 2, 3], False, "data_is_raw is false, but X looks like counts (values from 1 to 3)"),
+        ([0.5, 31], False, "data_is_raw is false, but X looks like counts (values from 0.5 to 31)"),
+        ([0.5, 30], True, "data_is_raw is true, but X looks log-transformed (values from 0.5 to 30)"),
+        ([0.5, 30], False, None),
+        ([1, 2, 31], True, None),
+        ([], False, None),
+        ([], True, None),
+    ],
+)
+def test_values_that_contradict_data_is_raw_are_told(values, data_is_raw, warning):
+    x = sp.csr_matrix((np.array(values, np.float32), np.arange(len(values)), [0, len(values)]), (1, 4))
+    assert value_warning(ad.AnnData(x), data_is_raw=data_is_raw) == warning
+
+
+SYMBOLS = Vocabulary({"CD3D": 0, "LYZ": 1, "NKG7": 2})
+ENSEMBL = ["ENSG00000167286.9", "ENSG00000090382", "ENSG00000105374.14"]
+
+
+def chosen(names: list, vocabulary: Vocabulary = SYMBOLS, **columns) -> tuple[list, str | None]:
+    found, warning = gene_names(pd.DataFrame(columns, index=names), vocabulary)
+    return found.tolist(), warning
+
+
+@pytest.mark.parametrize("column", SYMBOL_COLUMNS)
+def test_ensembl_ids_are_mapped_by_a_symbol_column(column):
+    names, warning = chosen(ENSEMBL, **{column: pd.Categorical(["CD3D", None, "NKG7"])})
+    assert names == ["CD3D", ENSEMBL[1], "NKG7"]
+    assert warning == f"Ensembl ids mapped to symbols by var column '{column}'"
+
+
+def test_versions_are_dropped_for_a_vocabulary_of_ids():
+    names, warning = chosen(ENSEMBL[::2], Vocabulary({"ENSG00000167286": 0}))
+    assert names == ["ENSG00000167286", "ENSG00000105374"]
+    assert warning == "version numbers of Ensembl ids dropped"
+
+
+def test_ensembl_ids_without_symbols_are_told():
+    names, warning = chosen(ENSEMBL, description=["a", "b", "c"])
+    assert names == ENSEMBL
+    assert "names look like Ensembl ids" in warning and "gene_symbol" in warning
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["CD3D", "LYZ", "XIST"], ["cd3d", "lyz"], [*ENSEMBL, "LYZ"], [ENSEMBL[0], "A", "B"], []],
+    ids=["symbols", "unknown symbols", "ids and a known symbol", "few ids", "none"],
+)
+def test_other_names_are_left_alone(names):
+    assert chosen(names, gene_symbol=["NKG7"] * len(names)) == (names, None)
+
+
+def test_mouse_ids_are_ensembl_ids():
+    assert chosen(["ENSMUSG00000032094"], gene_symbol=["CD3D"])[0] == ["CD3D"]
+
+
+def test_group_labels_are_strings():
+    adata = small(4)
+    assert group_labels(adata, "kept").tolist() == [str(v) for v in adata.obs["kept"]]
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [("lane", "group_by 'lane' is no column of adata_obs: 'donor', "), ("score", "'score' is null for 1 .* 'CELL1-1'")],
+)
+def test_cells_without_group_are_named(column, message):
+    with pytest.raises(PayloadError, match=message):
+        group_labels(small(4), column)

@@ -1,0 +1,230 @@
+"""What registering leaves in MLflow, how a model is found again, and that its requirements are all it needs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import mlflow
+import pytest
+import torch
+from helpers import assert_close
+
+import scgpt_batch
+from scgpt_batch import registry
+from scgpt_batch.errors import CheckpointError, ConfigError
+from scgpt_batch.model import checkpoint_digest, load_checkpoint
+from scgpt_batch.parameters import Parameters
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = Path(__file__).parent / "data" / "golden"
+DIGEST = checkpoint_digest(GOLDEN / "checkpoint_flash")
+
+
+@pytest.fixture(scope="module")
+def tracking(tmp_path_factory):
+    """An MLflow of this file's own, in sqlite."""
+    folder, before = tmp_path_factory.mktemp("mlflow"), mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
+    mlflow.create_experiment("tests", artifact_location=(folder / "artifacts").as_uri())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_EXPERIMENT_NAME", "tests")
+        yield folder
+    mlflow.set_tracking_uri(before)
+
+
+@pytest.fixture(scope="module")
+def registered(tracking):
+    return registry.register(str(GOLDEN / "checkpoint_flash"), "scgpt", alias="champion")
+
+
+def runs():
+    return mlflow.search_runs(experiment_names=["tests"], output_format="list")
+
+
+# What is left in MLflow
+
+
+def test_the_version_says_what_it_holds(registered):
+    version = mlflow.MlflowClient().get_model_version("scgpt", registered.version)
+    tensors = len(load_checkpoint(GOLDEN / "checkpoint_flash").tensors)
+    assert version.tags["checkpoint_digest"] == registered.digest == DIGEST
+    assert version.tags["tensors_loaded"] == f"{tensors} of {tensors}"
+    assert version.tags["package_version"] == scgpt_batch.__version__
+    assert version.tags["run_id"] in {run.info.run_id for run in runs()}
+    assert DIGEST in version.description
+
+
+def test_the_run_holds_a_model_card(registered):
+    run_id = mlflow.MlflowClient().get_model_version("scgpt", registered.version).tags["run_id"]
+    card = mlflow.artifacts.load_text(f"runs:/{run_id}/model_card.md")
+    for fact in (DIGEST, "| embedding width d | 64 |", "3, 4, 128", "2503 tokens", "static", "contextual", "cell"):
+        assert fact in card
+
+
+def test_nothing_in_the_model_is_a_pickle_that_can_run_code(registered):
+    files = [path for path in registered.folder.rglob("*") if path.is_file()]
+    assert not [path for path in files if path.suffix in (".pkl", ".pickle", ".joblib", ".pyc")]
+    assert [path for path in files if path.suffix == ".pt"] == [registered.checkpoint / "best_model.pt"]
+    assert torch.load(registered.checkpoint / "best_model.pt", weights_only=True)
+    flavor = mlflow.models.Model.load(str(registered.folder)).flavors["python_function"]
+    assert Path(flavor["model_code_path"]).name == "pyfunc.py" and "python_model" not in flavor
+
+
+def test_the_model_carries_its_code_and_its_checkpoint_unchanged(registered):
+    assert checkpoint_digest(registered.checkpoint) == DIGEST
+    shipped = registered.folder / "code" / "scgpt_batch"
+    ours = Path(scgpt_batch.__file__).parent
+    assert {path.relative_to(shipped) for path in shipped.rglob("*.py")} == {
+        path.relative_to(ours) for path in ours.rglob("*.py")
+    }
+
+
+def test_requirements_are_public_pinned_and_without_spark(registered):
+    lines = (registered.folder / "requirements.txt").read_text().split()
+    names = [line.split("==")[0] for line in lines]
+    assert sorted(names) == sorted(registry.REQUIREMENTS)
+    assert all("==" in line and "+" not in line for line in lines)
+    assert not {"pyspark", "delta-spark", "scgpt_batch", "scgpt-batch"} & set(names)
+
+
+def test_another_registration_is_another_version_and_takes_the_alias(registered):
+    second = registry.register(str(GOLDEN / "checkpoint_torch"), "moved", alias="champion")
+    third = registry.register(str(GOLDEN / "checkpoint_flash"), "moved", alias="champion")
+    assert (second.version, third.version) == ("1", "2")
+    assert registry.resolve("models:/moved@champion") == third
+    assert registry.resolve("models:/moved/1") == second
+
+
+def copy_without_layer(folder):
+    state = torch.load(GOLDEN / "checkpoint_flash" / "best_model.pt", weights_only=True)
+    del state["transformer_encoder.layers.1.norm1.weight"]
+    torch.save(state, folder / "best_model.pt")
+    for name in ("args.json", "vocab.json"):
+        (folder / name).write_bytes((GOLDEN / "checkpoint_flash" / name).read_bytes())
+    return folder
+
+
+def test_a_bad_checkpoint_logs_nothing(registered, tmp_path):
+    before = len(runs())
+    with pytest.raises(CheckpointError, match=r"layers\.1\.norm1\.weight"):
+        registry.register(str(copy_without_layer(tmp_path)), "broken")
+    with pytest.raises(CheckpointError, match="no checkpoint folder"):
+        registry.register("/nowhere", "broken")
+    assert len(runs()) == before
+    assert not mlflow.MlflowClient().search_registered_models("name = 'broken'")
+
+
+@pytest.mark.parametrize("name", ["", "with/slash", "with:colon"])
+def test_a_name_that_mlflow_refuses_is_a_config_error(registered, name):
+    with pytest.raises(ConfigError, match="did not register"):
+        registry.register(str(GOLDEN / "checkpoint_flash"), name)
+
+
+# Finding it again
+
+
+def test_an_alias_is_resolved_to_its_version(registered):
+    found = registry.resolve("models:/scgpt@champion")
+    assert (found.uri, found.name, found.version) == (f"models:/scgpt/{registered.version}", "scgpt", "1")
+    assert found == registered
+    assert (found.config.embsize, found.config.nlayers) == (64, 3)
+
+
+def test_a_path_is_a_model_too(registered):
+    found = registry.resolve(str(registered.folder))
+    assert found.digest == DIGEST
+    assert found.version == DIGEST[:12]
+    assert found.name == registered.folder.name
+
+
+def test_a_model_is_loaded_once_however_it_is_named(registered):
+    assert registry.load(registered) is registry.load("models:/scgpt@champion")
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "models:/nothing/1",
+        "models:/scgpt/99",
+        "models:/scgpt@nobody",
+        "models:/nothing@champion",
+        "models:/scgpt",
+        "models:/scgpt/latest",
+        "models:/",
+        "models:/@",
+        "models://scgpt/1",
+        "/no/such/folder",
+        "scgpt",
+        "",
+        "runs:/abc/model",
+        "s3://bucket/model",
+    ],
+)
+def test_what_is_no_model_is_a_config_error_in_one_line(registered, uri):
+    with pytest.raises(ConfigError) as refused:
+        registry.resolve(uri)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_model_of_someone_else_is_refused(registered, tmp_path):
+    class Theirs(mlflow.pyfunc.PythonModel):
+        def predict(self, context, model_input, params=None):
+            return model_input
+
+    mlflow.pyfunc.save_model(tmp_path / "theirs", python_model=Theirs(), pip_requirements=[])
+    with pytest.raises(ConfigError, match="no model that scgpt-batch register made"):
+        registry.resolve(str(tmp_path / "theirs"))
+
+
+@pytest.mark.parametrize("text", ["", "{", "flavors: {}", "just words"])
+def test_a_broken_mlmodel_file_is_a_config_error(text, tmp_path):
+    (tmp_path / "MLmodel").write_text(text)
+    with pytest.raises(ConfigError, match="no model that scgpt-batch register made") as refused:
+        registry.resolve(str(tmp_path))
+    assert "\n" not in str(refused.value)
+
+
+# Alone in the world
+
+ASK = """
+import importlib.util, json, sys
+import mlflow, pandas as pd
+assert importlib.util.find_spec("pyspark") is None and importlib.util.find_spec("scgpt_batch") is None
+model, rows = mlflow.pyfunc.load_model(sys.argv[1]), pd.DataFrame(json.load(sys.stdin))
+static, cell = (model.predict(rows, params={"need_preprocess": False, "mode": mode}) for mode in ("static", "cell"))
+vectors = {"static": static["gene_embeddings"][0], "cell": cell["cell_embeddings"][0]}
+print(json.dumps({mode: [vector.tolist() for vector in found] for mode, found in vectors.items()}))
+"""
+
+
+@pytest.fixture(scope="module")
+def lonely(registered, tmp_path_factory):
+    """A Python that has the model's requirements and nothing else."""
+    folder = tmp_path_factory.mktemp("lonely")
+    uv = str(Path(sys.prefix) / "bin" / "uv")
+    subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, folder], check=True)
+    needs = ["-r", registered.folder / "requirements.txt", "-c", ROOT / "constraints.txt"]
+    subprocess.run([uv, "pip", "install", "--quiet", "--python", folder / "bin" / "python", *needs], check=True)
+    return folder / "bin" / "python"
+
+
+def test_the_model_answers_where_only_its_requirements_are(registered, lonely, tmp_path):
+    example = mlflow.models.Model.load(str(registered.folder)).load_input_example()
+    rows = example.astype(object).where(example.notna(), None)
+    done = subprocess.run(
+        [lonely, "-c", ASK, registered.folder],
+        input=json.dumps(rows.to_dict("records")),
+        cwd=tmp_path,
+        env={name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "MLFLOW"))},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    theirs = json.loads(done.stdout.splitlines()[-1])
+    ours = registry.load(registered)
+    for mode, found in theirs.items():
+        answer = ours.embed(rows.iloc[0].to_dict(), Parameters(need_preprocess=False, mode=mode))
+        assert_close(found, answer.embeddings, atol=1e-6)
