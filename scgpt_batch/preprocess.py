@@ -85,12 +85,12 @@ def preprocess(adata: ad.AnnData, parameters: Parameters, *, genes_only: bool = 
 def binned_layer(adata: ad.AnnData, parameters: Parameters) -> sp.csr_matrix:
     """Return the matrix that upstream bins: the last layer that `preprocess` made (or X)."""
     p = parameters
-    key = p.use_key
+    layer = None if p.use_key == "X" else p.use_key  # a result key "X" is a layer of that name, as upstream
     if p.normalize_total:
-        key = p.result_normed_key or key
+        layer = p.result_normed_key or layer
     if p.log1p:
-        key = p.result_log1p_key or key
-    return sp.csr_matrix(adata.X if key == "X" else adata.layers[key])
+        layer = p.result_log1p_key or layer
+    return sp.csr_matrix(adata.X if layer is None else adata.layers[layer])
 
 
 def value_warning(adata: ad.AnnData, *, data_is_raw: bool) -> str | None:
@@ -335,6 +335,8 @@ def _set_layer(adata: ad.AnnData, layer: str | None, matrix: sp.csr_matrix) -> N
 def _cut_to_variable_genes(adata: ad.AnnData, p: Parameters) -> None:
     if p.batch_key and p.batch_key not in adata.obs:
         raise PreprocessError(f"batch_key {p.batch_key!r} is no column of obs: {_columns(adata.obs)}")
+    if p.hvg_flavor.startswith("seurat_v3"):
+        _refuse_too_few_points(adata, p)
     try:
         sc.pp.highly_variable_genes(
             adata, n_top_genes=p.subset_hvg, batch_key=p.batch_key or None, flavor=p.hvg_flavor, subset=True
@@ -346,6 +348,20 @@ def _cut_to_variable_genes(adata: ad.AnnData, p: Parameters) -> None:
             f"cells: {str(exc).splitlines()[0]}"
         ) from exc
     _refuse_empty(adata, "no variable gene is left")
+
+
+def _refuse_too_few_points(adata: ad.AnnData, p: Parameters) -> None:
+    """scikit-misc's LOESS fit kills the process when its span (0.3) covers no point: fewer than 4 varying genes."""
+    batches = adata.obs[p.batch_key].astype(str).to_numpy() if p.batch_key else np.zeros(adata.n_obs)
+    for batch in pd.unique(batches):
+        x = sp.csc_matrix(adata.X[np.flatnonzero(batches == batch)])
+        varying = (x.max(axis=0) != x.min(axis=0)).getnnz()
+        if varying < 4:
+            where = f" of batch {batch!r}" if p.batch_key else ""
+            raise PreprocessError(
+                f"scanpy cannot choose {p.subset_hvg} variable genes ({p.hvg_flavor}) from {x.shape[0]} cells × "
+                f"{x.shape[1]} genes{where}: {varying} genes vary between the cells, at least 4 must"
+            )
 
 
 def _refuse_empty(adata: ad.AnnData, why: str) -> None:

@@ -17,13 +17,13 @@ def assert_close(found: Any, wanted: Any, *, atol: float = 0.0, rtol: float = 0.
     difference = np.where(same, 0.0, np.inf)
     np.subtract(found, wanted, out=difference, where=~same & np.isfinite(found) & np.isfinite(wanted))
     difference = np.abs(difference)
-    excess = difference - np.where(np.isfinite(wanted), atol + rtol * np.abs(wanted), 0.0)
+    excess = difference - (atol + rtol * np.abs(np.nan_to_num(wanted, posinf=0, neginf=0)))
     if (excess > 0).any():
         at = np.unravel_index(np.argmax(np.where(excess > 0, difference, -1.0)), found.shape)
         place = tuple(map(int, at))
         raise AssertionError(
             f"{int((excess > 0).sum())} of {found.size} differ by more than atol {atol:g}, rtol {rtol:g}; largest "
-            f"difference {difference[at]:g} at {place}: found {found[at]!r}, wanted {wanted[at]!r}"
+            f"difference {difference[at]:g} at {place}: found {found[at]}, wanted {wanted[at]}"
         )
 
 

@@ -256,8 +256,9 @@ def test_more_variable_genes_than_genes_keeps_all(case):
         ({"result_normed_key": "n", "result_log1p_key": ""}, ()),
         ({"result_normed_key": "", "result_log1p_key": "l"}, ("normalize",)),
         ({"result_normed_key": "", "result_log1p_key": ""}, ("normalize", "log1p")),
+        ({"normalize_total": 0, "result_log1p_key": ""}, ("log1p",)),
     ],
-    ids=["both named", "log replaces the named layer", "normalised replaces X", "both replace X"],
+    ids=["both named", "log replaces the named layer", "normalised replaces X", "both replace X", "log replaces X"],
 )
 def test_empty_result_key_changes_what_variable_genes_look_at(keys, steps):
     adata = small(n_vars=200)
@@ -268,7 +269,7 @@ def test_empty_result_key_changes_what_variable_genes_look_at(keys, steps):
     if "log1p" in steps:
         sc.pp.log1p(wanted)
     sc.pp.highly_variable_genes(wanted, n_top_genes=20, flavor="cell_ranger", subset=True)
-    parameters = keys | {"normalize_total": 50, "log1p": True, "subset_hvg": 20}
+    parameters = {"normalize_total": 50, "log1p": True, "subset_hvg": 20} | keys
     found = prepared(adata, **parameters)
     assert found.var_names.tolist() == wanted.var_names.tolist()
     assert_close(found.X.toarray(), wanted.X.toarray(), rtol=1e-6)
@@ -296,6 +297,12 @@ def test_the_last_layer_is_binned(parameters, wanted):
     assert_close(binned_layer(found, Parameters(**{"normalize_total": 0} | parameters)).toarray(), layer.toarray())
 
 
+def test_result_key_x_is_a_layer_of_that_name():
+    parameters = {"normalize_total": 50, "result_normed_key": "X"}
+    found = prepared(small(), **parameters)
+    assert_close(binned_layer(found, Parameters(**parameters)).sum(axis=1), np.full((60, 1), 50), rtol=1e-5)
+
+
 def test_log_layer_leaves_the_normalised_one_alone():
     found = prepared(small(), normalize_total=50, log1p=True)
     assert_close(found.layers["X_log1p"].toarray(), np.log1p(found.layers["X_normed"].toarray()), rtol=1e-6)
@@ -315,6 +322,17 @@ def test_log_layer_leaves_the_normalised_one_alone():
 def test_what_cannot_be_prepared_is_named(parameters, message):
     with pytest.raises(PreprocessError, match=message):
         prepared(small(), **parameters)
+
+
+@pytest.mark.parametrize(
+    ("n_obs", "batch_key", "message"),
+    [(1, "", "from 1 cells × 40 genes: 0 genes vary"), (5, "donor", "from 1 cells × 40 genes of batch 'donor 2': 0")],
+    ids=["one cell", "one cell in a batch"],
+)
+def test_too_few_points_for_seurat_v3_are_named(n_obs, batch_key, message):
+    # scanpy's fit would kill the process
+    with pytest.raises(PreprocessError, match=message):
+        prepared(small(n_obs), subset_hvg=10, hvg_flavor="seurat_v3", batch_key=batch_key)
 
 
 def test_too_few_cells_for_variable_genes_are_named():
@@ -395,24 +413,26 @@ def test_ties_are_drawn_uniformly():
     assert ((counts[1:] - 100) ** 2 / 100).sum() < 86, "chi-squared with 49 degrees of freedom: beyond 1 in 1000"
 
 
-def cells_elsewhere() -> dict[str, ad.AnnData]:
-    adata = small(20, 30)
-    order = np.random.default_rng(1).permutation
-    others = random_adata(9, 30, seed=8)
-    others.obs_names = [f"other {i}" for i in range(9)]
-    return {
-        "genes permuted": adata[:, order(30)].copy(),
-        "cells permuted": adata[order(20)].copy(),
-        "cells beside": ad.concat([others, adata, others[:3].copy()], index_unique=None),
-        "cell alone": adata[7].copy(),
-        "genes it lacks left out": adata[[3, 4], np.flatnonzero(adata[[3, 4]].X.sum(axis=0))].copy(),
-        "in double precision": ad.AnnData(adata.X.astype(np.float64), obs=adata.obs, var=adata.var),
-    }
+def strangers(n_obs: int, seed: int) -> ad.AnnData:
+    adata = small(n_obs, 30, seed=seed)
+    adata.obs_names = [f"stranger {seed}.{i}" for i in range(n_obs)]
+    return adata
 
 
-@pytest.mark.parametrize("where", cells_elsewhere())
-def test_a_cell_has_the_same_bins_wherever_it_is(where):
-    wanted, found = bin_table(small(20, 30)), bin_table(cells_elsewhere()[where])
+ORDER = np.random.default_rng(1).permutation(30)
+ELSEWHERE = {
+    "genes permuted": lambda adata: adata[:, ORDER].copy(),
+    "cells permuted": lambda adata: adata[ORDER[ORDER < 20]].copy(),
+    "other cells beside": lambda adata: ad.concat([strangers(9, 8), adata, strangers(3, 9)]),
+    "alone": lambda adata: adata[7].copy(),
+    "without genes it lacks": lambda adata: adata[[3, 4], np.flatnonzero(adata.X[[3, 4]].sum(axis=0))].copy(),
+    "in double precision": lambda adata: ad.AnnData(adata.X.astype(np.float64), obs=adata.obs, var=adata.var),
+}
+
+
+@pytest.mark.parametrize("move", ELSEWHERE.values(), ids=ELSEWHERE)
+def test_a_cell_has_the_same_bins_wherever_it_is(move):
+    wanted, found = bin_table(small(20, 30)), bin_table(move(small(20, 30)))
     cells = [cell for cell in wanted.index if cell in found.index]
     assert cells
     pd.testing.assert_frame_equal(found.loc[cells, :], wanted.loc[cells, found.columns])
@@ -469,12 +489,12 @@ def test_tokens_start_with_cls_and_keep_the_order():
 
 
 def test_tokens_left_out_are_left_out():
-    matrix = sp.csr_matrix(np.array([[4, 3, 1], [0, 2, 0], [2, 0, 5]], np.float32))
-    keep = np.array([False, True, True, False, True, False])
+    matrix = sp.csr_matrix(np.array([[4, 3, 1], [0, 2, 0], [2, 0, 5], [0, 0, 6]], np.float32))
+    keep = np.array([False, True, True, False, True, False, False])
     tokens = tokenize(matrix, np.array([7, 5, 6]), cls_id=9, cls_value=-2, keep=keep)
-    assert tokens.genes.tolist() == [9, 5, 6, 9, 9, 7]
-    assert tokens.values.tolist() == [-2, 3, 1, -2, -2, 2]
-    assert tokens.lengths.tolist() == [3, 1, 2]
+    assert tokens.genes.tolist() == [9, 5, 6, 9, 9, 7, 9]
+    assert tokens.values.tolist() == [-2, 3, 1, -2, -2, 2, -2]
+    assert tokens.lengths.tolist() == [3, 1, 2, 1]
 
 
 def kept_genes(adata: ad.AnnData, max_length: int, seed: int = 0) -> dict[str, set[str]]:
@@ -500,10 +520,11 @@ def test_nothing_is_sampled_when_no_cell_is_longer():
     assert sample_long_cells(indptr, np.linspace(1, 0, 9), max_length=5).tolist() == [True] * 4 + [False] + [True] * 4
 
 
-@pytest.mark.parametrize("where", cells_elsewhere())
-def test_a_cell_is_sampled_the_same_wherever_it_is(where):
-    wanted, found = kept_genes(small(20, 30), 6), kept_genes(cells_elsewhere()[where], 6)
-    assert {cell: genes for cell, genes in found.items() if cell in wanted}.items() <= wanted.items()
+@pytest.mark.parametrize("move", ELSEWHERE.values(), ids=ELSEWHERE)
+def test_a_cell_is_sampled_the_same_wherever_it_is(move):
+    wanted, found = kept_genes(small(20, 30), 6), kept_genes(move(small(20, 30)), 6)
+    cells = wanted.keys() & found.keys()
+    assert cells and all(found[cell] == wanted[cell] for cell in cells)
 
 
 def test_samples_change_with_the_seed():
