@@ -189,7 +189,7 @@ class Embedder:
         if parameters.mode != "static":
             raise PayloadError(f"the row is empty: mode {parameters.mode!r} needs cells")
         genes = np.array(self.vocabulary.tokens, dtype=object)
-        kept = np.isin(genes, parameters.genes) if parameters.genes else np.ones(len(genes), bool)
+        kept = _restrict(genes, parameters)
         n_cells = np.zeros(int(kept.sum()), np.int32)
         return Answer(genes=genes[kept].tolist(), n_cells=n_cells, gene_embeddings=self.gene_table[kept])
 

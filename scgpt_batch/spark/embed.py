@@ -167,12 +167,17 @@ def _pending(job: Job, rows: DataFrame) -> pd.DataFrame:
 
 def _done(job: Job) -> DataFrame:
     """The rows and contents that have a result under the run's stamps."""
-    done = tables.read(job.spark, job.ledger, tables.LEDGER)
-    for name, value in job.stamps.items():
-        done = done.where(F.col(name) == value)
+    done = _stamped_alike(job, job.spark.table(job.ledger))
     if job.settings.retry_failed:
         done = done.where("status = 'ok'")
     return done.select("adata_id", "content_hash").distinct().withColumn("done", F.lit(True))
+
+
+def _stamped_alike(job: Job, lines: DataFrame) -> DataFrame:
+    """Of a table's lines, those of the run's mode, model and parameters."""
+    for name, value in job.stamps.items():
+        lines = lines.where(F.col(name) == value)
+    return lines
 
 
 def _found(rows: DataFrame, done: DataFrame) -> pd.DataFrame:
@@ -241,10 +246,7 @@ def _spread(job: Job, rows: DataFrame, wave: pd.DataFrame) -> DataFrame:
 
 def _clear(job: Job, ids: DataFrame) -> None:
     """Delete what a killed run, or an older content of the row, left under the same keys."""
-    held = job.spark.table(job.output)
-    for name, value in job.stamps.items():
-        held = held.where(F.col(name) == value)
-    if held.head(1):
+    if _stamped_alike(job, job.spark.table(job.output)).head(1):
         stamped = ids.select("adata_id", *(F.lit(value).alias(name) for name, value in job.stamps.items()))
         tables.delete_matching(job.spark, job.output, stamped, KEY)
 
@@ -260,7 +262,7 @@ def _embeddings(job: Job, answers: DataFrame, ref: ModelRef) -> DataFrame:
         vectors = job.spark.range(1, numPartitions=1).mapInArrow(static_vectors(ref), VECTORS_DDL)
         # a merge join leaves both sides sorted by gene: equal vectors lie side by side and compress to nothing
         lines = lines.drop("embedding").hint("merge").join(vectors.hint("merge"), "gene")
-    stamped = lines.select(*columns, *_stamp_columns(job, "embedded_at"))
+    stamped = lines.select(*columns, *_stamp_columns(job))
     return stamped.sortWithinPartitions(*order)
 
 
@@ -273,9 +275,14 @@ def _ledger_lines(job: Job, answers: DataFrame) -> DataFrame:
     ).select(*names)
 
 
-def _stamp_columns(job: Job, when: str) -> list[Any]:
+def _stamp_columns(job: Job) -> list[Any]:
     stamps = [F.lit(value).alias(name) for name, value in job.stamps.items()]
-    return [*stamps, F.col("content_hash"), F.lit(job.run_id).alias("run_id"), F.current_timestamp().alias(when)]
+    return [
+        *stamps,
+        F.col("content_hash"),
+        F.lit(job.run_id).alias("run_id"),
+        F.current_timestamp().alias("embedded_at"),
+    ]
 
 
 def _write_run(job: Job, started: datetime, status: str, seconds: float) -> None:

@@ -71,7 +71,7 @@ class Slice:
     def adata_id(self) -> str:
         """The row's key: file, group and range of cells."""
         group = "" if self.group is None else f":{self.group}"
-        return f"{_stem(Path(self.path))}{group}:{self.start}-{self.stop}"
+        return f"{Path(self.path).stem}{group}:{self.start}-{self.stop}"
 
 
 def ingest(spark: SparkSession, settings: IngestSettings) -> Summary:
@@ -159,16 +159,12 @@ def _kind(path: Path) -> str:
     return kinds[path.suffix]
 
 
-def _stem(path: Path) -> str:
-    return path.stem
-
-
 def _distinct_files(settings: IngestSettings) -> list[Path]:
     paths = [Path(name).absolute() for name in settings.input]
     for path in paths:
         if not path.exists():
             raise ConfigError(f"no file {path}")
-    stems = [_stem(path) for path in paths]
+    stems = [path.stem for path in paths]
     for path, stem in zip(paths, stems, strict=True):
         if stems.count(stem) > 1:
             raise ConfigError(f"two input files are called {stem!r}: rows are keyed by it, so rename {path}")
