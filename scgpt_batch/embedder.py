@@ -149,17 +149,14 @@ class Embedder:
         cells = parameters.mode == "cell"
         with self._lock:
             output = self._forward(batch.tokens, parameters)
-            if cells:
-                starts = np.concatenate([[0], np.cumsum(batch.tokens.lengths)[:-1]])
-                output = output[torch.from_numpy(starts).to(self.device)]
             sizes = [piece.last - piece.first if cells else len(piece.tokens.genes) for piece in batch.pieces]
             for piece, part in zip(batch.pieces, output.split(sizes), strict=True):
                 piece.work.add(piece, part)
 
     def _forward(self, tokens: Tokens, parameters: Parameters) -> torch.Tensor:
         model = self._model(parameters.dtype)
-        genes, values = (torch.from_numpy(x).to(self.device) for x in (tokens.genes, tokens.values))
-        return model(genes, values, tokens.lengths.tolist())
+        genes, values = torch.from_numpy(tokens.genes), torch.from_numpy(tokens.values)
+        return model(genes, values, tokens.lengths.tolist(), cls_only=parameters.mode == "cell")
 
     def _model(self, dtype: str) -> ScGPT:
         if dtype not in self._models:

@@ -10,7 +10,7 @@ from helpers import assert_close
 from torch import nn
 
 from scgpt_batch.model import ScGPT, load_checkpoint
-from scgpt_batch.model.attention import attention
+from scgpt_batch.model.attention import Packing, attention
 from scgpt_batch.model.transformer import SelfAttention
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
@@ -135,7 +135,7 @@ def test_packed_attention_equals_padded_attention_with_a_mask(lengths):
         padded.append(torch.full((*real.shape, 2, 8), 7.0))  # what stands in the padding must not show
         padded[-1][real] = x
     wanted = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in padded), attn_mask=real[:, None, None, :])
-    assert_close(attention(q, k, v, lengths), wanted.transpose(1, 2)[real], atol=1e-6)
+    assert_close(attention(q, k, v, Packing(lengths, q.device, "sdpa")), wanted.transpose(1, 2)[real], atol=1e-6)
 
 
 def test_self_attention_is_torchs_multihead_attention():
@@ -145,7 +145,7 @@ def test_self_attention_is_torchs_multihead_attention():
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(1, 6, 16)
     with torch.no_grad():
-        assert_close(ours(x[0], [6]), theirs(x, x, x, need_weights=False)[0][0], atol=1e-6)
+        assert_close(ours(x[0], Packing([6], x.device, "sdpa")), theirs(x, x, x, need_weights=False)[0][0], atol=1e-6)
 
 
 def test_weights_want_no_gradient_and_no_dropout(model):
