@@ -73,8 +73,11 @@ def choose_backend(device: torch.device, dtype: torch.dtype) -> str:
     Raises
     ------
     ConfigError
-        The one that is named cannot run here, or there is none of this name; the message says why.
+        The one that is named cannot run here, or there is none of this name, or the GPU has no bfloat16; the message
+        says why.
     """
+    if device.type == "cuda" and dtype == torch.bfloat16 and _capability(device) < (8, 0):
+        raise ConfigError(f"dtype bfloat16 {_too_old(device)}; ask for float32")
     wanted = os.environ.get(SETTING, "auto")
     if wanted == "auto":
         backend = next(name for name in BACKENDS if not _obstacle(name, device, dtype))
@@ -105,6 +108,14 @@ def _obstacle(backend: str, device: torch.device, dtype: torch.dtype) -> str | N
     if find_spec(module) is None:
         return f"needs {'flash-attn 2 installed' if backend == 'flash' else f'torch 2.10, not {torch.__version__}'}"
     return None
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def _too_old(device: torch.device) -> str:
+    return "needs a GPU of compute capability 8.0 or more, this one has {}.{}".format(*_capability(device))
 
 
 def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int]) -> torch.Tensor:
