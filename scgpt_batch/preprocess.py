@@ -48,6 +48,15 @@ class Tokens:
     values: np.ndarray
     lengths: np.ndarray
 
+    def halves(self) -> "tuple[Tokens, Tokens]":
+        """Split after half of the cells."""
+        cells = len(self.lengths) // 2
+        at = int(self.lengths[:cells].sum())
+        return (
+            Tokens(self.genes[:at], self.values[:at], self.lengths[:cells]),
+            Tokens(self.genes[at:], self.values[at:], self.lengths[cells:]),
+        )
+
 
 def preprocess(adata: ad.AnnData, parameters: Parameters, *, genes_only: bool = False) -> ad.AnnData:
     """Filter genes and cells, normalise, take logs, cut to variable genes: upstream's order.
@@ -205,9 +214,7 @@ def bin_values(
     return upper - np.floor(u * (upper - lower + 1)).astype(np.int64)
 
 
-def tokenize(
-    matrix: sp.csr_matrix, gene_ids: np.ndarray, *, cls_id: int, cls_value: float, keep: np.ndarray | None = None
-) -> Tokens:
+def tokenize(matrix: sp.csr_matrix, gene_ids: np.ndarray, *, cls_id: int, cls_value: float) -> Tokens:
     """Turn each cell's stored entries into tokens: `<cls>`, then the genes in the matrix's order.
 
     Parameters
@@ -216,20 +223,12 @@ def tokenize(
         Binned values, cells × genes; an explicit zero is a token like any other.
     gene_ids
         Token id of each gene (column); none may be -1.
-    keep
-        Mask over the stored entries (from `sample_long_cells`); the others are left out.
     """
-    lengths = np.diff(matrix.indptr)
-    columns, values = matrix.indices, matrix.data
-    if keep is not None:
-        cells = np.repeat(np.arange(len(lengths)), lengths)
-        lengths = np.bincount(cells[keep], minlength=len(lengths))
-        columns, values = columns[keep], values[keep]
-    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])  # where each cell's <cls> goes in
+    starts = matrix.indptr[:-1]  # where each cell's <cls> goes in
     return Tokens(
-        genes=np.insert(gene_ids[columns].astype(np.int64), starts, cls_id),
-        values=np.insert(values.astype(np.float32), starts, cls_value),
-        lengths=lengths + 1,
+        genes=np.insert(gene_ids[matrix.indices].astype(np.int64), starts, cls_id),
+        values=np.insert(matrix.data.astype(np.float32), starts, cls_value),
+        lengths=np.diff(matrix.indptr).astype(np.int64) + 1,
     )
 
 

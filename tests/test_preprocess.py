@@ -488,15 +488,6 @@ def test_tokens_start_with_cls_and_keep_the_order():
     assert tokens.lengths.tolist() == [3, 1, 2]
 
 
-def test_tokens_left_out_are_left_out():
-    matrix = sp.csr_matrix(np.array([[4, 3, 1], [0, 2, 0], [2, 0, 5], [0, 0, 6]], np.float32))
-    keep = np.array([False, True, True, False, True, False, False])
-    tokens = tokenize(matrix, np.array([7, 5, 6]), cls_id=9, cls_value=-2, keep=keep)
-    assert tokens.genes.tolist() == [9, 5, 6, 9, 9, 7, 9]
-    assert tokens.values.tolist() == [-2, 3, 1, -2, -2, 2, -2]
-    assert tokens.lengths.tolist() == [3, 1, 2, 1]
-
-
 def kept_genes(adata: ad.AnnData, max_length: int, seed: int = 0) -> dict[str, set[str]]:
     """The genes that each cell keeps when it is sampled."""
     x = adata.X
