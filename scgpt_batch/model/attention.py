@@ -38,12 +38,18 @@ class Packing:
     @cached_property
     def ends(self) -> torch.Tensor:
         """Where cells begin and end: 0, then the end of each, int32, (B + 1,)."""
-        return torch.tensor([0, *self.lengths]).cumsum(0).to(self.device, torch.int32, non_blocking=True)
+        return send(torch.tensor([0, *self.lengths]).cumsum(0).int(), self.device)
 
     @property
     def starts(self) -> torch.Tensor:
         """Position of each cell's first token, `<cls>`: int32, (B,)."""
         return self.ends[:-1]
+
+
+def send(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy to the device without waiting for what it is doing: to a GPU, from pinned memory."""
+    pinned = x.pin_memory() if device.type == "cuda" and x.device.type == "cpu" else x
+    return pinned.to(device, non_blocking=True)
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cells: Packing) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from scgpt_batch.model.attention import Packing, attention, choose_backend
+from scgpt_batch.model.attention import Packing, attention, choose_backend, send
 from scgpt_batch.model.checkpoint import Checkpoint, ModelConfig
 
 MAX_VALUE = 512  # upstream's ContinuousValueEncoder clamps there; it has no lower bound
@@ -160,8 +160,8 @@ class ScGPT(nn.Module):
         cells = Packing(lengths, device, self.backend)
         # bins take some 50 values: each is encoded once; found before the device is asked to do anything, so that it
         # needs not be waited for
-        bins, bin_of = (x.to(device, non_blocking=True) for x in torch.unique(values, return_inverse=True))
-        x = self.encoder(genes.to(device, non_blocking=True)).add_(self.value_encoder(bins)[bin_of])
+        bins, bin_of = (send(x, device) for x in torch.unique(values, return_inverse=True))
+        x = self.encoder(send(genes, device)).add_(self.value_encoder(bins)[bin_of])
         *layers, last = self.transformer_encoder["layers"]
         for layer in layers:
             x = layer(x, cells)
