@@ -31,6 +31,11 @@ def text(name: str) -> str:
     return resources.files("scgpt_batch.monitoring").joinpath("sql", f"{name}.sql").read_text(encoding="utf-8")
 
 
+def question(name: str) -> str:
+    """Return what a file asks: its first line, up to the question mark."""
+    return text(name).splitlines()[0].removeprefix("-- ").split("?")[0] + "?"
+
+
 def names() -> list[str]:
     """List the questions and the normalising views."""
     folder = resources.files("scgpt_batch.monitoring").joinpath("sql")
