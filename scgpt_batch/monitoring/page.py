@@ -53,7 +53,9 @@ def check(report: str) -> None:
         raise ConfigError(f"cannot write --report {report}: no folder {Path(report).absolute().parent}")
 
 
-def write(settings: MonitorSettings, answers: Mapping[str, pd.DataFrame], alerts: Sequence[Alert], at: datetime) -> None:
+def write(
+    settings: MonitorSettings, answers: Mapping[str, pd.DataFrame], alerts: Sequence[Alert], at: datetime
+) -> None:
     """Write the page of the answers; those that are not there have no section."""
     Path(settings.report).write_text(render(settings, answers, alerts, at), encoding="utf-8")
 
