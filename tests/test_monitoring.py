@@ -186,12 +186,11 @@ def test_payload_sizes_and_logging_errors(spark, view, lines):
                                                      ("requesters", "requester", "requester")])  # fmt: skip
 def test_versions_and_requesters(spark, view, lines, name, key, column):
     found = asked(spark, name, requests=view, since=SINCE).set_index(key)
-    groups = {k: of for k, of in lines.groupby(lines[column].fillna("nobody"))}
+    groups = dict(list(lines.groupby(lines[column].fillna("nobody"))))
     assert set(found.index.fillna("nobody")) == set(groups)
     for who, line in zip(found.index.fillna("nobody"), found.to_dict("records"), strict=True):
-        wanted = performance(groups[who])
-        assert_close([line["requests"], line["error_rate"], line["p95_ms"]], wanted[["requests", "error_rate", "p95_ms"]],
-                     rtol=1e-9)  # fmt: skip
+        numbers = ["requests", "error_rate", "p95_ms"]
+        assert_close([line[number] for number in numbers], performance(groups[who])[numbers], rtol=1e-9)
         assert utc([line["first_seen"], line["last_seen"]]) == [
             groups[who]["request_time"].min(), groups[who]["request_time"].max()]  # fmt: skip
 

@@ -59,9 +59,9 @@ def register_ai_query(spark: SparkSession, endpoints: Mapping[str, str]) -> None
     def ai_query(
         endpoint: pa.Array,
         request: pa.Array,
-        returnType: pa.Array = None,  # noqa: N803
-        failOnError: pa.Array = None,  # noqa: N803
-        modelParameters: pa.Array = None,  # noqa: N803
+        returnType: pa.Array = None,
+        failOnError: pa.Array = None,
+        modelParameters: pa.Array = None,
     ) -> pa.Array:
         if returnType is not None:
             raise ScgptBatchError("ai_query: returnType is not taken here, the type is that of the model's output")
@@ -72,7 +72,9 @@ def register_ai_query(spark: SparkSession, endpoints: Mapping[str, str]) -> None
         return pa.array(_answers(asked, request, fail), arrow_type)
 
     # not deterministic: otherwise Spark may ask twice, once for a filter and once for the columns
-    spark.udf.register("ai_query", arrow_udf(ai_query, returned).asNondeterministic())
+    # (Spark's stubs don't know struct as an arrow_udf's type)
+    function = arrow_udf(ai_query, returned)  # type: ignore[call-overload]
+    spark.udf.register("ai_query", function.asNondeterministic())
 
 
 def answer_type() -> StructType:

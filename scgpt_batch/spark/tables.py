@@ -210,7 +210,7 @@ def vacuum(spark: SparkSession, table: str, hours: int, *, unsafe: bool = False)
     the files.
     """
     check = "spark.databricks.delta.retentionDurationCheck.enabled"
-    before = spark.conf.get(check, "true")
+    before = spark.conf.get(check, "true") or "true"
     try:
         if unsafe:
             spark.conf.set(check, "false")
