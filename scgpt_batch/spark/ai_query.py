@@ -17,7 +17,6 @@ from typing import Any
 import pyarrow as pa
 import requests
 from pyspark.sql import SparkSession
-from pyspark.sql.functions import arrow_udf
 from pyspark.sql.pandas.types import to_arrow_type
 from pyspark.sql.types import ArrayType, DataType, StringType, StructField, StructType
 from urllib3 import Retry
@@ -45,6 +44,8 @@ def register_ai_query(spark: SparkSession, endpoints: Mapping[str, str]) -> None
     ConfigError
         An address is none. (Faults of a query come up in Spark, when it runs.)
     """
+    from pyspark.sql.functions import arrow_udf  # new in Spark 4.1; the rest of this package runs on older ones
+
     for name, url in endpoints.items():
         if not url.startswith(("http://", "https://")):
             raise ConfigError(f"endpoint {name!r} has no address: {url!r}, wanted http://host:port")
