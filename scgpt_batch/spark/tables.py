@@ -11,7 +11,7 @@ from pathlib import Path
 from pyspark.errors import AnalysisException
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
-from pyspark.sql.types import StructType
+from pyspark.sql.types import DateType, StructType, TimestampNTZType, TimestampType
 
 from scgpt_batch.anndata_rows import PAYLOAD_COLUMNS
 from scgpt_batch.errors import ConfigError
@@ -177,3 +177,47 @@ def _found_in_warehouse(spark: SparkSession, table: str) -> bool:
     spark.sql(f"CREATE TABLE {table} USING delta LOCATION '{folder}'")
     logger.info("%s: found again in %s", table, folder)
     return True
+
+
+def delete_older(spark: SparkSession, table: str, column: str, days: int) -> int:
+    """Delete the rows whose date lies more than `days` before today; return how many that were.
+
+    They are also gone from the newest files: where deletion vectors only hide them, the files are written anew.
+
+    Raises
+    ------
+    ConfigError
+        The table has no such column of dates or times.
+    """
+    types = {field.name: field.dataType for field in spark.table(table).schema}
+    if not isinstance(types.get(column), DateType | TimestampType | TimestampNTZType):
+        raise ConfigError(f"{table} has no column {column!r} of dates or times: rows older than what?")
+    deleted = spark.sql(f"DELETE FROM {table} WHERE `{column}` < date_sub(current_date(), {days})")
+    spark.sql(f"REORG TABLE {table} APPLY (PURGE)")
+    return deleted.first()["num_affected_rows"]  # type: ignore[index]
+
+
+def compact(spark: SparkSession, table: str) -> tuple[int, int]:
+    """Write small files together (and cluster, where the table says how); return how many were removed and added."""
+    metrics = spark.sql(f"OPTIMIZE {table}").first()["metrics"]  # type: ignore[index]
+    return metrics["numFilesRemoved"], metrics["numFilesAdded"]
+
+
+def vacuum(spark: SparkSession, table: str, hours: int, *, unsafe: bool = False) -> int | None:
+    """Remove the files that no version of the last `hours` needs; return how many, None if the table's log is silent.
+
+    Delta refuses fewer hours than the table's retention (a week) unless `unsafe`: a reader or writer at work may need
+    the files.
+    """
+    check = "spark.databricks.delta.retentionDurationCheck.enabled"
+    before = spark.conf.get(check, "true") or "true"
+    try:
+        if unsafe:
+            spark.conf.set(check, "false")
+        spark.sql(f"VACUUM {table} RETAIN {hours} HOURS")
+    finally:
+        if unsafe:
+            spark.conf.set(check, before)
+    last = spark.sql(f"DESCRIBE HISTORY {table} LIMIT 1").first()
+    logged = last is not None and last["operation"] == "VACUUM END"
+    return int(last["operationMetrics"]["numDeletedFiles"]) if logged else None  # type: ignore[index]
