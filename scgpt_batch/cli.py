@@ -95,7 +95,7 @@ def _monitor(settings: MonitorSettings) -> Summary:
 
 
 def _maintain(settings: MaintainSettings) -> Summary:
-    from scgpt_batch.monitoring.maintain import maintain
+    from scgpt_batch.spark.maintain import maintain
     from scgpt_batch.spark.session import get_spark
 
     return maintain(get_spark(settings.spark_conf), settings)

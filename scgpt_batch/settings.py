@@ -89,11 +89,12 @@ class MonitorSettings(Settings):
 
 
 class MaintainSettings(Settings):
-    """Keep a Delta table small: delete old rows, compact its files, remove files no version needs."""
+    """Keep a Delta table, its ledger and runs small: delete old rows, cluster and compact files, remove old ones."""
 
     table: str = Field(description="inference, embeddings, ledger or any other Delta table")
     date_column: str = Field("", description="date or timestamp column; empty: no rows are deleted")
     retain_days: int = Field(90, ge=1, description="rows older than this are deleted, by date_column")
+    cluster_by: str = Field("", description="column to cluster files by from now on, such as gene; empty: as it is")
     vacuum_hours: int = Field(168, ge=0, description="files that no version of so many hours needs are removed")
     force: bool = Field(False, description="allow vacuum_hours below 168: running readers and time travel may break")
 
