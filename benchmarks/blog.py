@@ -40,6 +40,8 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from worker_memory import WorkerMemory
 
+from scgpt_batch.spark.tables import content_hash
+
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / ".cache" / "bench-blog"
 PBMC = ROOT / "tests" / "data" / "pbmc3k.h5ad"
@@ -72,6 +74,7 @@ def write_rows(spark: SparkSession, table: Path, *, n_rows: int, fmt: Format) ->
     rows = cell_rows(read_cells(PBMC, n_genes=N_GENES), n_rows=n_rows, n_cells=N_CELLS)
     while batch := list(islice(rows, ROWS_A_FILE[fmt])):
         frame = spark.createDataFrame(to_arrow(batch, fmt)).coalesce(1)
+        frame = frame.withColumn("content_hash", content_hash())  # as ingest writes it
         frame.write.format("delta").mode("append").save(str(table))
     return table_bytes(table)
 

@@ -285,6 +285,7 @@ def _exit_code(settings: BaseModel, summary: Summary) -> int:
         return ALERTS if summary["status"] in ("critical", settings.fail_on) else OK
     if not isinstance(settings, EmbedSettings):
         return OK
-    done = summary["rows_ok"] + summary["rows_failed"]
-    too_many = done and summary["rows_failed"] / done > settings.max_failed_fraction
+    failed = summary.get("rows_failed", 0)  # --plan has none
+    done = summary.get("rows_ok", 0) + failed
+    too_many = done and failed / done > settings.max_failed_fraction
     return TOO_MANY_FAILED_ROWS if too_many else OK

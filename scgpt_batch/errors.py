@@ -8,6 +8,8 @@
     + PreprocessError      its genes or cells could not be filtered, normalised or binned
     + LowCoverage          too little of its counts lies in genes that the model knows
     + NonFiniteOutput      the model answered NaN or infinity
+    + WorkerCrash          the process that read it died, alone with it
+    + Timeout              it had no answer in the time allowed, alone in a process
 """
 
 
@@ -41,3 +43,11 @@ class LowCoverage(RowError):
 
 class NonFiniteOutput(RowError):
     """The model answered NaN or infinity for the row."""
+
+
+class WorkerCrash(RowError):
+    """The process that embedded the row died (native crash, out of memory), alone with it."""
+
+
+class Timeout(RowError):
+    """The row had no answer in the time allowed, alone in a process."""

@@ -3,9 +3,9 @@
 A flag wins over the environment (`SCGPT_BATCH_` and the name in capitals), the environment over the file.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Settings(BaseModel):
@@ -56,7 +56,20 @@ class EmbedSettings(Settings):
     min_coverage: float = Field(0.2, ge=0, le=1, description="least share of a row's counts in known genes")
     max_failed_fraction: float = Field(0.1, ge=0, le=1, description="exit code 3 when more of the run's rows fail")
     retry_failed: bool = Field(False, description="take rows again that failed with the same content and parameters")
+    wave_cells: int = Field(200_000, ge=1, description="cells of a wave: what a killed run has to do again at most")
+    row_timeout: float = Field(3600, gt=0, description="seconds without an answer until a row is given up as Timeout")
+    plan: bool = Field(False, description="say what would be done, and do nothing")
+    trigger: Literal["", "available-now"] = Field(
+        "", description="available-now: take what a stream over the input table finds new since the last time"
+    )
+    checkpoint_location: str = Field("", description="folder where the stream remembers what it has read")
     experiment: str = Field("", description="MLflow experiment; empty: MLflow's default")
+
+    @model_validator(mode="after")
+    def _works(self) -> Self:
+        if bool(self.trigger) != bool(self.checkpoint_location):
+            raise ValueError("trigger and checkpoint_location go together: give both, or neither")
+        return self
 
 
 class SummarySettings(Settings):

@@ -1,15 +1,16 @@
 """The main job: rows of AnnData in Delta -> registered model -> embeddings, ledger and runs in Delta.
 
 Rows that have a result for this content, model version and parameters are skipped. The rest goes in waves of bounded
-size; of each wave the embeddings are committed first, then the ledger lines that tell of them.
+size; of each wave the embeddings are committed first, then the ledger lines that tell of them. A run that is killed
+anywhere leaves at most one wave of embeddings without ledger lines: the next run, for which these rows are missing,
+writes them in place of what it finds.
 """
 
 import logging
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import mlflow
@@ -17,6 +18,7 @@ import pandas as pd
 from pyspark import StorageLevel
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
+from pyspark.sql.utils import is_remote
 
 import scgpt_batch
 from scgpt_batch import registry
@@ -25,19 +27,30 @@ from scgpt_batch.errors import ConfigError
 from scgpt_batch.parameters import Parameters
 from scgpt_batch.settings import EmbedSettings, Summary
 from scgpt_batch.spark import tables
-from scgpt_batch.spark.udf import ANSWERS_DDL, VECTORS_DDL, ModelRef, embed_rows, static_vectors
+from scgpt_batch.spark.missing import Missing, missing_rows, n_tasks, with_tasks
+from scgpt_batch.spark.udf import (
+    ANSWERS_DDL,
+    VECTORS_DDL,
+    ModelRef,
+    Work,
+    embed_rows,
+    embed_rows_alone,
+    static_vectors,
+)
 
 logger = logging.getLogger(__name__)
 
-WAVE_CELLS = 200_000  # of a wave: what a killed run has to do again at most
-TASK_CELLS = 5_000  # of a task: even work for all workers
-ROW_CELLS_UNKNOWN = 1_000  # taken for a row of a foreign table that does not say its n_obs
+WAVE_TRIES = 3  # the first as fast as possible, the others with each row in a process of its own
+LIBRARIES_MB, ROW_MB_PER_1000_CELLS = 900, 120  # of a worker: torch and scanpy; a row of 2,000 genes a cell, measured
+RIVAL_HOURS = 24  # how long after its end a run may still be unknown to one that started beside it
 
-KEY = ("adata_id", "mode", "model_name", "model_version", "params_hash")
 PAYLOAD = (
     "adata_id", "content_hash", "adata_sparsematrix", "x_data", "x_indices", "x_indptr", "n_obs", "n_vars",
     "adata_obs", "adata_var", "x_dtype",
 )  # fmt: skip
+LEDGER_KEY = ("adata_id", "content_hash", "mode", "model_name", "model_version", "params_hash")
+# how Spark says that Python, not a table or the cluster, is at fault
+_LOST_WORKER = ("Python worker", "PythonException", "PYTHON_EXCEPTION", "ExecutorLostFailure")
 
 
 @dataclass
@@ -48,12 +61,13 @@ class Job:
     settings: EmbedSettings
     parameters: Parameters
     model: registry.ResolvedModel
-    run_id: str
     input: str
     input_version: int  # the whole run reads this snapshot
     output: str
     ledger: str
     runs: str
+    started: datetime
+    run_id: str = ""
     counts: dict[str, int] = field(
         default_factory=lambda: dict.fromkeys(
             ("rows_in", "rows_ok", "rows_failed", "rows_skipped", "cells", "embeddings"), 0
@@ -70,6 +84,23 @@ class Job:
             "params_hash": self.parameters.params_hash(),
         }
 
+    @property
+    def stamped(self) -> str:
+        """The stamps as a condition."""
+        return " AND ".join(f"{name} = {tables.literal(value)}" for name, value in self.stamps.items())
+
+    @property
+    def work(self) -> Work:
+        """What the workers do with each row."""
+        model = ModelRef(
+            checkpoint=str(self.model.checkpoint),
+            digest=self.model.digest,
+            uri=self.model.uri,
+            tracking_uri=mlflow.get_tracking_uri(),
+            registry_uri=mlflow.get_registry_uri(),
+        )
+        return Work(model, self.parameters, self.settings.min_coverage, self.settings.row_timeout)
+
 
 def embed_table(spark: SparkSession, settings: EmbedSettings, parameters: Parameters) -> Summary:
     """Embed the rows of a table that have no result yet; return the summary.
@@ -79,22 +110,9 @@ def embed_table(spark: SparkSession, settings: EmbedSettings, parameters: Parame
     ConfigError
         A table, model or parameter is missing or wrong; nothing was written.
     """
-    model = registry.resolve(settings.model_uri)
-    check_model_parameters(parameters, model.config)
-    input_table, output = tables.table_name(settings.input_table), tables.table_name(settings.output_table)
-    tables.read(spark, input_table, tables.ADATA_ROWS)
-    job = Job(
-        spark=spark,
-        settings=settings,
-        parameters=parameters,
-        model=model,
-        run_id="",
-        input=input_table,
-        input_version=tables.version(spark, input_table),
-        output=output,
-        ledger=tables.table_name(settings.ledger_table or tables.beside(output, "_ledger")),
-        runs=tables.table_name(settings.runs_table or tables.beside(output, "_runs")),
-    )
+    job = _job(spark, settings, parameters)
+    if settings.plan:
+        return _plan(job)
     _create_tables(job)
     if settings.experiment:
         mlflow.set_experiment(settings.experiment)
@@ -103,16 +121,50 @@ def embed_table(spark: SparkSession, settings: EmbedSettings, parameters: Parame
         return _run(job)
 
 
+def _job(spark: SparkSession, settings: EmbedSettings, parameters: Parameters) -> Job:
+    model = registry.resolve(settings.model_uri)
+    check_model_parameters(parameters, model.config)
+    input_table, output = tables.table_name(settings.input_table), tables.table_name(settings.output_table)
+    tables.read(spark, input_table, tables.ADATA_ROWS)
+    return Job(
+        spark=spark,
+        settings=settings,
+        parameters=parameters,
+        model=model,
+        input=input_table,
+        input_version=tables.version(spark, input_table),
+        output=output,
+        ledger=tables.table_name(settings.ledger_table or tables.beside(output, "_ledger")),
+        runs=tables.table_name(settings.runs_table or tables.beside(output, "_runs")),
+        started=datetime.now(UTC),
+    )
+
+
+def _create_tables(job: Job) -> None:
+    columns = tables.CELL_EMBEDDINGS if job.parameters.mode == "cell" else tables.GENE_EMBEDDINGS
+    tables.create(job.spark, job.output, columns)
+    tables.create(job.spark, job.ledger, tables.LEDGER)
+    tables.create(job.spark, job.runs, tables.RUNS)
+
+
+# --- a run ----------------------------------------------------------------------------------------
+
+
 def _run(job: Job) -> Summary:
-    started, clock, status = datetime.now(UTC), time.monotonic(), "failed"
+    clock, status = time.monotonic(), "failed"
     logger.info("run %s: %s, %s mode, %s -> %s", job.run_id, job.model.uri, job.parameters.mode, job.input, job.output)
     mlflow.log_params(job.parameters.model_dump() | {"model_uri": job.model.uri})
+    _write_run(job, "running")
     try:
-        _embed_waves(job, clock)
+        if job.settings.trigger:
+            _embed_stream(job, clock)
+        else:
+            rows = tables.read(job.spark, job.input, tables.ADATA_ROWS, version=job.input_version)
+            _embed_missing(job, rows, clock)
         status = "finished"
     finally:
         seconds = round(time.monotonic() - clock, 3)
-        _write_run(job, started, status, seconds)
+        _write_run(job, status, seconds)
     mlflow.log_metrics({**job.counts, "seconds": seconds})
     return {
         "run_id": job.run_id,
@@ -126,103 +178,67 @@ def _run(job: Job) -> Summary:
     }
 
 
-def _create_tables(job: Job) -> None:
-    columns = tables.CELL_EMBEDDINGS if job.parameters.mode == "cell" else tables.GENE_EMBEDDINGS
-    tables.create(job.spark, job.output, columns)
-    tables.create(job.spark, job.ledger, tables.LEDGER)
-    tables.create(job.spark, job.runs, tables.RUNS)
+def _write_run(job: Job, status: str, seconds: float | None = None) -> None:
+    told: dict[str, Any] = {
+        "run_id": job.run_id, "started_at": job.started, "status": status,
+        "finished_at": None if status == "running" else datetime.now(UTC),
+        "mode": job.parameters.mode, "model_uri": job.model.uri, "model_version": job.model.version,
+        "params": job.parameters.model_dump_json(), **job.counts, "seconds": seconds,
+        "input_table": job.input, "input_version": job.input_version,
+        "output_table": job.output, "output_version": tables.version(job.spark, job.output),
+        "package_version": scgpt_batch.__version__,
+    }  # fmt: skip
+    schema = job.spark.table(job.runs).schema
+    row = job.spark.createDataFrame([tuple(told.get(f.name) for f in schema)], schema)
+    tables.upsert(job.spark, job.runs, row, ["run_id"])
 
 
-def _embed_waves(job: Job, clock: float) -> None:
-    rows = tables.read(job.spark, job.input, tables.ADATA_ROWS, version=job.input_version)
-    pending = _pending(job, rows)
-    total = int(pending["cells"].sum())
-    done = 0
-    for wave in _waves(pending):
+def _embed_stream(job: Job, clock: float) -> None:
+    """Take what the stream over the input finds new; its checkpoint remembers what it has seen.
+
+    Files that an update of the table has rewritten come again: rows with a result are skipped, as in any run.
+    """
+
+    if is_remote():
+        raise ConfigError("--trigger needs a classic Spark session: Spark Connect would run its batches on the server")
+
+    def take(batch: DataFrame, _: int) -> None:
+        _embed_missing(replace(job, spark=batch.sparkSession), batch, clock)
+
+    stream = tables.read_stream(job.spark, job.input, tables.ADATA_ROWS)
+    writer = stream.writeStream.foreachBatch(take).option("checkpointLocation", job.settings.checkpoint_location)
+    writer.trigger(availableNow=True).start().awaitTermination()
+
+
+def _embed_missing(job: Job, rows: DataFrame, clock: float) -> None:
+    missing = _missing(job, rows)
+    job.counts["rows_in"] += missing.rows_in
+    job.counts["rows_skipped"] += missing.rows_in - len(missing.pending)
+    cells, done = int(missing.pending["cells"].sum()), 0
+    for wave in missing.waves(job.settings.wave_cells):
         _embed_wave(job, rows, wave)
         done += int(wave["cells"].sum())
-        _show_progress(job, len(pending), done, total, time.monotonic() - clock)
+        _show_progress(job, len(missing.pending), done, cells, time.monotonic() - clock)
 
 
-def _pending(job: Job, rows: DataFrame) -> pd.DataFrame:
-    """Ask which rows have no result: adata_id, cells, copies (equal rows of one key); largest first.
-
-    Content hashes that the table lacks are computed, which reads the payload, only where they decide something.
-    """
-    done = _done(job)
-    found = None if done.head(1) else _found(rows, done)
-    if found is None or (found["copies"] > 1).any():
-        found = _found(rows.withColumn("content_hash", _hash()), done)
-    if found["adata_id"].isna().any():
-        raise ConfigError(f"{job.input} has rows without adata_id: give each row a key")
-    twice = found[found["contents"] > 1]
-    if len(twice):
-        first = twice["adata_id"].iloc[0]
-        raise ConfigError(f"{job.input} has {len(twice)} adata_id with several contents, first {first!r}")
-    job.counts["rows_in"] = int(found["copies"].sum())
-    pending = found[found["done"].isna()].sort_values(["cells", "adata_id"], ascending=[False, True])
-    job.counts["rows_skipped"] = job.counts["rows_in"] - len(pending)
-    return pending[["adata_id", "cells", "copies"]]
+def _missing(job: Job, rows: DataFrame) -> Missing:
+    ledger = job.spark.table(job.ledger).where(job.stamped)
+    return missing_rows(rows, ledger, retry_failed=job.settings.retry_failed, name=job.input)
 
 
-def _done(job: Job) -> DataFrame:
-    """The rows and contents that have a result under the run's stamps."""
-    done = _stamped_alike(job, job.spark.table(job.ledger))
-    if job.settings.retry_failed:
-        done = done.where("status = 'ok'")
-    return done.select("adata_id", "content_hash").distinct().withColumn("done", F.lit(True))
-
-
-def _stamped_alike(job: Job, lines: DataFrame) -> DataFrame:
-    """Of a table's lines, those of the run's mode, model and parameters."""
-    for name, value in job.stamps.items():
-        lines = lines.where(F.col(name) == value)
-    return lines
-
-
-def _found(rows: DataFrame, done: DataFrame) -> pd.DataFrame:
-    keys = rows.groupBy("adata_id").agg(
-        F.max(F.coalesce("n_obs", F.lit(ROW_CELLS_UNKNOWN))).alias("cells"),
-        F.count("*").alias("copies"),
-        F.countDistinct("content_hash").alias("contents"),
-        F.first("content_hash").alias("content_hash"),
-    )
-    return keys.join(done, ["adata_id", "content_hash"], "left").toPandas()
-
-
-def _hash() -> Column:
-    return F.coalesce("content_hash", tables.content_hash())
-
-
-def _waves(pending: pd.DataFrame) -> Iterator[pd.DataFrame]:
-    """Cut the rows into waves of WAVE_CELLS; a larger row is a wave of its own."""
-    wave = (pending["cells"].cumsum() - 1) // WAVE_CELLS
-    for _, rows in pending.groupby(wave, sort=True):
-        yield rows
+# --- a wave ---------------------------------------------------------------------------------------
 
 
 def _embed_wave(job: Job, rows: DataFrame, wave: pd.DataFrame) -> None:
-    ids = job.spark.createDataFrame(wave[["adata_id"]])
-    ref = ModelRef(
-        checkpoint=str(job.model.checkpoint),
-        digest=job.model.digest,
-        uri=job.model.uri,
-        tracking_uri=mlflow.get_tracking_uri(),
-        registry_uri=mlflow.get_registry_uri(),
-    )
-    work = embed_rows(ref, job.parameters, job.settings.min_coverage)
-    answers = (
-        _spread(job, rows.join(F.broadcast(ids), "adata_id"), wave)
-        .withColumn("content_hash", _hash())
-        .select(*PAYLOAD)
-        .mapInArrow(work, ANSWERS_DDL)
-        .persist(StorageLevel.DISK_ONLY)  # the model runs once, two tables are written
-    )
+    """Compute the answers once, then commit the embeddings, then the ledger."""
+    rivals = _rivals(job)
+    wave = _still_missing(job, wave, rivals)
+    if wave.empty:
+        return
+    answers, ledger = _answers(job, rows, wave)
     try:
-        ledger: pd.DataFrame = _ledger_lines(job, answers).toPandas()
-        _clear(job, ids)
-        tables.append(_embeddings(job, answers, ref), job.output)
-        tables.append(_ledger_lines(job, answers), job.ledger)
+        tables.replace(_embeddings(job, answers), job.output, _replaceable(job, wave, rivals))
+        tables.upsert(job.spark, job.ledger, _ledger_lines(job, answers), LEDGER_KEY)
     finally:
         answers.unpersist()
     failed = int((ledger["status"] == "failed").sum())
@@ -234,24 +250,76 @@ def _embed_wave(job: Job, rows: DataFrame, wave: pd.DataFrame) -> None:
         logger.warning("row %s failed: %s: %s", line["adata_id"], line["error_class"], line["error_message"])
 
 
-def _spread(job: Job, rows: DataFrame, wave: pd.DataFrame) -> DataFrame:
-    """Give each task its share of rows; equal copies of a row become one."""
-    if (wave["copies"] > 1).any():
-        return rows.dropDuplicates(["adata_id"])
-    if job.parameters.mode == "static":
-        return rows  # some 25 ms a row: moving the payload between tasks would cost more
-    n_tasks = min(-(-int(wave["cells"].sum()) // TASK_CELLS), len(wave))
-    return rows.repartition(n_tasks, "adata_id")
+def _rivals(job: Job) -> list[str]:
+    """The runs that may have embeddings without ledger lines, or lines we have not seen.
+
+    That is: killed or failed ones, those at work beside this one, those that have just ended, and this one itself.
+    """
+    runs = job.spark.table(job.runs).where(F.col("output_table") == job.output)
+    since = F.lit(job.started - timedelta(hours=RIVAL_HOURS))
+    open_runs = runs.where((F.col("status") != "finished") | (F.col("finished_at") > since))
+    return [row["run_id"] for row in open_runs.select("run_id").distinct().collect()]
 
 
-def _clear(job: Job, ids: DataFrame) -> None:
-    """Delete what a killed run, or an older content of the row, left under the same keys."""
-    if _stamped_alike(job, job.spark.table(job.output)).head(1):
-        stamped = ids.select("adata_id", *(F.lit(value).alias(name) for name, value in job.stamps.items()))
-        tables.delete_matching(job.spark, job.output, stamped, KEY)
+def _still_missing(job: Job, wave: pd.DataFrame, rivals: list[str]) -> pd.DataFrame:
+    """Leave out what a run beside this one has done since we looked."""
+    others = [run for run in rivals if run != job.run_id]
+    if not others:
+        return wave
+    lines = job.spark.table(job.ledger).where(job.stamped).where(F.col("run_id").isin(others))
+    lines = lines.where(F.col("at") > F.lit(job.started)).select("adata_id", "content_hash").toPandas()
+    done = wave.merge(lines.dropna(), on=["adata_id", "content_hash"])["adata_id"]
+    job.counts["rows_skipped"] += len(done)
+    return wave[~wave["adata_id"].isin(done)]
 
 
-def _embeddings(job: Job, answers: DataFrame, ref: ModelRef) -> DataFrame:
+def _replaceable(job: Job, wave: pd.DataFrame, rivals: list[str]) -> str:
+    """What the wave's embeddings are written in place of: the condition that they meet themselves.
+
+    A key that is new can have lines of rivals alone; naming these lets Delta pass over all other files.
+    """
+    ids = ", ".join(map(tables.literal, wave["adata_id"]))
+    condition = f"{job.stamped} AND adata_id IN ({ids})"
+    if wave["known"].any():
+        return condition
+    return f"{condition} AND run_id IN ({', '.join(map(tables.literal, rivals))})"
+
+
+def _answers(job: Job, rows: DataFrame, wave: pd.DataFrame) -> tuple[DataFrame, pd.DataFrame]:
+    """Compute a wave; return its answers, kept on the executors' disks, and its ledger lines."""
+    for attempt in range(WAVE_TRIES):
+        work = embed_rows_alone(job.work) if attempt else embed_rows(job.work)
+        answers = _payload(job, rows, wave).mapInArrow(work, ANSWERS_DDL).persist(StorageLevel.DISK_ONLY)
+        try:
+            return answers, _ledger_lines(job, answers).toPandas()
+        except Exception as exc:  # py4j and Connect have different types for one fact
+            answers.unpersist()
+            if attempt + 1 == WAVE_TRIES or not any(sign in str(exc) for sign in _LOST_WORKER):
+                raise
+            logger.warning(
+                "a wave of %d rows lost a Python worker (%s); it is repeated with each row in a process of its own",
+                len(wave), _first_line(exc),
+            )  # fmt: skip
+    raise AssertionError("unreachable")
+
+
+def _first_line(exc: Exception) -> str:
+    return str(exc).strip().splitlines()[0]
+
+
+def _payload(job: Job, rows: DataFrame, wave: pd.DataFrame) -> DataFrame:
+    """Give each task its share of the wave's rows."""
+    if job.parameters.mode == "static" and (wave["copies"] == 1).all():
+        # some 25 ms a row: moving the payload between tasks would cost more
+        chosen = rows.join(F.broadcast(job.spark.createDataFrame(wave[["adata_id"]])), "adata_id")
+    else:
+        chosen = rows.join(F.broadcast(with_tasks(job.spark, wave)), "adata_id").repartition(n_tasks(wave), "task")
+        if (wave["copies"] > 1).any():
+            chosen = chosen.dropDuplicates(["adata_id"])
+    return chosen.withColumn("content_hash", tables.row_hash()).select(*PAYLOAD)
+
+
+def _embeddings(job: Job, answers: DataFrame) -> DataFrame:
     """Lines of the output table; in static mode each gene's vector is joined from one table of the vocabulary."""
     lines = answers.where("report IS NULL")
     if job.parameters.mode == "cell":
@@ -259,43 +327,69 @@ def _embeddings(job: Job, answers: DataFrame, ref: ModelRef) -> DataFrame:
     else:
         columns, order = ["adata_id", "group", "gene", "embedding", "n_cells"], ["gene", "adata_id"]
     if job.parameters.mode == "static":
-        vectors = job.spark.range(1, numPartitions=1).mapInArrow(static_vectors(ref), VECTORS_DDL)
+        vectors = job.spark.range(1, numPartitions=1).mapInArrow(static_vectors(job.work.model), VECTORS_DDL)
         # a merge join leaves both sides sorted by gene: equal vectors lie side by side and compress to nothing
         lines = lines.drop("embedding").hint("merge").join(vectors.hint("merge"), "gene")
-    stamped = lines.select(*columns, *_stamp_columns(job))
-    return stamped.sortWithinPartitions(*order)
+    stamps = _stamps(job) | {"run_id": F.lit(job.run_id), "embedded_at": F.current_timestamp()}
+    stamped = lines.select(*columns, "content_hash").withColumns(stamps)
+    names = [f.name for f in job.spark.table(job.output).schema if f.name in stamped.columns]
+    return stamped.select(*names).sortWithinPartitions(*order)
 
 
 def _ledger_lines(job: Job, answers: DataFrame) -> DataFrame:
     lines = answers.where("report IS NOT NULL").select("adata_id", "content_hash", "report.*")
-    names = [f.name for f in job.spark.createDataFrame([], tables.LEDGER).schema]
-    return lines.withColumns(
-        {name: F.lit(value) for name, value in job.stamps.items()}
-        | {"run_id": F.lit(job.run_id), "at": F.current_timestamp()}
-    ).select(*names)
+    stamps = _stamps(job) | {"run_id": F.lit(job.run_id), "at": F.current_timestamp()}
+    return lines.withColumns(stamps)
 
 
-def _stamp_columns(job: Job) -> list[Any]:
-    stamps = [F.lit(value).alias(name) for name, value in job.stamps.items()]
-    return [
-        *stamps,
-        F.col("content_hash"),
-        F.lit(job.run_id).alias("run_id"),
-        F.current_timestamp().alias("embedded_at"),
-    ]
+def _stamps(job: Job) -> dict[str, Column]:
+    return {name: F.lit(value) for name, value in job.stamps.items()}
 
 
-def _write_run(job: Job, started: datetime, status: str, seconds: float) -> None:
-    told: dict[str, Any] = {
-        "run_id": job.run_id, "started_at": started, "finished_at": datetime.now(UTC), "status": status,
-        "mode": job.parameters.mode, "model_uri": job.model.uri, "model_version": job.model.version,
-        "params": job.parameters.model_dump_json(), **job.counts, "seconds": seconds,
-        "input_table": job.input, "input_version": job.input_version,
-        "output_table": job.output, "output_version": tables.version(job.spark, job.output),
-        "package_version": scgpt_batch.__version__,
-    }  # fmt: skip
-    schema = job.spark.createDataFrame([], tables.RUNS).schema
-    tables.append(job.spark.createDataFrame([tuple(told[f.name] for f in schema)], schema), job.runs)
+# --- what a person sees ---------------------------------------------------------------------------
+
+
+def _plan(job: Job) -> Summary:
+    """Say what a run would do, and how long it took per cell before; write nothing."""
+    rows = tables.read(job.spark, job.input, tables.ADATA_ROWS, version=job.input_version)
+    if tables.exists(job.spark, job.ledger):
+        missing = _missing(job, rows)
+    else:
+        nothing = job.spark.createDataFrame([], tables.LEDGER)
+        missing = missing_rows(rows, nothing, retry_failed=False, name=job.input)
+    waves = list(missing.waves(job.settings.wave_cells))
+    cells = int(missing.pending["cells"].sum())
+    rate = _cells_per_second(job)
+    return {
+        "mode": job.parameters.mode,
+        "model_uri": job.model.uri,
+        "model_version": job.model.version,
+        "rows_in": missing.rows_in,
+        "rows": len(missing.pending),
+        "rows_skipped": missing.rows_in - len(missing.pending),
+        "cells": cells,
+        "waves": len(waves),
+        "partitions": sum(map(n_tasks, waves)),
+        "largest_row_cells": int(missing.pending["cells"].max()) if cells else 0,
+        "worker_memory_mb": _worker_memory(job, missing),
+        "seconds_expected": round(cells / rate) if rate else None,  # None: no earlier run to judge by
+    }
+
+
+def _cells_per_second(job: Job) -> float | None:
+    """The rate of the last run of this mode that finished, from the table of runs."""
+    if not tables.exists(job.spark, job.runs):
+        return None
+    runs = job.spark.table(job.runs).where("status = 'finished' AND cells > 0 AND seconds > 0")
+    last = runs.where(F.col("mode") == job.parameters.mode).orderBy(F.desc("started_at")).first()
+    return last["cells"] / last["seconds"] if last else None
+
+
+def _worker_memory(job: Job, missing: Missing) -> int:
+    """MB (10⁶ bytes) of a Python worker, roughly: libraries, weights, a batch, and the largest rows read ahead."""
+    weights = sum(file.stat().st_size for file in job.model.checkpoint.iterdir()) / 1e6
+    largest = int(missing.pending["cells"].max()) if len(missing.pending) else 0
+    return round(LIBRARIES_MB + 2 * weights + ROW_MB_PER_1000_CELLS * largest / 1000)
 
 
 def _show_progress(job: Job, rows: int, cells_done: int, cells: int, seconds: float) -> None:

@@ -4,9 +4,12 @@ All of it is SQL and DataFrames, so that it runs the same under Spark Connect.
 """
 
 import logging
+import random
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from uuid import uuid4
 
 from pyspark.errors import AnalysisException
 from pyspark.sql import Column, DataFrame, SparkSession
@@ -59,6 +62,9 @@ IDENTITY = {
 
 _VECTOR_LENGTH = "delta.constraints.vector_length"
 
+COMMIT_TRIES = 12  # over some four minutes
+_CONFLICTS = ("DELTA_CONCURRENT", "DELTA_METADATA_CHANGED", "DELTA_PROTOCOL_CHANGED")
+
 _PATH = re.compile(r"delta\.`(?P<path>[^`]+)`")
 _NAME = re.compile(r"(`[^`]+`|\w+)(\.(`[^`]+`|\w+)){0,2}")
 
@@ -108,7 +114,18 @@ def read(spark: SparkSession, table: str, columns: str, *, version: int | None =
     if not exists(spark, table):
         raise ConfigError(f"no Delta table {table}")
     rows = spark.table(table) if version is None else spark.sql(f"SELECT * FROM {table} VERSION AS OF {version}")
-    wanted = {field.name.lower(): field for field in _fields(spark, columns)}
+    return _completed(rows, table, columns)
+
+
+def read_stream(spark: SparkSession, table: str, columns: str) -> DataFrame:
+    """Read a table as a stream with at least `columns`; rows of files that an update has rewritten come again."""
+    reader = spark.readStream.format("delta").option("ignoreChanges", "true")
+    path = _PATH.fullmatch(table)
+    return _completed(reader.load(path["path"]) if path else reader.table(table), table, columns)
+
+
+def _completed(rows: DataFrame, table: str, columns: str) -> DataFrame:
+    wanted = {field.name.lower(): field for field in _fields(rows.sparkSession, columns)}
     held = {field.name.lower(): field for field in rows.schema}
     if "adata_id" in wanted and "adata_id" not in held:
         raise ConfigError(f"{table} has no column adata_id: each row needs a key")
@@ -149,11 +166,47 @@ def append(rows: DataFrame, table: str) -> None:
     rows.write.format("delta").mode("append").option("compression", "zstd").saveAsTable(table)
 
 
-def delete_matching(spark: SparkSession, table: str, rows: DataFrame, keys: Sequence[str]) -> None:
-    """Delete the table's rows that agree with one of `rows` on all `keys`."""
-    rows.select(*keys).distinct().createOrReplaceTempView("_scgpt_delete")
+def replace(rows: DataFrame, table: str, condition: str) -> None:
+    """Write rows in place of those that meet `condition`, in one commit; the rows must all meet it.
+
+    Writing the same again changes nothing. Of two at once on one table the later to commit is refused by Delta and
+    tries again, so it sees what the first has written.
+    """
+    writer = rows.write.format("delta").mode("overwrite").option("replaceWhere", condition)
+    _retried(table, lambda: writer.option("compression", "zstd").saveAsTable(table))
+
+
+def upsert(spark: SparkSession, table: str, rows: DataFrame, keys: Sequence[str]) -> None:
+    """Insert rows, or update those that agree on all `keys`, in one commit."""
+    view = f"_scgpt_{uuid4().hex}"
+    rows.createOrReplaceTempView(view)
     same = " AND ".join(f"t.{key} = s.{key}" for key in keys)
-    spark.sql(f"MERGE INTO {table} t USING _scgpt_delete s ON {same} WHEN MATCHED THEN DELETE")
+    merge = (
+        f"MERGE INTO {table} t USING {view} s ON {same} WHEN MATCHED THEN UPDATE SET * WHEN NOT MATCHED THEN INSERT *"
+    )
+    try:
+        _retried(table, lambda: spark.sql(merge))
+    finally:
+        spark.catalog.dropTempView(view)
+
+
+def literal(value: str) -> str:
+    """Spell a string as an SQL literal."""
+    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def _retried(table: str, write: Callable[[], object]) -> None:
+    """Try a commit again when another writer of the table was faster."""
+    for attempt in range(COMMIT_TRIES):
+        try:
+            write()
+            return
+        except Exception as exc:  # py4j and Connect have different types for Delta's refusals
+            if attempt + 1 == COMMIT_TRIES or not any(sign in str(exc) for sign in _CONFLICTS):
+                raise
+            seconds = random.uniform(0.5, 1.5) * 2 ** min(attempt, 5)
+            logger.info("%s: another writer was faster; again in %.0f s", table, seconds)
+            time.sleep(seconds)
 
 
 def upsert_rows(spark: SparkSession, table: str, rows: DataFrame) -> int:
@@ -172,6 +225,11 @@ def upsert_rows(spark: SparkSession, table: str, rows: DataFrame) -> int:
 def version(spark: SparkSession, table: str) -> int:
     """Return the table's newest version."""
     return spark.sql(f"DESCRIBE HISTORY {table} LIMIT 1").first()["version"]  # type: ignore[index]
+
+
+def row_hash() -> Column:
+    """A row's content hash: what its `content_hash` says, else computed."""
+    return F.coalesce("content_hash", content_hash())
 
 
 def content_hash() -> Column:
@@ -281,8 +339,8 @@ def delete_older(spark: SparkSession, table: str, column: str, days: int) -> int
 
 def delete_versions(spark: SparkSession, table: str, model: str, versions: Sequence[str]) -> None:
     """Delete the lines of some versions of a model, in one commit."""
-    gone = spark.createDataFrame([(model, version) for version in versions], "model_name STRING, model_version STRING")
-    delete_matching(spark, table, gone, ("model_name", "model_version"))
+    gone = f"model_name = {literal(model)} AND model_version IN ({', '.join(map(literal, versions))})"
+    _retried(table, lambda: spark.sql(f"DELETE FROM {table} WHERE {gone}"))
 
 
 def cluster(spark: SparkSession, table: str, column: str) -> None:

@@ -4,9 +4,12 @@
 contiguous buffer under a list array; no Python list of floats is made.
 """
 
+import faulthandler
 import os
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +17,13 @@ import numba
 import numpy as np
 import pyarrow as pa
 import torch
+from pyspark import TaskContext
 
 from scgpt_batch.anndata_rows import arrow_rows
-from scgpt_batch.embedder import Answer, Embedder, load_embedder
+from scgpt_batch.answers import Answer
+from scgpt_batch.embedder import Embedder, load_embedder
 from scgpt_batch.parameters import Parameters
+from scgpt_batch.spark.isolated import answers_alone
 
 Batches = Iterable[pa.RecordBatch]
 
@@ -44,6 +50,7 @@ ANSWERS_DDL = """
 VECTORS = pa.schema([("gene", pa.string()), ("embedding", pa.list_(pa.float32()))])
 VECTORS_DDL = "gene STRING, embedding ARRAY<FLOAT>"
 
+ROW_KEY = ("adata_id", "content_hash")
 LINES = 4096  # of a batch: 8 MB of vectors at d 512
 
 
@@ -57,11 +64,11 @@ class ModelRef:
     tracking_uri: str
     registry_uri: str
 
-    def load(self) -> Embedder:
+    def load(self, device: str | None = None) -> Embedder:
         """Load the model in this process, or take it from an earlier task of the process."""
         _use_own_cores_only()
         folder = self.checkpoint if Path(self.checkpoint).is_dir() else self._fetch()
-        return load_embedder(folder, digest=self.digest)
+        return load_embedder(folder, digest=self.digest, device=device)
 
     def _fetch(self) -> Path:
         # seconds to import, and needed only where the driver's folder cannot be seen
@@ -74,6 +81,28 @@ class ModelRef:
         return resolve(self.uri).checkpoint
 
 
+@dataclass(frozen=True)
+class Work:
+    """What is done with each row, wherever it is done."""
+
+    model: ModelRef
+    parameters: Parameters
+    min_coverage: float
+    row_timeout: float  # seconds without an answer, after which the process is taken for hung
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of `Embedder.embed_rows`; static vectors are joined later, from `static_vectors`."""
+        return {"min_coverage": self.min_coverage, "with_vectors": self.parameters.mode != "static"}
+
+
+def task_device() -> str | None:
+    """The GPU that Spark's resource scheduling gave this task; None where it gave none: the embedder chooses."""
+    context = TaskContext.get()
+    gpu = context.resources().get("gpu") if context else None
+    return f"cuda:{gpu.addresses[0]}" if gpu and torch.cuda.is_available() else None
+
+
 def _use_own_cores_only() -> None:
     """Keep numba and torch to the cores that Spark gave the task: workers side by side would fight for them."""
     cores = int(os.environ.get("OMP_NUM_THREADS", "1"))
@@ -81,20 +110,57 @@ def _use_own_cores_only() -> None:
     torch.set_num_threads(cores)
 
 
-def embed_rows(model: ModelRef, parameters: Parameters, min_coverage: float) -> Callable[[Batches], Batches]:
+def embed_rows(work: Work) -> Callable[[Batches], Batches]:
     """Return a function for `mapInArrow` that answers each row.
 
-    In static mode it gives genes without vectors: `static_vectors` has them, to be joined once.
+    A row that takes longer than `row_timeout` ends the process with a traceback in the worker's log: the driver then
+    repeats the wave with `embed_rows_alone`.
     """
 
     def run(batches: Batches) -> Batches:
-        embedder = model.load()
-        for batch in batches:
-            for row in arrow_rows(batch):
-                answer = embedder.embed(row, parameters, min_coverage=min_coverage)
-                yield from answer_batches(row, answer, with_vectors=parameters.mode != "static")
+        embedder = work.model.load(task_device())
+        keys: deque[dict[str, Any]] = deque()  # rows are read ahead of their answers, in another thread
+        answers = embedder.embed_rows(_rows(batches, keys), work.parameters, **work.options)
+        for answer in _watched(answers, work.row_timeout):
+            yield from answer_batches(keys.popleft(), answer)
 
     return run
+
+
+def embed_rows_alone(work: Work) -> Callable[[Batches], Batches]:
+    """Return a function for `mapInArrow` that answers each row in a process of its own, which it may take down."""
+
+    def run(batches: Batches) -> Batches:
+        keys: deque[dict[str, Any]] = deque()
+        embedding = partial(_embedding, work, task_device())
+        for answer in answers_alone(_rows(batches, keys), embedding, work.row_timeout):
+            yield from answer_batches(keys.popleft(), answer)
+
+    return run
+
+
+def _embedding(work: Work, device: str | None) -> Callable[[dict[str, Any]], Answer]:
+    embedder = work.model.load(device)
+    return lambda row: next(embedder.embed_rows([row], work.parameters, **work.options))
+
+
+def _rows(batches: Batches, keys: deque[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for batch in batches:
+        for row in arrow_rows(batch):
+            keys.append({name: row[name] for name in ROW_KEY})
+            yield row
+
+
+def _watched(answers: Iterable[Answer], seconds: float) -> Iterator[Answer]:
+    """End the process when an answer takes too long; from C, since what hangs may hold Python's lock."""
+    try:
+        faulthandler.dump_traceback_later(seconds, exit=True)
+        for answer in answers:
+            faulthandler.cancel_dump_traceback_later()
+            yield answer
+            faulthandler.dump_traceback_later(seconds, exit=True)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def static_vectors(model: ModelRef) -> Callable[[Batches], Batches]:
@@ -112,19 +178,19 @@ def static_vectors(model: ModelRef) -> Callable[[Batches], Batches]:
     return run
 
 
-def answer_batches(row: dict[str, Any], answer: Answer, *, with_vectors: bool) -> Batches:
-    """Spell an answer as Arrow batches of `ANSWERS`: its embeddings, then its report."""
+def answer_batches(key: dict[str, Any], answer: Answer) -> Batches:
+    """Spell an answer as Arrow batches of `ANSWERS`: its embeddings, then its report; `key` names the row."""
     vectors = answer.embeddings
-    n_lines = 0 if vectors is None else len(vectors)
+    n_lines = len(answer.genes or answer.cell_ids or ())
     for first in range(0, n_lines, LINES):
         part = slice(first, first + LINES)
         yield _batch(
-            row,
+            key,
             group=answer.groups and answer.groups[part],
             gene=answer.genes and answer.genes[part],
             cell_id=answer.cell_ids and answer.cell_ids[part],
             n_cells=None if answer.n_cells is None else answer.n_cells[part],
-            embedding=list_array(vectors[part]) if with_vectors and vectors is not None else None,
+            embedding=None if vectors is None else list_array(vectors[part]),
             lines=len(range(n_lines)[part]),
         )
     report = vars(answer.report) | {
@@ -134,7 +200,7 @@ def answer_batches(row: dict[str, Any], answer: Answer, *, with_vectors: bool) -
         "error_class": type(answer.error).__name__ if answer.error else None,
         "error_message": str(answer.error) if answer.error else None,
     }
-    yield _batch(row, report=[report], lines=1)
+    yield _batch(key, report=[report], lines=1)
 
 
 def list_array(vectors: np.ndarray) -> pa.ListArray:
@@ -144,8 +210,8 @@ def list_array(vectors: np.ndarray) -> pa.ListArray:
     return pa.ListArray.from_arrays(np.arange(0, n * d + 1, d, dtype=np.int32), flat)
 
 
-def _batch(row: dict[str, Any], *, lines: int, **columns: Any) -> pa.RecordBatch:
-    columns |= {name: [row[name]] * lines for name in ("adata_id", "content_hash")}
+def _batch(key: dict[str, Any], *, lines: int, **columns: Any) -> pa.RecordBatch:
+    columns |= {name: [value] * lines for name, value in key.items()}
     arrays = []
     for field in ANSWERS:
         values = columns.get(field.name)

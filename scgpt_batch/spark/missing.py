@@ -1,0 +1,130 @@
+"""What a run has to do: the rows that have no result yet, cut into waves and tasks of even size.
+
+Only keys, hashes and sizes are read, of the input and of the ledger: neither payload nor vectors.
+"""
+
+import heapq
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from scgpt_batch.errors import ConfigError
+from scgpt_batch.spark import tables
+
+WAVE_ROWS = 5_000  # of a wave at most: their keys stand in the condition of its commit
+TASK_CELLS = 5_000  # of a task: even work for every device, whatever the number of CPU cores
+ROW_CELLS_UNKNOWN = 1_000  # taken for a row of a foreign table that does not say its n_obs
+
+
+@dataclass(frozen=True)
+class Missing:
+    """The rows of a table, told apart by whether they have a result.
+
+    Attributes
+    ----------
+    rows_in
+        Rows of the table.
+    pending
+        Rows without a result, largest first: adata_id, content_hash (None where not needed yet), cells, copies (equal
+        rows of one key), known (another content of the key, or a failure, is in the ledger).
+    """
+
+    rows_in: int
+    pending: pd.DataFrame
+
+    def waves(self, cells: int) -> Iterator[pd.DataFrame]:
+        """Cut the pending rows into waves of at most so many cells; a larger row is a wave of its own."""
+        sizes = self.pending["cells"]
+        by_cells = (sizes.cumsum() - 1) // cells
+        by_rows = np.arange(len(sizes)) // WAVE_ROWS
+        for _, wave in self.pending.groupby([by_cells, by_rows], sort=True):
+            yield wave
+
+
+def missing_rows(rows: DataFrame, ledger: DataFrame, *, retry_failed: bool, name: str) -> Missing:
+    """Ask which rows have no line in the ledger for their content.
+
+    Parameters
+    ----------
+    rows
+        The `adata_rows` table. Content hashes that it lacks are computed, which reads payload, only where they decide
+        something: when the ledger holds lines, or an adata_id comes twice.
+    ledger
+        Its lines of the run's mode, model and parameters.
+    name
+        The input table's, for messages.
+
+    Raises
+    ------
+    ConfigError
+        Rows without adata_id, or different contents under one.
+    """
+    if ledger.head(1) and rows.where("content_hash IS NULL").head(1):
+        rows = rows.withColumn("content_hash", tables.row_hash())
+    found = _found(rows, ledger, retry_failed)
+    if found.where("copies > 1 AND hashes < copies").head(1):
+        found = _found(rows.withColumn("content_hash", tables.row_hash()), ledger, retry_failed)
+    differ = F.col("lowest") != F.col("content_hash")
+    told = found.select(
+        F.coalesce(F.sum("copies"), F.lit(0)).alias("rows"),
+        F.count_if(F.isnull("adata_id")).alias("nameless"),
+        F.count_if(differ).alias("ambiguous"),
+        F.min(F.when(differ, F.col("adata_id"))).alias("first"),
+    ).first()
+    assert told is not None  # an aggregate has one row
+    if told["nameless"]:
+        raise ConfigError(f"{name} has rows without adata_id: give each row a key")
+    if told["ambiguous"]:
+        raise ConfigError(f"{name} has {told['ambiguous']} adata_id with several contents, first {told['first']!r}")
+    pending: pd.DataFrame = (
+        found.where("NOT done").select("adata_id", "content_hash", "cells", "copies", "known").toPandas()
+    )
+    pending = pending.sort_values(["cells", "adata_id"], ascending=[False, True], ignore_index=True)
+    return Missing(int(told["rows"]), pending)
+
+
+def _found(rows: DataFrame, ledger: DataFrame, retry_failed: bool) -> DataFrame:
+    """Each adata_id with its size, content and whether that has a result."""
+    keys = rows.groupBy("adata_id").agg(
+        F.max(F.coalesce("n_obs", F.lit(ROW_CELLS_UNKNOWN))).alias("cells"),
+        F.count("*").alias("copies"),
+        F.count("content_hash").alias("hashes"),
+        F.min("content_hash").alias("lowest"),
+        F.max("content_hash").alias("content_hash"),
+    )
+    counts = F.lit(True) if not retry_failed else F.col("status") == "ok"
+    told = ledger.groupBy("adata_id").agg(
+        F.collect_set(F.when(counts, F.col("content_hash"))).alias("contents"), F.lit(True).alias("known")
+    )
+    found = keys.join(told, "adata_id", "left")
+    return found.select(
+        *keys.columns,
+        F.coalesce("known", F.lit(False)).alias("known"),
+        F.coalesce(F.array_contains("contents", F.col("content_hash")), F.lit(False)).alias("done"),
+    )
+
+
+def n_tasks(wave: pd.DataFrame) -> int:
+    """How many tasks a wave makes."""
+    return min(-(-int(wave["cells"].sum()) // TASK_CELLS), len(wave))
+
+
+def with_tasks(spark: SparkSession, wave: pd.DataFrame) -> DataFrame:
+    """Give each row of a wave to a task, as adata_id and task: the largest first, always to the emptiest.
+
+    `repartition(n, "task")` with n = `n_tasks` brings each task's rows into a partition of its own: the numbers are
+    chosen so that Spark's hash sends them to different ones.
+    """
+    n = n_tasks(wave)
+    keys = spark.range(32 * n).groupBy(F.pmod(F.hash("id"), F.lit(n)).alias("slot")).agg(F.min("id").alias("key"))
+    tasks = [(0, row["key"]) for row in keys.orderBy("slot").collect()]
+    given = []
+    for cells in wave["cells"]:  # largest first
+        filled, slot = heapq.heappop(tasks)
+        given.append(slot)
+        heapq.heappush(tasks, (filled + int(cells), slot))
+    return spark.createDataFrame(pd.DataFrame({"adata_id": wave["adata_id"], "task": given}))
