@@ -64,7 +64,7 @@ class Backed:
         self.group = group
         x = group["X"]
         # a dense X is an array, a sparse one a group
-        self.x = x if isinstance(x, (h5py.Dataset, zarr.Array)) else sparse_dataset(x)
+        self.x: Any = x if isinstance(x, (h5py.Dataset, zarr.Array)) else sparse_dataset(x)
         self.n_obs = int(self.x.shape[0])
         self.by_gene = getattr(self.x, "format", None) == "csc"
 
@@ -101,7 +101,7 @@ class Backed:
             if not per_cell:
                 return read(elem)
             strings = isinstance(elem, h5py.Dataset) and h5py.check_string_dtype(elem.dtype)
-            return (elem.asstr() if strings else elem)[first:last][positions - first]
+            return np.asarray((elem.asstr() if strings else elem)[first:last])[positions - first]
 
         table = read_dispatched(self.group["obs"], of_these)
         return table.iloc[positions] if isinstance(self.group["obs"], h5py.Dataset) else table
@@ -117,7 +117,7 @@ class Backed:
 
     def _pass_by_gene(self, positions: np.ndarray) -> sp.csr_matrix:
         """Pick cells from an X that lies gene by gene: one pass over it, in blocks of genes."""
-        ends = self.group["X/indptr"][:]
+        ends = np.asarray(self.group["X/indptr"])
         starts = np.searchsorted(ends, np.arange(0, ends[-1], CSC_BLOCK_VALUES), side="right") - 1
         edges = np.unique([0, *starts, self.x.shape[1]])
         return sp.hstack([self.x[:, first:last][positions] for first, last in pairwise(edges)], format="csr")
