@@ -60,7 +60,7 @@ def test_real_cells_come_back_in_tasks_of_cells(reader, spark, data, pbmc3k, tmp
 @pytest.mark.parametrize("split_by", ["", "donor"])
 def test_slices_of_any_layout_are_the_cells_of_the_file(tmp_path, monkeypatch, layout, split_by):
     monkeypatch.setattr(files, "PARTITION_CELLS", 100)
-    monkeypatch.setattr(files, "CSC_PARTITION_VALUES", 5_000)
+    monkeypatch.setattr(files, "CSC_PARTITION_VALUES", 2_000)
     monkeypatch.setattr(files, "CSC_BLOCK_VALUES", 700)
     adata = random_adata(230, 60)
     adata.obs["missing"] = pd.array([None, True] * 115, dtype="boolean")

@@ -16,7 +16,6 @@ import anndata as ad
 import h5py
 import numpy as np
 import pandas as pd
-import scanpy as sc
 import scipy.sparse as sp
 import zarr
 from anndata.experimental import read_dispatched
@@ -138,6 +137,8 @@ class TenX:
     def adata(self) -> ad.AnnData:
         """The file's content."""
         if self._adata is None:
+            import scanpy as sc  # seconds to import, for each Python process of Spark, and only 10x files need it
+
             folder = self.path.is_dir()
             self._adata = sc.read_10x_mtx(self.path, make_unique=False) if folder else sc.read_10x_h5(self.path)
             self._adata.X = sp.csr_matrix(self._adata.X)
