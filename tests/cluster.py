@@ -1,6 +1,8 @@
 """Real servers on this machine for tests: a standalone Spark cluster, Spark Connect, MLflow."""
 
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -33,24 +35,27 @@ def free_port() -> int:
 
 @contextmanager
 def server(command: list, log: Path, ready: Callable[[], bool], **options) -> Iterator[subprocess.Popen]:
-    """Run a process until the block ends; the block starts when it is ready."""
-    with (
-        log.open("w") as told,
-        subprocess.Popen(list(map(str, command)), stdout=told, stderr=told, **options) as process,
-    ):
-        try:
-            until = time.monotonic() + 120
-            while not ready():
-                if process.poll() is not None or time.monotonic() > until:
-                    raise RuntimeError(f"{command[0]} did not start: {log.read_text()[-2000:]}")
-                time.sleep(0.2)
-            yield process
-        finally:
-            process.terminate()
-            try:
-                process.wait(timeout=20)
-            except subprocess.TimeoutExpired:
-                process.kill()
+    """Run a process, and what it starts itself, until the block ends; the block starts when it is ready."""
+    words = list(map(str, command))
+    with log.open("w") as told:
+        process = subprocess.Popen(words, stdout=told, stderr=told, start_new_session=True, **options)
+    try:
+        until = time.monotonic() + 120
+        while not ready():
+            if process.poll() is not None or time.monotonic() > until:
+                raise RuntimeError(f"{words[0]} did not start: {log.read_text()[-2000:]}")
+            time.sleep(0.2)
+        yield process
+    finally:
+        _end(process)
+
+
+def _end(process: subprocess.Popen) -> None:
+    for way in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, way)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=20)
 
 
 def listens(port: int) -> bool:
@@ -113,7 +118,8 @@ def mlflow_server(folder: Path) -> Iterator[str]:
     def ready() -> bool:
         return listens(port) and urllib.request.urlopen(f"http://127.0.0.1:{port}/health").status == 200
 
-    with server(command, folder / "mlflow.log", ready, env=environment(), cwd=folder):
+    env = environment(MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false")  # it would start processes of its own
+    with server(command, folder / "mlflow.log", ready, env=env, cwd=folder):
         yield f"http://127.0.0.1:{port}"
 
 
