@@ -11,7 +11,7 @@ UPSTREAM := .venv-upstream
 export SPARK_LOCAL_IP ?= 127.0.0.1
 export PYTHONUNBUFFERED = 1
 
-.PHONY: setup java demo test check parity bench bench-blog clean
+.PHONY: setup java chromium demo test check parity bench bench-blog faults clean
 
 setup: $(VENV)/.ready java
 
@@ -35,6 +35,17 @@ java:
 	    apt-get update -qq && apt-get install -y -qq openjdk-17-jre-headless >/dev/null; \
 	  else \
 	    echo 'Spark needs Java: run  sudo apt-get install openjdk-17-jre-headless  (or install Java 17 or 21 your way)'; \
+	    exit 2; \
+	  fi; \
+	fi
+
+# The test of the monitoring page looks at it in a real browser.
+chromium:
+	@if ! command -v chromium >/dev/null; then \
+	  if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+	    apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; \
+	  else \
+	    echo 'The tests need Chromium: run  sudo apt-get install chromium  (or put a chromium on the PATH your way)'; \
 	    exit 2; \
 	  fi; \
 	fi
@@ -72,7 +83,7 @@ check: setup
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
-test: check
+test: check chromium
 	$(VENV)/bin/pytest
 
 parity: setup $(UPSTREAM)/.ready

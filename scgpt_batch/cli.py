@@ -24,13 +24,15 @@ from scgpt_batch.settings import (
     DemoCheckpointSettings,
     EmbedSettings,
     IngestSettings,
+    MaintainSettings,
+    MonitorSettings,
     RegisterSettings,
     Settings,
     Summary,
     SummarySettings,
 )
 
-OK, FAILED, WRONG_USAGE, TOO_MANY_FAILED_ROWS = 0, 1, 2, 3
+OK, FAILED, WRONG_USAGE, TOO_MANY_FAILED_ROWS, ALERTS = 0, 1, 2, 3, 4
 
 ENVIRONMENT = "SCGPT_BATCH_"
 
@@ -85,17 +87,33 @@ def _summary(settings: SummarySettings) -> Summary:
     return summarize(get_spark(settings.spark_conf), settings)
 
 
+def _monitor(settings: MonitorSettings) -> Summary:
+    from scgpt_batch.monitoring.monitor import monitor
+    from scgpt_batch.spark.session import get_spark
+
+    return monitor(get_spark(settings.spark_conf), settings)
+
+
+def _maintain(settings: MaintainSettings) -> Summary:
+    from scgpt_batch.spark.maintain import maintain
+    from scgpt_batch.spark.session import get_spark
+
+    return maintain(get_spark(settings.spark_conf), settings)
+
+
 COMMANDS = {
     "demo-checkpoint": Command(DemoCheckpointSettings, _demo_checkpoint),
     "ingest": Command(IngestSettings, _ingest),
     "register": Command(RegisterSettings, _register),
     "embed": Command(EmbedSettings, _embed, with_parameters=True),
     "summary": Command(SummarySettings, _summary),
+    "monitor": Command(MonitorSettings, _monitor),
+    "maintain": Command(MaintainSettings, _maintain),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; return its exit code (0 done, 1 failed, 2 wrong usage, 3 too many rows failed)."""
+    """Run a command; return its exit code (0 done, 1 failed, 2 wrong usage, 3 too many rows failed, 4 alerts)."""
     args = vars(_parser().parse_args(argv))
     name, config, debug = args.pop("command"), args.pop("config"), args.pop("debug")
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
@@ -263,6 +281,8 @@ def _fail(exc: Exception, code: int, debug: bool) -> int:
 
 
 def _exit_code(settings: BaseModel, summary: Summary) -> int:
+    if isinstance(settings, MonitorSettings):
+        return ALERTS if summary["status"] in ("critical", settings.fail_on) else OK
     if not isinstance(settings, EmbedSettings):
         return OK
     failed = summary.get("rows_failed", 0)  # --plan has none

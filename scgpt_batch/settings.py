@@ -80,4 +80,36 @@ class SummarySettings(Settings):
     neighbours: int = Field(5, ge=1, description="how many")
 
 
+class MonitorSettings(Settings):
+    """Judge the health of an endpoint and of the batch job, from their tables."""
+
+    inference_table: str = Field("", description="the endpoint's inference table, of any generation")
+    output_table: str = Field("", description="the batch job's embeddings; empty: those of the last run")
+    runs_table: str = Field("", description="its runs; empty: output table + _runs")
+    ledger_table: str = Field("", description="its ledger; empty: output table + _ledger")
+    report: str = Field("", description="HTML file to write, complete in itself")
+    fail_on: Literal["warning", "critical"] = Field("critical", description="exit code 4 for alerts from here on")
+    hours: float = Field(24, gt=0, description="requests of how many hours are judged")
+    days: int = Field(7, ge=2, description="of how many days traffic is compared, and the report tells")
+    delay_minutes: int = Field(60, ge=0, description="how late requests may come into the inference table")
+    max_error_rate: float = Field(0.05, ge=0, le=1, description="share of requests that may fail")
+    max_p95_ms: float = Field(10_000, gt=0, description="95th percentile of the duration, ms")
+    slow_ms: int = Field(5_000, gt=0, description="the report names requests from here on, ms")
+    min_volume: float = Field(0.5, ge=0, description="least requests of an hour, as share of the same hour's usual")
+    min_usual_requests: float = Field(20, ge=0, description="hours with fewer usual requests are not judged by volume")
+    max_run_age_hours: float = Field(26, gt=0, description="since the batch job last finished")
+    max_cosine: float = Field(0.999, gt=0, le=1, description="mean cosine of a run's vectors, above it they are alike")
+
+
+class MaintainSettings(Settings):
+    """Keep a Delta table, its ledger and runs small: delete old rows, cluster and compact files, remove old ones."""
+
+    table: str = Field(description="inference, embeddings, ledger or any other Delta table")
+    date_column: str = Field("", description="date or timestamp column; empty: no rows are deleted")
+    retain_days: int = Field(90, ge=1, description="rows older than this are deleted, by date_column")
+    cluster_by: str = Field("", description="column to cluster files by from now on, such as gene; empty: as it is")
+    vacuum_hours: int = Field(168, ge=0, description="files that no version of so many hours needs are removed")
+    force: bool = Field(False, description="allow vacuum_hours below 168: running readers and time travel may break")
+
+
 Summary = dict[str, Any]

@@ -14,7 +14,16 @@ from uuid import uuid4
 from pyspark.errors import AnalysisException
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
-from pyspark.sql.types import StructType
+from pyspark.sql.types import (
+    ArrayType,
+    DataType,
+    DateType,
+    NumericType,
+    StringType,
+    StructType,
+    TimestampNTZType,
+    TimestampType,
+)
 
 from scgpt_batch.anndata_rows import PAYLOAD_COLUMNS
 from scgpt_batch.errors import ConfigError
@@ -44,6 +53,14 @@ RUNS = """
     cells BIGINT, embeddings BIGINT, seconds DOUBLE, input_table STRING, input_version BIGINT, output_table STRING,
     output_version BIGINT, package_version STRING
 """
+
+# Without these a table is another's. A column of ours that is not among them is added to a table that lacks it.
+IDENTITY = {
+    "adata_id", "group", "gene", "cell_id", "embedding", "mode", "model_name", "model_version", "params_hash", "run_id",
+    "status", "x_data", "adata_obs", "adata_var",
+}  # fmt: skip
+
+_VECTOR_LENGTH = "delta.constraints.vector_length"
 
 COMMIT_TRIES = 12  # over some four minutes
 _CONFLICTS = ("DELTA_CONCURRENT", "DELTA_METADATA_CHANGED", "DELTA_PROTOCOL_CHANGED")
@@ -87,50 +104,61 @@ def exists(spark: SparkSession, table: str) -> bool:
 def read(spark: SparkSession, table: str, columns: str, *, version: int | None = None) -> DataFrame:
     """Read a table with at least `columns` (DDL): those it lacks are null, further ones are carried along.
 
-    `version` None reads the newest snapshot.
+    Names are found whatever their case and get ours. `version` None reads the newest snapshot.
 
     Raises
     ------
     ConfigError
-        There is no such table.
+        There is no such table, it has no `adata_id`, or a column's type cannot be read as ours.
     """
     if not exists(spark, table):
         raise ConfigError(f"no Delta table {table}")
     rows = spark.table(table) if version is None else spark.sql(f"SELECT * FROM {table} VERSION AS OF {version}")
-    return _completed(rows, columns)
+    return _completed(rows, table, columns)
 
 
 def read_stream(spark: SparkSession, table: str, columns: str) -> DataFrame:
     """Read a table as a stream with at least `columns`; rows of files that an update has rewritten come again."""
     reader = spark.readStream.format("delta").option("ignoreChanges", "true")
     path = _PATH.fullmatch(table)
-    return _completed(reader.load(path["path"]) if path else reader.table(table), columns)
+    return _completed(reader.load(path["path"]) if path else reader.table(table), table, columns)
 
 
-def _completed(rows: DataFrame, columns: str) -> DataFrame:
-    lacking = [field for field in _fields(rows.sparkSession, columns) if field.name not in rows.columns]
-    return rows.select("*", *(F.lit(None).cast(field.dataType).alias(field.name) for field in lacking))
+def _completed(rows: DataFrame, table: str, columns: str) -> DataFrame:
+    wanted = {field.name.lower(): field for field in _fields(rows.sparkSession, columns)}
+    held = {field.name.lower(): field for field in rows.schema}
+    if "adata_id" in wanted and "adata_id" not in held:
+        raise ConfigError(f"{table} has no column adata_id: each row needs a key")
+    taken = []
+    for name, field in held.items():
+        column = F.col(f"`{field.name}`")
+        if name in wanted:
+            column = _as_ours(column, field.dataType, wanted[name].dataType, f"{table}: column {field.name}")
+        taken.append(column.alias(wanted[name].name if name in wanted else field.name))
+    lacking = [F.lit(None).cast(field.dataType).alias(field.name) for name, field in wanted.items() if name not in held]
+    return rows.select(*taken, *lacking)
 
 
-def create(spark: SparkSession, table: str, columns: str) -> bool:
+def create(spark: SparkSession, table: str, columns: str, *, vector_length: int | None = None) -> bool:
     """Create a table with these columns unless it is there; tell whether it was created.
+
+    A table that is there gets those columns which newer versions of this package added. With `vector_length` the
+    table takes vectors of that length only, and keeps a change feed, so that a search index can follow it.
 
     Raises
     ------
     ConfigError
-        A table of this name lacks some of the columns.
+        A table of this name is another's, or holds vectors of another length; nothing was changed.
     """
-    if not exists(spark, table):
-        schema = table.rsplit(".", 1)[0] if not _PATH.fullmatch(table) and "." in table else None
-        if schema:
-            spark.sql(f"CREATE SCHEMA IF NOT EXISTS {schema}")
-        spark.sql(f"CREATE TABLE IF NOT EXISTS {table} ({columns}) USING delta")
-        return True
-    have = {field.name: field.dataType for field in spark.table(table).schema}
-    wrong = [f"{f.name} {f.dataType.simpleString()}" for f in _fields(spark, columns) if have.get(f.name) != f.dataType]
-    if wrong:
-        raise ConfigError(f"{table} is not a table of ours: it lacks {', '.join(wrong)}; name another")
-    return False
+    if exists(spark, table):
+        _adapt(spark, table, columns, vector_length)
+        return False
+    schema = table.rsplit(".", 1)[0] if not _PATH.fullmatch(table) and "." in table else None
+    if schema:
+        spark.sql(f"CREATE SCHEMA IF NOT EXISTS {schema}")
+    promises = "" if vector_length is None else f"TBLPROPERTIES ({_promises(vector_length)})"
+    spark.sql(f"CREATE TABLE IF NOT EXISTS {table} ({columns}) USING delta {promises}")
+    return True
 
 
 def append(rows: DataFrame, table: str) -> None:
@@ -215,6 +243,60 @@ def _fields(spark: SparkSession, columns: str) -> StructType:
     return spark.createDataFrame([], columns).schema
 
 
+def _as_ours(column: Column, have: DataType, want: DataType, where: str) -> Column:
+    """Take a column whose type is of the same kind as ours; whole numbers are fine keys."""
+    if have == want or _same_kind(have, want):
+        return column
+    if isinstance(want, StringType) and isinstance(have, NumericType):
+        return column.cast(want)
+    raise ConfigError(f"{where} is {have.simpleString()}, {want.simpleString()} is needed")
+
+
+def _same_kind(have: DataType, want: DataType) -> bool:
+    if isinstance(have, ArrayType) and isinstance(want, ArrayType):
+        return _same_kind(have.elementType, want.elementType)
+    kinds = (NumericType, StringType, (TimestampType, TimestampNTZType))
+    return any(isinstance(have, kind) and isinstance(want, kind) for kind in kinds)
+
+
+def _adapt(spark: SparkSession, table: str, columns: str, vector_length: int | None) -> None:
+    """Add the columns that a table of ours lacks, after looking that it is one and takes such vectors."""
+    have = {field.name.lower(): field.dataType for field in spark.table(table).schema}
+    wanted = _fields(spark, columns)
+    wrong = [f for f in wanted if have.get(f.name.lower(), None if f.name in IDENTITY else f.dataType) != f.dataType]
+    if wrong:
+        told = ", ".join(f"{field.name} {field.dataType.simpleString()}" for field in wrong)
+        raise ConfigError(f"{table} is not a table of ours: it lacks {told}; name another")
+    if vector_length is not None:
+        _check_vector_length(spark, table, vector_length)
+    new = [field for field in wanted if field.name.lower() not in have]
+    if new:
+        told = ", ".join(f"`{field.name}` {field.dataType.simpleString()}" for field in new)
+        spark.sql(f"ALTER TABLE {table} ADD COLUMNS ({told})")
+        logger.info("%s: columns added: %s", table, told)
+
+
+def _check_vector_length(spark: SparkSession, table: str, length: int) -> None:
+    """Refuse a table of longer or shorter vectors: by its constraint, or by its first vector where it has none."""
+    properties = {row["key"]: row["value"] for row in spark.sql(f"SHOW TBLPROPERTIES {table}").collect()}
+    held = properties.get(_VECTOR_LENGTH)
+    if held is None:
+        first = spark.table(table).select(F.size("embedding")).first()
+        held = _of_length(first[0] if first else length)
+    if held != _of_length(length):
+        raise ConfigError(
+            f"{table} takes vectors of one length ({held}) and this model's have {length} numbers: name another table"
+        )
+
+
+def _promises(vector_length: int) -> str:
+    return f"'delta.enableChangeDataFeed' = 'true', '{_VECTOR_LENGTH}' = '{_of_length(vector_length)}'"
+
+
+def _of_length(length: int) -> str:
+    return f"size(embedding) = {length}"
+
+
 def _found_in_warehouse(spark: SparkSession, table: str) -> bool:
     """Give a table its name back that an earlier local session wrote.
 
@@ -235,3 +317,72 @@ def _found_in_warehouse(spark: SparkSession, table: str) -> bool:
     spark.sql(f"CREATE TABLE {table} USING delta LOCATION '{folder}'")
     logger.info("%s: found again in %s", table, folder)
     return True
+
+
+def delete_older(spark: SparkSession, table: str, column: str, days: int) -> int:
+    """Delete the rows whose date lies more than `days` before today; return how many that were.
+
+    They are also gone from the newest files: where deletion vectors only hide them, the files are written anew.
+
+    Raises
+    ------
+    ConfigError
+        The table has no such column of dates or times.
+    """
+    types = {field.name: field.dataType for field in spark.table(table).schema}
+    if not isinstance(types.get(column), DateType | TimestampType | TimestampNTZType):
+        raise ConfigError(f"{table} has no column {column!r} of dates or times: rows older than what?")
+    deleted = spark.sql(f"DELETE FROM {table} WHERE `{column}` < date_sub(current_date(), {days})")
+    spark.sql(f"REORG TABLE {table} APPLY (PURGE)")
+    return deleted.first()["num_affected_rows"]  # type: ignore[index]
+
+
+def delete_versions(spark: SparkSession, table: str, model: str, versions: Sequence[str]) -> None:
+    """Delete the lines of some versions of a model, in one commit."""
+    gone = f"model_name = {literal(model)} AND model_version IN ({', '.join(map(literal, versions))})"
+    _retried(table, lambda: spark.sql(f"DELETE FROM {table} WHERE {gone}"))
+
+
+def cluster(spark: SparkSession, table: str, column: str) -> None:
+    """Have Delta keep equal values of a column in the same files (liquid clustering).
+
+    Unlike Z-order, which writes the whole table again at each OPTIMIZE, that then touches new files only.
+
+    Raises
+    ------
+    ConfigError
+        The table has no such column, or cannot be clustered by it.
+    """
+    (detail,) = spark.sql(f"DESCRIBE DETAIL {table}").collect()
+    if detail["clusteringColumns"] == [column]:
+        return
+    try:
+        spark.sql(f"ALTER TABLE {table} CLUSTER BY (`{column}`)")
+    except AnalysisException as exc:
+        raise ConfigError(f"{table} cannot be clustered by {column!r}: {str(exc).splitlines()[0]}") from exc
+
+
+def compact(spark: SparkSession, table: str) -> tuple[int, int]:
+    """Write small files together (and cluster, where the table says how); return how many were removed and added."""
+    metrics = spark.sql(f"OPTIMIZE {table}").first()["metrics"]  # type: ignore[index]
+    return metrics["numFilesRemoved"], metrics["numFilesAdded"]
+
+
+def vacuum(spark: SparkSession, table: str, hours: int, *, unsafe: bool = False) -> int | None:
+    """Remove the files that no version of the last `hours` needs; return how many, None if the table's log is silent.
+
+    Delta refuses fewer hours than the table's retention (a week) unless `unsafe`: a reader or writer at work may need
+    the files.
+    """
+    check = "spark.databricks.delta.retentionDurationCheck.enabled"
+    before = spark.conf.get(check, "true") or "true"
+    try:
+        if unsafe:
+            spark.conf.set(check, "false")
+        spark.sql(f"VACUUM {table} RETAIN {hours} HOURS")
+    finally:
+        if unsafe:
+            spark.conf.set(check, before)
+    last = spark.sql(f"DESCRIBE HISTORY {table} LIMIT 1").first()
+    logged = last is not None and last["operation"] == "VACUUM END"
+    return int(last["operationMetrics"]["numDeletedFiles"]) if logged else None  # type: ignore[index]

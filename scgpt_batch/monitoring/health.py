@@ -1,0 +1,92 @@
+"""The rules of health, over what the SQL found; thresholds are `MonitorSettings`."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal
+
+from scgpt_batch.settings import MonitorSettings
+
+Severity = Literal["warning", "critical"]
+SEVERITIES: tuple[Severity, ...] = ("warning", "critical")
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Alert:
+    """One broken rule: what was found, and beyond which threshold."""
+
+    rule: str
+    severity: Severity
+    message: str
+    value: float | str | None = None
+    threshold: float | None = None
+
+
+def status(alerts: Iterable[Alert]) -> str:
+    """Return the worst severity, `ok` without any alert."""
+    found = {alert.severity for alert in alerts}
+    return next((severity for severity in reversed(SEVERITIES) if severity in found), "ok")
+
+
+def endpoint_alerts(health: Row, last_hour: Row, limits: MonitorSettings) -> list[Alert]:
+    """Judge the endpoint by the answers of `endpoint_health` and the newest hour of `traffic`."""
+    within = f"in the last {limits.hours:g} h"
+    if not health["requests"]:
+        return [Alert("no_requests", "critical", f"no requests {within}", 0)]
+    alerts = []
+    if (rate := health["error_rate"]) > limits.max_error_rate:
+        told = f"{rate:.1%} of {health['requests']:.0f} requests failed {within}, more than {limits.max_error_rate:.1%}"
+        alerts.append(Alert("error_rate", "critical", told, rate, limits.max_error_rate))
+    if (p95 := health["p95_ms"]) is not None and p95 > limits.max_p95_ms:
+        told = f"one request in twenty took {p95:,.0f} ms or more {within}, above {limits.max_p95_ms:,.0f} ms"
+        alerts.append(Alert("p95", "warning", told, p95, limits.max_p95_ms))
+    if len(versions := list(health["versions"])) > 1:
+        told = f"{len(versions)} versions answered {within}: {', '.join(versions)}"
+        alerts.append(Alert("versions", "warning", told, len(versions), 1))
+    return alerts + _volume(last_hour, limits)
+
+
+def _volume(last_hour: Row, limits: MonitorSettings) -> list[Alert]:
+    usual, share = last_hour["usual"], last_hour["share_of_usual"]
+    if usual is None or usual < limits.min_usual_requests or share >= limits.min_volume:
+        return []
+    told = (
+        f"{last_hour['requests']:.0f} requests in the hour from {last_hour['hour']:%Y-%m-%d %H:%M}, "
+        f"{share:.0%} of the usual {usual:.0f}"
+    )
+    return [Alert("volume", "warning", told, share, limits.min_volume)]
+
+
+def batch_alerts(runs: Sequence[Row], collapse: Iterable[Row], limits: MonitorSettings, now: datetime) -> list[Alert]:
+    """Judge the batch job by the answers of `last_runs` (newest first) and `collapse_cells` or `collapse_genes`."""
+    alerts = _late(runs, limits, now)
+    if runs and runs[0]["status"] != "finished":
+        told = f"the last run, {runs[0]['run_id']}, ended as {runs[0]['status']!r}"
+        alerts.append(Alert("run_failed", "critical", told, runs[0]["status"]))
+    for run in collapse:
+        if _collapsed(run, limits):
+            told = (
+                f"run {run['run_id']}: its vectors are all alike ({run['distinct_vectors']} distinct of "
+                f"{run['sampled']} compared, mean cosine {run['mean_cosine']:.5f})"
+            )
+            alerts.append(Alert("collapse", "critical", told, run["mean_cosine"], limits.max_cosine))
+    return alerts
+
+
+def _late(runs: Sequence[Row], limits: MonitorSettings, now: datetime) -> list[Alert]:
+    finished = [run["finished_at"] for run in runs if run["status"] == "finished"]
+    if not finished:
+        return [Alert("run_late", "warning", "no run of the batch job has finished", None, limits.max_run_age_hours)]
+    age = (now - max(finished)).total_seconds() / 3600
+    if age <= limits.max_run_age_hours:
+        return []
+    told = f"the last run that finished did so {age:.0f} h ago, more than {limits.max_run_age_hours:g} h"
+    return [Alert("run_late", "warning", told, age, limits.max_run_age_hours)]
+
+
+def _collapsed(run: Row, limits: MonitorSettings) -> bool:
+    """Tell whether a run's vectors are all alike; one vector alone tells nothing."""
+    if run["sampled"] < 2 or run["mean_cosine"] is None:
+        return False
+    return run["distinct_vectors"] == 1 or run["mean_cosine"] > limits.max_cosine

@@ -1,0 +1,133 @@
+"""The page of `monitor --report`: one HTML file that needs no network, readable by eye, keyboard and screen reader.
+
+Each chart stands beside a table of its numbers. Everything that comes from a table is escaped: requesters, error
+texts and ids are what clients sent.
+"""
+
+import html
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from importlib import resources
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from scgpt_batch.errors import ConfigError
+from scgpt_batch.monitoring import queries
+from scgpt_batch.monitoring.health import Alert, status
+from scgpt_batch.settings import MonitorSettings
+
+# Seen on white and on near-black alike, and told apart by the colour-blind (Okabe and Ito).
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
+
+# Question -> its heading, and the columns of its chart (x first) where it has one.
+SECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "traffic": ("Traffic by hour", ("hour", "requests", "usual", "errors")),
+    "daily_performance": ("Latency by day, ms", ("day", "p50_ms", "p95_ms", "p99_ms")),
+    "errors": ("Errors by status", ("status_code", "errors")),
+    "versions": ("Versions", ("served_entity", "requests")),
+    "slow_requests": ("Slowest requests", ()),
+    "requesters": ("Requesters", ()),
+    "payloads": ("Payloads by day", ()),
+    "recent_requests": ("Newest requests", ()),
+    "last_runs": ("Batch runs", ()),
+    "cells_per_second": ("Cells a second, by run", ("started_at", "cells_per_second")),
+    "failed_rows": ("Failed rows", ()),
+    "coverage": ("Coverage of the vocabulary", ()),
+    "collapse_cells": ("Are cells told apart?", ()),
+    "collapse_genes": ("Are genes told apart?", ()),
+}
+CATEGORIES = ("errors", "versions")  # bars; the others are lines over time
+
+
+def check(report: str) -> None:
+    """Raise ConfigError when a page is wanted and cannot be made."""
+    if not report:
+        return
+    lacking = [name for name in ("jinja2", "plotly") if find_spec(name) is None]
+    if lacking:
+        raise ConfigError(f"--report needs {' and '.join(lacking)}: pip install 'scgpt_batch[report]'")
+    if not Path(report).absolute().parent.is_dir():
+        raise ConfigError(f"cannot write --report {report}: no folder {Path(report).absolute().parent}")
+
+
+def write(
+    settings: MonitorSettings, answers: Mapping[str, pd.DataFrame], alerts: Sequence[Alert], at: datetime
+) -> None:
+    """Write the page of the answers; those that are not there have no section."""
+    Path(settings.report).write_text(render(settings, answers, alerts, at), encoding="utf-8")
+
+
+def render(
+    settings: MonitorSettings, answers: Mapping[str, pd.DataFrame], alerts: Sequence[Alert], at: datetime
+) -> str:
+    """Return the page as text."""
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+    from plotly.offline import get_plotlyjs
+
+    template = resources.files("scgpt_batch.monitoring").joinpath("page.html.j2").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["spell"] = spell
+    return environment.from_string(template).render(
+        settings=settings,
+        status=status(alerts),
+        alerts=alerts,
+        at=at,
+        health=answers["endpoint_health"].iloc[0].to_dict() if "endpoint_health" in answers else None,
+        sections=[_section(name, answers[name]) for name in SECTIONS if name in answers],
+        plotly=Markup(get_plotlyjs()),
+    )
+
+
+def spell(value: Any) -> str:
+    """Write a table's value for people: short numbers, times in UTC, nothing for null."""
+    if value is None or value is pd.NaT or (isinstance(value, float) and pd.isna(value)):
+        return ""
+    if isinstance(value, datetime):
+        return f"{value:%Y-%m-%d %H:%M:%S}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.4g}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _section(name: str, answer: pd.DataFrame) -> dict[str, Any]:
+    heading, charted = SECTIONS[name]
+    return {
+        "id": name,
+        "heading": heading,
+        "question": queries.question(name),
+        "columns": list(answer.columns),
+        "rows": answer.to_numpy(dtype=object).tolist(),
+        "chart": _chart(name, answer[list(charted)]) if charted and len(answer) else None,
+        "charted": ", ".join(charted[1:]),
+    }
+
+
+def _chart(name: str, answer: pd.DataFrame) -> Any:
+    """Draw the columns over the first; return a piece of HTML that needs plotly.js on the page."""
+    import plotly.graph_objects as go
+    from markupsafe import Markup
+
+    # plotly reads tags in labels: what clients sent must not become a link
+    x = [html.escape(spell(value)) for value in answer.iloc[:, 0]]
+    figure = go.Figure()
+    for column, colour in zip(answer.columns[1:], COLOURS, strict=False):
+        y = [None if pd.isna(value) else float(value) for value in answer[column]]
+        if name in CATEGORIES:
+            figure.add_bar(x=x, y=y, name=column, marker_color=colour)
+        else:
+            figure.add_scatter(x=x, y=y, name=column, mode="lines+markers", line_color=colour, marker_size=4)
+    figure.update_layout(
+        height=320, margin={"l": 60, "r": 20, "t": 20, "b": 40}, paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)", legend={"orientation": "h"}, template="none", showlegend=True,
+    )  # fmt: skip
+    figure.update_xaxes(type="category" if name in CATEGORIES else "date", showgrid=False)
+    figure.update_yaxes(rangemode="tozero")
+    config = {"displayModeBar": False, "responsive": True}
+    drawn = figure.to_html(full_html=False, include_plotlyjs=False, div_id=f"chart-{name}", config=config)
+    return Markup(drawn)

@@ -1,0 +1,45 @@
+-- Are all cells of a run alike?  One row for each run since :since; a mean cosine near 1 says that its vectors tell
+-- nothing. Of a run, about :sample cells drawn by hash are compared, each pair of them:
+-- mean cosine = (|sum of unit vectors|² - n) / (n (n - 1)).
+with lines as (
+    select run_id, embedding, xxhash64(adata_id, cell_id) as draw
+    from identifier(:embeddings)
+    where embedded_at >= cast(:since as timestamp)
+),
+sizes as (
+    select run_id, count(*) as vectors from lines group by run_id
+),
+drawn as (
+    select lines.run_id, lines.embedding
+    from lines join sizes on lines.run_id = sizes.run_id
+    where pmod(lines.draw, cast(ceil(sizes.vectors / :sample) as bigint)) = 0
+),
+units as (
+    select
+        run_id,
+        embedding,
+        sqrt(aggregate(embedding, cast(0 as double), (total, x) -> total + cast(x as double) * x)) as length
+    from drawn
+),
+coordinates as (
+    select run_id, axis, x / nullif(length, 0) as x
+    from units lateral view posexplode(embedding) as axis, x
+),
+sums as (
+    select run_id, sum(total * total) as square
+    from (select run_id, axis, sum(x) as total from coordinates group by run_id, axis)
+    group by run_id
+),
+counts as (
+    select run_id, count(*) as sampled, count(distinct embedding) as distinct_vectors from units group by run_id
+)
+select
+    counts.run_id,
+    sizes.vectors,
+    counts.sampled,
+    counts.distinct_vectors,
+    try_divide(sums.square - counts.sampled, counts.sampled * (counts.sampled - 1)) as mean_cosine
+from counts
+join sizes on counts.run_id = sizes.run_id
+join sums on counts.run_id = sums.run_id
+order by mean_cosine desc, counts.run_id

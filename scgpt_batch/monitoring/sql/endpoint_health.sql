@@ -1,0 +1,8 @@
+-- How does the endpoint do?  One row for the time since :since; what the health rules judge.
+select
+    coalesce(sum(weight), 0) as requests,
+    try_divide(sum(if(failed, weight, 0)), sum(weight)) as error_rate,
+    percentile(duration_ms, 0.95, cast(round(100 * weight) as bigint)) as p95_ms,
+    array_sort(collect_set(served_entity)) as versions
+from identifier(:requests)
+where request_date >= date_sub(cast(:since as date), 1) and request_time >= cast(:since as timestamp)

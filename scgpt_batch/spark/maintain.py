@@ -1,0 +1,89 @@
+"""House-keeping of tables: old rows and old model versions deleted, files clustered, unneeded files removed.
+
+The tables beside an output table, its ledger and runs, are kept with it.
+"""
+
+import logging
+from collections.abc import Sequence
+
+from pyspark.sql import SparkSession
+from pyspark.sql import functions as F
+
+from scgpt_batch.errors import ConfigError
+from scgpt_batch.settings import MaintainSettings, Summary
+from scgpt_batch.spark import tables
+
+logger = logging.getLogger(__name__)
+
+SAFE_HOURS = 168  # Delta's own: a week, in which nobody should still be reading or writing an older version
+BESIDE = ("_ledger", "_runs")
+
+
+def maintain(spark: SparkSession, settings: MaintainSettings) -> Summary:
+    """Delete, cluster, compact and vacuum a table, and compact and vacuum its ledger and runs where it has them.
+
+    Raises
+    ------
+    ConfigError
+        There is no such table or column, or the retention is unsafe; nothing was changed.
+    """
+    table = tables.table_name(settings.table)
+    if settings.vacuum_hours < SAFE_HOURS and not settings.force:
+        raise ConfigError(
+            f"--vacuum-hours {settings.vacuum_hours} is below {SAFE_HOURS}: whoever reads or writes {table} now may "
+            "fail, and time travel to those versions ends; use --force where nobody does"
+        )
+    if "retain_days" in settings.model_fields_set and not settings.date_column:
+        raise ConfigError("--retain-days needs --date-column: which column says how old a row is?")
+    if not tables.exists(spark, table):
+        raise ConfigError(f"no Delta table {table}")
+    if settings.cluster_by:
+        tables.cluster(spark, table, settings.cluster_by)
+    deleted = 0
+    if settings.date_column:
+        deleted = tables.delete_older(spark, table, settings.date_column, settings.retain_days)
+        logger.info("%s: %d rows older than %d days deleted", table, deleted, settings.retain_days)
+    beside = [name for name in (tables.beside(table, suffix) for suffix in BESIDE) if tables.exists(spark, name)]
+    done = [_tidy(spark, name, settings) for name in (table, *beside)]
+    return {
+        "table": table,
+        "tables": [table, *beside],
+        "rows_deleted": deleted,
+        "files_compacted": sum(removed for removed, _, _ in done),
+        "files_written": sum(added for _, added, _ in done),
+        "files_vacuumed": sum(vacuumed or 0 for _, _, vacuumed in done),
+    }
+
+
+def _tidy(spark: SparkSession, table: str, settings: MaintainSettings) -> tuple[int, int, int | None]:
+    removed, added = tables.compact(spark, table)
+    logger.info("%s: %d files written together as %d", table, removed, added)
+    vacuumed = tables.vacuum(spark, table, settings.vacuum_hours, unsafe=settings.force)
+    logger.info("%s: %s files removed", table, vacuumed)
+    return removed, added, vacuumed
+
+
+def prune(spark: SparkSession, output: str, ledger: str, keep: int) -> int:
+    """Delete all but each model's `keep` newest versions from an output table; return how many versions went.
+
+    Versions are ordered as numbers where all are numbers, else by when they last embedded. Their ledger lines go
+    first: a version that is asked for again is then embedded again.
+    """
+    seen = spark.table(output).groupBy("model_name", "model_version").agg(F.max("embedded_at").alias("last")).collect()
+    pruned = 0
+    for model in sorted({line["model_name"] for line in seen}):
+        versions = [(line["model_version"], line["last"]) for line in seen if line["model_name"] == model]
+        old = _newest_first(versions)[keep:]
+        if old:
+            logger.info("%s: versions %s of %s deleted", output, ", ".join(old), model)
+            for table in (ledger, output):
+                tables.delete_versions(spark, table, model, old)
+        pruned += len(old)
+    return pruned
+
+
+def _newest_first(versions: Sequence[tuple[str, object]]) -> list[str]:
+    """Order versions, given with the time that each was last used."""
+    numbers = all(version.isdecimal() for version, _ in versions)
+    ordered = sorted(versions, key=lambda seen: int(seen[0]) if numbers else seen[1], reverse=True)  # type: ignore[arg-type,return-value]
+    return [version for version, _ in ordered]

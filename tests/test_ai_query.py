@@ -1,0 +1,202 @@
+"""`ai_query` on local Spark, against MLflow's own server around a registered model."""
+
+import threading
+import time
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+import uvicorn
+from helpers import assert_close, random_adata
+from mlflow.pyfunc import scoring_server
+from pyspark.errors import PythonException
+
+from scgpt_batch import registry
+from scgpt_batch.anndata_rows import to_row
+from scgpt_batch.demo import nearest_genes
+from scgpt_batch.errors import ConfigError
+from scgpt_batch.model import Vocabulary
+from scgpt_batch.spark import register_ai_query, tables
+
+GOLDEN = Path(__file__).parent / "data" / "golden"
+EXAMPLES = Path(__file__).parents[1] / "examples" / "sql"
+GENES = Vocabulary.from_file(GOLDEN / "checkpoint_flash" / "vocab.json").tokens[:40]
+STRUCT = "struct(x_data, x_indices, x_indptr, adata_obs, adata_var, 'cell' as mode, false as need_preprocess)"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """The golden checkpoint, registered and loaded."""
+    folder, before = tmp_path_factory.mktemp("mlflow"), mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
+    mlflow.create_experiment("tests", artifact_location=(folder / "artifacts").as_uri())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_EXPERIMENT_NAME", "tests")
+        found = registry.register(str(GOLDEN / "checkpoint_flash"), "scgpt")
+        yield mlflow.pyfunc.load_model(found.uri)
+    mlflow.set_tracking_uri(before)
+
+
+@pytest.fixture(scope="module")
+def server(model):
+    """MLflow's server on this machine: its URL, and the requests that came (path, Authorization)."""
+    app, came = scoring_server.init(model), []
+
+    @app.middleware("http")
+    async def note(request, call_next):
+        came.append((request.url.path, request.headers.get("authorization")))
+        return await call_next(request)
+
+    running = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
+    thread = threading.Thread(target=running.run)
+    thread.start()
+    while not running.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{running.servers[0].sockets[0].getsockname()[1]}", came
+    running.should_exit = True
+    thread.join()
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Five rows: three good ones, one whose genes nobody knows, one whose names are no JSON."""
+    good = [to_row(random_adata(3, 40, seed=seed, genes=GENES)) | {"adata_id": f"good-{seed}"} for seed in range(3)]
+    strange = to_row(random_adata(3, 40, genes=[f"x{i}" for i in range(40)])) | {"adata_id": "strange"}
+    return [*good, strange, good[0] | {"adata_id": "torn", "adata_var": "{oops"}]
+
+
+@pytest.fixture(scope="module")
+def table(spark, rows, server):
+    """The rows in a table, and the endpoint registered as `scgpt`."""
+    tables.create(spark, "asked_rows", tables.ADATA_ROWS)
+    schema = spark.table("asked_rows").schema
+    plain = [{k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in row.items()} for row in rows]
+    tables.append(
+        spark.createDataFrame([tuple(row.get(f.name) for f in schema) for row in plain], schema), "asked_rows"
+    )
+    register_ai_query(spark, {"scgpt": server[0], "closed": "http://127.0.0.1:9/invocations"})
+    return "asked_rows"
+
+
+def example(spark, name, **parameters):
+    return spark.sql((EXAMPLES / f"{name}.sql").read_text(), args=parameters).toPandas()
+
+
+def predict(model, rows, **parameters):
+    answers = model.predict(pd.DataFrame(rows), params={"need_preprocess": False} | parameters)
+    return {row["adata_id"]: answer for row, answer in zip(rows, answers.to_dict("records"), strict=True)}
+
+
+def good(table):
+    return f"(select * from {table} where adata_id like 'good%')"
+
+
+def test_sql_gives_the_numbers_of_the_model(spark, model, rows, table):
+    found = spark.sql(f"select adata_id, ai_query('scgpt', {STRUCT}) as a from {good(table)}").collect()
+    wanted = predict(model, rows[:3], mode="cell")
+    assert len(found) == 3
+    for line in found:
+        answer = wanted[line["adata_id"]]
+        assert line["a"]["cell_ids"] == list(answer["cell_ids"]) and line["a"]["embedding_dim"] == 64
+        assert_close(line["a"]["cell_embeddings"], np.stack(answer["cell_embeddings"]))
+        assert line["a"]["response"] is None and line["a"]["errorMessage"] is None
+
+
+def test_the_arguments_may_be_named_and_a_null_request_has_a_null_answer(spark, table):
+    found = spark.sql(f"""
+        select ai_query(request => if(adata_id = 'good-1', null, {STRUCT}), endpoint => 'scgpt').cell_ids as ids
+        from {good(table)} order by adata_id
+    """).collect()
+    assert [line["ids"] is None for line in found] == [False, True, False]
+
+
+def test_without_fail_on_error_each_row_at_fault_is_told_and_the_others_are_answered(spark, model, rows, table):
+    found = spark.sql(f"select adata_id, ai_query('scgpt', {STRUCT}, failOnError => false) as a from {table}").collect()
+    wanted = predict(model, rows[:3], mode="cell")
+    for line in found:
+        answer = line["a"]
+        if line["adata_id"].startswith("good"):
+            assert answer["errorMessage"] is None and answer["cell_ids"] is None
+            embeddings = answer["response"]["cell_embeddings"]
+            assert_close(embeddings, np.stack(wanted[line["adata_id"]]["cell_embeddings"]))
+        else:
+            assert answer["response"] is None and answer["errorMessage"].startswith("HTTP 400")
+            assert "Traceback" not in answer["errorMessage"]
+
+
+@pytest.mark.parametrize(
+    ("call", "wanted"),
+    [
+        (f"ai_query('scgpt', {STRUCT})", "HTTP 400"),
+        (f"ai_query('nobody', {STRUCT})", "no endpoint 'nobody'; registered are: closed, scgpt"),
+        (f"ai_query(adata_id, {STRUCT})", "one literal"),
+        (f"ai_query('closed', {STRUCT})", "cannot be reached: ConnectionError"),
+        ("ai_query('scgpt', adata_var)", "must be a struct"),
+        (f"ai_query('scgpt', {STRUCT}, modelParameters => named_struct('mode', 'cell'))", "takes no modelParameters"),
+        (f"ai_query('scgpt', {STRUCT}, returnType => 'string')", "returnType"),
+    ],
+)
+def test_a_query_that_cannot_be_answered_says_why(spark, table, call, wanted):
+    with pytest.raises(PythonException) as failed:
+        spark.sql(f"select {call} as a from {table}").collect()
+    assert wanted in str(failed.value)
+
+
+def test_an_unreachable_endpoint_is_an_error_message_too(spark, table):
+    found = spark.sql(f"select ai_query('closed', {STRUCT}, failOnError => false).errorMessage as e from {table}")
+    assert all("cannot be reached" in line["e"] for line in found.collect())
+
+
+def test_a_filter_on_the_answer_asks_only_once(spark, server, table):
+    found = spark.sql(f"""
+        select a.embedding_dim, a.cell_ids from (select ai_query('scgpt', {STRUCT}) as a from {good(table)})
+        where size(a.cell_ids) = 3
+    """)
+    came = server[1]
+    came.clear()
+    assert len(found.collect()) == 3
+    assert 0 < len(came) <= 3  # at most one a row
+
+
+def test_the_token_of_the_environment_is_sent(spark, server, table, monkeypatch):
+    monkeypatch.setenv("SCGPT_BATCH_TOKEN", "secret")
+    register_ai_query(spark, {"scgpt": server[0]})
+    monkeypatch.delenv("SCGPT_BATCH_TOKEN")
+    server[1].clear()
+    spark.sql(f"select ai_query('scgpt', {STRUCT}) as a from {good(table)}").collect()
+    register_ai_query(spark, {"scgpt": server[0], "closed": "http://127.0.0.1:9"})
+    assert set(server[1]) == {("/invocations", "Bearer secret")}
+
+
+def test_what_is_no_address_is_refused(spark):
+    with pytest.raises(ConfigError, match="scgpt"):
+        register_ai_query(spark, {"scgpt": "localhost:5001"})
+
+
+def test_example_embeddings_for_rows(spark, model, rows, table):
+    spark.sql(f"select * from {good(table)}").createOrReplaceTempView("good_rows")
+    found = example(spark, "embeddings_for_rows", table="good_rows")
+    wanted = predict(model, rows[:3])
+    assert set(found["adata_id"]) == set(wanted)
+    for adata_id, lines in found.groupby("adata_id"):
+        answer = wanted[adata_id]
+        order = np.argsort(answer["genes"])
+        assert lines["gene"].tolist() == [answer["genes"][i] for i in order]
+        assert_close(np.stack(lines["embedding"]), np.stack(answer["gene_embeddings"])[order])
+
+
+def test_example_nearest_genes(spark, model, rows, table):
+    spark.sql(f"select * from {good(table)}").createOrReplaceTempView("good_rows")
+    found = example(spark, "nearest_genes", table="good_rows", gene=GENES[7], limit=5)
+    answer = predict(model, rows[:1])["good-0"]
+    wanted = nearest_genes(list(answer["genes"]), np.stack(answer["gene_embeddings"]), GENES[7], 5)
+    assert found["gene"].tolist() == [gene for gene, _ in wanted]
+    assert_close(found["cosine"], [cosine for _, cosine in wanted], atol=1e-6)
+
+
+def test_example_errors_by_row(spark, table):
+    found = example(spark, "errors_by_row", table=table)
+    assert found["adata_id"].tolist() == ["strange", "torn"]
+    assert found["error"].str.contains("vocabulary|adata_var").all()

@@ -1,0 +1,229 @@
+"""The monitoring SQL: each question's answer equals a pandas computation of the same, on all three generations."""
+
+from datetime import UTC, datetime, timedelta
+
+import inference_tables
+import numpy as np
+import pandas as pd
+import pytest
+from helpers import assert_close
+
+from scgpt_batch.errors import ConfigError
+from scgpt_batch.monitoring import queries
+
+UNTIL = datetime(2026, 11, 20, 12, 30, tzinfo=UTC)
+SINCE = UNTIL - timedelta(days=5)
+LINES = inference_tables.requests(2500, until=UNTIL)
+GENERATIONS = list(inference_tables.TABLES)
+
+
+@pytest.fixture(scope="module")
+def views(spark, tmp_path_factory):
+    """Generation -> the normalising view of a table of that generation, in which many requests came twice."""
+    folder, made = tmp_path_factory.mktemp("inference"), {}
+    for generation in GENERATIONS:
+        table = f"delta.`{folder}/{generation}`"
+        inference_tables.write(spark, inference_tables.delivered(LINES), table, generation)
+        queries.requests_view(spark, table)
+        made[generation] = f"requests_of_{generation}"
+        spark.table(queries.REQUESTS).createOrReplaceTempView(made[generation])
+    return made
+
+
+def asked(spark, name, **parameters):
+    return queries.ask(spark, name, **parameters).toPandas()
+
+
+def since(lines, start=SINCE):
+    """The lines since then, with the weight of each and whether it failed."""
+    lines = lines[lines["request_time"] >= start]
+    fraction = lines["sampling_fraction"].astype(float).fillna(1)
+    return lines.assign(weight=1 / fraction, failed=lines["status_code"] >= 400)
+
+
+def weighted_percentile(lines, q):
+    """The percentile when each request is written as often as it stands for (in hundredths)."""
+    known = lines[lines["execution_duration_ms"].notna()]
+    values = known["execution_duration_ms"].astype(float)
+    return np.percentile(np.repeat(values, np.round(100 * known["weight"]).astype(int)), 100 * q)
+
+
+def performance(lines):
+    known = lines[lines["execution_duration_ms"].notna()]
+    return pd.Series(
+        {
+            "requests": lines["weight"].sum(),
+            "avg_ms": np.average(known["execution_duration_ms"].astype(float), weights=known["weight"]),
+            "p50_ms": weighted_percentile(lines, 0.5),
+            "p95_ms": weighted_percentile(lines, 0.95),
+            "p99_ms": weighted_percentile(lines, 0.99),
+            "errors": lines.loc[lines["failed"], "weight"].sum(),
+            "error_rate": lines.loc[lines["failed"], "weight"].sum() / lines["weight"].sum(),
+            "versions": lines["served_entity_id"].nunique(),
+            "requesters": lines["requester"].nunique(),
+        }
+    )
+
+
+def same_numbers(found, wanted, columns):
+    assert_close(found[columns].astype(float), wanted[columns].astype(float), rtol=1e-9)
+
+
+def utc(times):
+    return [time.replace(tzinfo=UTC) for time in times]
+
+
+@pytest.fixture(params=GENERATIONS)
+def generation(request):
+    return request.param
+
+
+@pytest.fixture
+def view(views, generation):
+    return views[generation]
+
+
+@pytest.fixture
+def lines(generation):
+    return since(inference_tables.told(LINES, generation))
+
+
+def test_each_request_is_there_once_with_all_its_columns(spark, view, generation):
+    found = spark.table(view).orderBy("request_id").toPandas()
+    wanted = inference_tables.told(LINES, generation)
+    assert found["request_id"].tolist() == wanted["databricks_request_id"].tolist()
+    for column in ("client_request_id", "status_code", "request", "response", "requester", "request_date"):
+        assert found[column].tolist() == wanted[column].tolist(), column
+    assert utc(found["request_time"]) == wanted["request_time"].tolist()
+    assert found["served_entity"].tolist() == wanted["served_entity_id"].tolist()
+    assert [list(codes) for codes in found["logging_error_codes"]] == wanted["logging_error_codes"].tolist()
+    assert_close(found["duration_ms"].astype(float), wanted["execution_duration_ms"].astype(float))
+
+
+def test_daily_performance(spark, view, lines):
+    found = asked(spark, "daily_performance", requests=view, since=SINCE)
+    wanted = pd.DataFrame({day: performance(of_day) for day, of_day in lines.groupby("request_date")}).T
+    assert found["day"].tolist() == wanted.index.tolist() and len(found) == 6
+    same_numbers(found, wanted, list(wanted.columns))
+
+
+def test_endpoint_health(spark, view, lines):
+    (found,) = asked(spark, "endpoint_health", requests=view, since=SINCE).to_dict("records")
+    wanted = performance(lines)
+    assert_close([found[k] for k in ("requests", "error_rate", "p95_ms")],
+                 [wanted[k] for k in ("requests", "error_rate", "p95_ms")], rtol=1e-9)  # fmt: skip
+    assert list(found["versions"]) == sorted(lines["served_entity_id"].dropna().unique())
+
+
+def test_recent_requests(spark, view, lines):
+    found = asked(spark, "recent_requests", requests=view, since=SINCE, limit=300)
+    wanted = lines.sort_values(["request_time", "databricks_request_id"], ascending=[False, True]).head(300)
+    assert found["request_id"].tolist() == wanted["databricks_request_id"].tolist()
+    sizes = [None if request is None else len(request.encode()) for request in wanted["request"]]
+    assert_close(found["request_bytes"].astype(float), np.array(sizes, float))
+
+
+def test_slow_requests(spark, view, lines):
+    found = asked(spark, "slow_requests", requests=view, since=SINCE, slow_ms=1000, limit=50)
+    slow = lines[lines["execution_duration_ms"].astype(float) >= 1000]
+    assert len(slow) > 50
+    wanted = slow.sort_values(
+        ["execution_duration_ms", "request_time", "databricks_request_id"], ascending=[False, False, True]
+    ).head(50)
+    assert found["request_id"].tolist() == wanted["databricks_request_id"].tolist()
+
+
+def test_errors(spark, view, lines):
+    found = asked(spark, "errors", requests=view, since=SINCE).set_index("status_code")
+    failed = lines[lines["failed"]].sort_values(["request_time", "databricks_request_id"])
+    assert sorted(found.index) == [400, 404, 429, 500, 504]
+    assert found["errors"].is_monotonic_decreasing
+    for status, of_status in failed.groupby("status_code"):
+        newest, line = of_status.iloc[-1], found.loc[status]
+        assert_close(line["errors"], of_status["weight"].sum(), rtol=1e-9)
+        assert utc([line["first_seen"], line["last_seen"]]) == [
+            of_status.iloc[0]["request_time"],
+            newest["request_time"],
+        ]
+        assert line["requesters"] == of_status["requester"].nunique()
+        assert (line["sample_request_id"], line["sample_response"]) == (
+            newest["databricks_request_id"], newest["response"])  # fmt: skip
+
+
+def test_traffic_beside_the_same_hour_of_earlier_days(spark, view, lines, generation):
+    found = asked(spark, "traffic", requests=view, since=SINCE, until=UNTIL)
+    start = SINCE.replace(minute=0)
+    counted = since(inference_tables.told(LINES, generation), start)
+    hours = pd.date_range(start, UNTIL.replace(minute=0), freq="h", inclusive="left")
+    assert utc(found["hour"]) == hours.tolist() and len(found) == 120
+    times = pd.to_datetime(counted["request_time"], utc=True).dt.floor("h")
+    requests = counted.groupby(times)["weight"].sum().reindex(hours, fill_value=0.0)
+    usual = requests.groupby(hours.hour).transform(lambda day: day.expanding().mean().shift())
+    assert_close(found["requests"], requests, rtol=1e-9)
+    errors = counted[counted["failed"]].groupby(times)["weight"].sum().reindex(hours, fill_value=0.0)
+    assert_close(found["errors"], errors, rtol=1e-9)
+    assert_close(found["usual"].astype(float), usual, rtol=1e-9)
+    assert_close(found["share_of_usual"].astype(float), requests / usual, rtol=1e-9)
+
+
+def test_payload_sizes_and_logging_errors(spark, view, lines):
+    found = asked(spark, "payloads", requests=view, since=SINCE)
+    for (day, of_day), line in zip(lines.groupby("request_date"), found.to_dict("records"), strict=True):
+        assert line["day"] == day
+        for column, code in inference_tables.TOO_LARGE.items():
+            sizes = [len(payload.encode()) for payload in of_day[column] if payload is not None]
+            gone = [code in codes for codes in of_day["logging_error_codes"]]
+            assert_close(
+                [line[f"avg_{column}_bytes"], line[f"max_{column}_bytes"], line[f"{column}s_not_logged"],
+                 line[f"{column}s_too_large"]],
+                [np.mean(sizes), max(sizes), of_day.loc[of_day[column].isna(), "weight"].sum(),
+                 of_day.loc[gone, "weight"].sum()],
+                rtol=1e-9,
+            )  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "key", "column"), [("versions", "served_entity", "served_entity_id"),
+                                                     ("requesters", "requester", "requester")])  # fmt: skip
+def test_versions_and_requesters(spark, view, lines, name, key, column):
+    found = asked(spark, name, requests=view, since=SINCE).set_index(key)
+    groups = dict(list(lines.groupby(lines[column].fillna("nobody"))))
+    assert set(found.index.fillna("nobody")) == set(groups)
+    for who, line in zip(found.index.fillna("nobody"), found.to_dict("records"), strict=True):
+        numbers = ["requests", "error_rate", "p95_ms"]
+        assert_close([line[number] for number in numbers], performance(groups[who])[numbers], rtol=1e-9)
+        assert utc([line["first_seen"], line["last_seen"]]) == [
+            groups[who]["request_time"].min(), groups[who]["request_time"].max()]  # fmt: skip
+
+
+def test_a_time_may_also_be_given_as_text(spark, views):
+    by_time = asked(spark, "daily_performance", requests=views["gateway"], since=SINCE)
+    by_text = asked(spark, "daily_performance", requests=views["gateway"], since="2026-11-15 12:30:00")
+    pd.testing.assert_frame_equal(by_time, by_text)
+
+
+def test_a_day_of_requests_reads_only_that_day(spark, views):
+    plan = queries.ask(spark, "recent_requests", requests=views["gateway"], since=SINCE, limit=5)
+    told = plan._jdf.queryExecution().executedPlan().toString()
+    assert "GreaterThanOrEqual(request_date,2026-11-14)" in told
+    assert "client_request_id" not in told.split("ReadSchema")[-1]
+
+
+def test_what_is_no_inference_table_is_refused(spark, tmp_path):
+    spark.range(3).write.format("delta").save(str(tmp_path / "other"))
+    with pytest.raises(ConfigError, match="request_time"):
+        queries.requests_view(spark, f"delta.`{tmp_path}/other`")
+    with pytest.raises(ConfigError, match="no Delta table"):
+        queries.requests_view(spark, f"delta.`{tmp_path}/nothing`")
+
+
+def test_an_analyst_makes_the_view_with_sql_alone(spark, views, tmp_path):
+    table = inference_tables.write(spark, LINES.head(50), "payload_by_name")
+    body = queries.text("requests_gateway").replace("identifier(:inference_table)", table)
+    spark.sql(f"create or replace view my_requests as {body}")
+    assert len(asked(spark, "recent_requests", requests="my_requests", since="2026-01-01", limit=100)) == 50
+
+
+@pytest.mark.parametrize("name", queries.names())
+def test_each_file_asks_a_question_in_its_first_line(name):
+    first = queries.text(name).splitlines()[0]
+    assert first.startswith("-- ") and "?" in first

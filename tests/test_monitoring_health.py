@@ -1,0 +1,259 @@
+"""`scgpt-batch monitor` and `maintain` as commands: each rule fires and does not, exit codes, webhook, retention."""
+
+import json
+import threading
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import inference_tables
+import pytest
+
+from scgpt_batch.cli import ALERTS, OK, WRONG_USAGE, main
+from scgpt_batch.monitoring.health import batch_alerts
+from scgpt_batch.monitoring.monitor import monitor
+from scgpt_batch.settings import MonitorSettings
+
+NOW = datetime(2026, 11, 20, 12, 30, tzinfo=UTC)
+
+
+@pytest.fixture(scope="module")
+def healthy(spark):
+    """A table of a healthy endpoint: some thirty requests an hour, all answered fast, by one version."""
+    lines = inference_tables.requests(6000, until=NOW, days=8)
+    lines["status_code"], lines["served_entity_id"], lines["execution_duration_ms"] = 200, "scgpt-3", 100
+    return inference_tables.write(spark, lines, "healthy_payload")
+
+
+@pytest.fixture
+def judged(spark, healthy):
+    """Judge the healthy table after a change to its columns or rows; give the rules that fired."""
+
+    def judge(change="1 = 1", *, where="true", **settings):
+        name, _, value = change.partition(" = ")
+        rows = spark.table(healthy).where(where)
+        if name != "1":
+            rows = rows.selectExpr(*(f"{value} as {c}" if c == name else c for c in rows.columns))
+        rows.createOrReplaceTempView("changed_payload")
+        told = monitor(spark, MonitorSettings(inference_table="changed_payload", **settings), now=NOW)
+        return {alert["rule"]: alert["severity"] for alert in told["alerts"]}
+
+    return judge
+
+
+LAST_HOUR = "request_time >= '2026-11-20 10:00:00' and request_time < '2026-11-20 11:00:00'"
+ONE_IN = "pmod(xxhash64(databricks_request_id), {}) = 0"
+
+
+@pytest.mark.parametrize(
+    ("fault", "rules"),
+    [
+        ({}, {}),
+        ({"change": f"status_code = if({ONE_IN.format(12)}, 500, 200)"}, {"error_rate": "critical"}),
+        ({"change": f"status_code = if({ONE_IN.format(40)}, 500, 200)"}, {}),
+        ({"change": f"status_code = if({ONE_IN.format(40)}, 429, 200)", "max_error_rate": 0.01},
+         {"error_rate": "critical"}),
+        ({"change": f"execution_duration_ms = if({ONE_IN.format(12)}, 10001L, 5L)"}, {"p95": "warning"}),
+        ({"change": f"execution_duration_ms = if({ONE_IN.format(40)}, 10001L, 5L)"}, {}),
+        ({"change": "execution_duration_ms = cast(null as bigint)"}, {}),
+        ({"change": f"served_entity_id = if({ONE_IN.format(9)}, 'scgpt-2', 'scgpt-3')"}, {"versions": "warning"}),
+        ({"change": "served_entity_id = if(request_time < '2026-11-19 12:00:00', 'scgpt-2', 'scgpt-3')"}, {}),
+        ({"where": f"not ({LAST_HOUR}) or {ONE_IN.format(4)}"}, {"volume": "warning"}),
+        ({"where": f"not ({LAST_HOUR}) or not {ONE_IN.format(5)}"}, {}),
+        ({"where": f"not ({LAST_HOUR})"}, {"volume": "warning"}),
+        ({"where": f"not ({LAST_HOUR})", "min_usual_requests": 1000}, {}),
+        # the hour that rows may still come for is not judged
+        ({"where": "request_time < '2026-11-20 11:00:00'"}, {}),
+        ({"where": "request_time < '2026-11-20 11:00:00'", "delay_minutes": 0}, {"volume": "warning"}),
+        ({"where": "request_time < '2026-11-19 12:00:00'"}, {"no_requests": "critical"}),
+        ({"where": "false"}, {"no_requests": "critical"}),
+    ],
+    ids=["healthy", "errors", "few errors", "threshold", "slow", "few slow", "no durations", "two versions",
+         "a new version", "a quarter", "four fifths", "an empty hour", "little traffic", "late rows", "no late rows",
+         "yesterday", "empty table"],
+)  # fmt: skip
+def test_each_rule_of_the_endpoint_fires_and_does_not(judged, fault, rules):
+    assert judged(**fault) == rules
+
+
+def run(hours_ago, status="finished", run_id="r"):
+    return {"run_id": run_id, "status": status, "finished_at": NOW - timedelta(hours=hours_ago)}
+
+
+def vectors(sampled, distinct, cosine):
+    return {"run_id": "r", "sampled": sampled, "distinct_vectors": distinct, "mean_cosine": cosine}
+
+
+@pytest.mark.parametrize(
+    ("runs", "collapse", "rules"),
+    [
+        ([run(25)], [vectors(1000, 990, 0.8)], []),
+        ([], [], ["run_late"]),
+        ([run(27)], [], ["run_late"]),
+        ([run(1, "failed"), run(25)], [], ["run_failed"]),
+        ([run(1), run(2, "failed")], [], []),
+        ([run(1, "failed"), run(30)], [], ["run_late", "run_failed"]),
+        ([run(1)], [vectors(1000, 1, 1.0)], ["collapse"]),
+        ([run(1)], [vectors(1000, 1000, 0.9999)], ["collapse"]),
+        ([run(1)], [vectors(1000, 1000, 0.99)], []),
+        ([run(1)], [vectors(1, 1, None)], []),
+    ],
+)
+def test_each_rule_of_the_batch_job_fires_and_does_not(runs, collapse, rules):
+    assert [alert.rule for alert in batch_alerts(runs, collapse, MonitorSettings(), NOW)] == rules
+
+
+@pytest.fixture(scope="module")
+def of_now(spark):
+    """Tables whose last request came just now: a healthy one, one of which two versions answered."""
+    lines = inference_tables.requests(300, until=datetime.now(UTC), days=2)
+    lines["status_code"], lines["execution_duration_ms"], lines["served_entity_id"] = 200, 100, "scgpt-3"
+    inference_tables.write(spark, lines, "payload_of_now")
+    lines.loc[lines.index[::3], "served_entity_id"] = "scgpt-2"
+    inference_tables.write(spark, lines, "payload_of_two")
+    lines["status_code"] = 500
+    return inference_tables.write(spark, lines, "payload_of_errors")
+
+
+@pytest.fixture
+def call(capfd):
+    """Run a command; give its exit code, the last line as JSON, and standard error."""
+
+    def run(*argv):
+        capfd.readouterr()
+        code = main([str(arg) for arg in argv])
+        told = capfd.readouterr()
+        return code, json.loads(told.out.strip().splitlines()[-1]) if told.out.strip() else {}, told.err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("table", "fail_on", "code", "status"),
+    [
+        ("payload_of_now", "warning", OK, "ok"),
+        ("payload_of_two", "critical", OK, "warning"),
+        ("payload_of_two", "warning", ALERTS, "warning"),
+        ("payload_of_errors", "critical", ALERTS, "critical"),
+        ("payload_of_errors", "warning", ALERTS, "critical"),
+    ],
+)
+def test_the_exit_code_says_whether_an_alert_reaches_fail_on(call, of_now, table, fail_on, code, status):
+    found, told, _ = call("monitor", "--inference-table", table, "--fail-on", fail_on)
+    assert (found, told["status"]) == (code, status)
+    assert {alert["severity"] for alert in told["alerts"]} <= {"warning", "critical"}
+    assert told["requests"] > 0 and told["p95_ms"] == 100
+
+
+@pytest.mark.parametrize(
+    ("argv", "wanted"),
+    [
+        ([], "--inference-table"),
+        (["--inference-table", "not_there"], "not_there"),
+        (["--inference-table", "healthy_payload", "--report", "/nowhere/page.html"], "/nowhere"),
+        (["--runs-table", "not_there"], "not_there"),
+        (["--inference-table", "healthy_payload", "--days", "1"], "days"),
+    ],
+)
+def test_a_wrong_call_of_monitor_ends_with_one_line(call, healthy, argv, wanted):
+    code, _, err = call("monitor", *argv)
+    assert code == WRONG_USAGE and wanted in err.strip().splitlines()[-1]
+
+
+@pytest.fixture
+def webhook():
+    """A place to post to, on this machine: its URL and what came; it answers with the status set."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            came.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(state["status"])
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    came, state = [], {"status": 200}
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/secret-path", came, state
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_alerts_are_posted_as_slack_takes_them(call, of_now, webhook, monkeypatch):
+    url, came, _ = webhook
+    monkeypatch.setenv("SCGPT_BATCH_WEBHOOK_URL", url)
+    _, told, _ = call("monitor", "--inference-table", "payload_of_two")
+    assert [alert["rule"] for alert in told["alerts"]] == ["versions"]
+    assert list(came[0]) == ["text"] and told["alerts"][0]["message"] in came[0]["text"]
+    came.clear()
+    call("monitor", "--inference-table", "payload_of_now")
+    assert came == []
+
+
+@pytest.mark.parametrize("fault", ["status", "address"])
+def test_alerts_that_cannot_be_posted_are_an_alert_and_the_address_stays_secret(
+    call, of_now, webhook, monkeypatch, fault
+):
+    url, _, state = webhook
+    state["status"] = 500
+    monkeypatch.setenv("SCGPT_BATCH_WEBHOOK_URL", url if fault == "status" else "http://127.0.0.1:9/secret-path")
+    code, told, err = call("monitor", "--inference-table", "payload_of_two")
+    assert code == ALERTS and [alert["rule"] for alert in told["alerts"]] == ["versions", "webhook"]
+    assert "secret-path" not in json.dumps(told) + err
+
+
+# Housekeeping
+
+
+def files(folder):
+    return len(list(folder.rglob("*.parquet")))
+
+
+def test_maintain_deletes_old_rows_for_good_and_removes_their_files(spark, call, tmp_path):
+    folder, today = tmp_path / "payload", datetime.now(UTC)
+    table = f"delta.`{folder}`"
+    lines = inference_tables.requests(400, until=today, days=200)
+    lines.loc[:2, "request_date"] = [today.date() - timedelta(days=n) for n in (89, 90, 91)]
+    inference_tables.write(spark, lines, table)
+    kept = [day for day in lines["request_date"] if day >= today.date() - timedelta(days=90)]
+    code, told, _ = call("maintain", "--table", table, "--date-column", "request_date", "--retain-days", 90,
+                         "--vacuum-hours", 0, "--force")  # fmt: skip
+    assert code == OK and told["rows_deleted"] == 400 - len(kept) and told["files_vacuumed"] > 0
+    assert sorted(row[0] for row in spark.table(table).select("request_date").collect()) == sorted(kept)
+    old = "request_date < date_sub(current_date(), 90)"
+    left = spark.read.parquet(*(str(file) for file in folder.glob("*.parquet")))
+    assert left.where(old).count() == 0  # not only hidden by a deletion vector
+
+
+def test_maintain_compacts_and_by_default_deletes_nothing(spark, call, tmp_path):
+    table = f"delta.`{tmp_path}/small`"
+    spark.range(40, numPartitions=8).selectExpr("id", "current_date() as day").write.format("delta").save(
+        str(tmp_path / "small")
+    )
+    code, told, _ = call("maintain", "--table", table)
+    assert code == OK and (told["rows_deleted"], told["files_compacted"], told["files_written"]) == (0, 8, 1)
+    assert told["files_vacuumed"] == 0 and files(tmp_path) == 9  # a week's versions can still be read
+    code, told, _ = call("maintain", "--table", table, "--vacuum-hours", 0, "--force")
+    assert (told["files_vacuumed"], files(tmp_path)) == (8, 1)
+    assert spark.table(table).count() == 40
+    assert spark.conf.get("spark.databricks.delta.retentionDurationCheck.enabled", "true") == "true"
+
+
+@pytest.mark.parametrize(
+    ("argv", "wanted"),
+    [
+        (["--vacuum-hours", 100], "--force"),
+        (["--retain-days", 30], "--date-column"),
+        (["--date-column", "nothing"], "nothing"),
+        (["--date-column", "requester"], "requester"),
+        (["--table", "not_there"], "not_there"),
+    ],
+)
+def test_a_wrong_call_of_maintain_changes_nothing(spark, call, healthy, argv, wanted):
+    before = spark.sql(f"describe history {healthy}").count()
+    code, _, err = call("maintain", "--table", healthy, *argv)
+    assert code == WRONG_USAGE and wanted in err.strip().splitlines()[-1]
+    assert spark.sql(f"describe history {healthy}").count() == before

@@ -1,0 +1,141 @@
+"""The page of `monitor --report` in a real headless Chromium, with what hostile clients send in the table."""
+
+import shutil
+from datetime import UTC, datetime
+from pathlib import Path
+
+import inference_tables
+import pandas as pd
+import pytest
+from playwright.sync_api import sync_playwright
+
+from scgpt_batch.cli import ALERTS, main
+from scgpt_batch.monitoring import page as pages
+from scgpt_batch.settings import MonitorSettings
+
+SCREENSHOTS = Path(__file__).parents[1] / ".cache" / "screenshots"
+HOSTILE = [
+    "<script>window.hacked = 1</script>",
+    "</script><img src=x onerror='window.hacked = 1'>",
+    '<a href="http://evil.example">version</a>',
+    "'\"&<b>",
+]
+CHARTS = ["traffic", "daily_performance", "errors", "versions"]
+
+
+@pytest.fixture(scope="module")
+def page_file(spark, tmp_path_factory):
+    """The page of an endpoint of which a third fails, with markup in every text that a client chooses."""
+    lines = inference_tables.requests(1500, until=datetime.now(UTC), days=6)
+    for column in ("requester", "served_entity_id", "response", "databricks_request_id"):
+        lines[column] = [f"{text} {i}" if column == "databricks_request_id" else text
+                         for i, text in enumerate(HOSTILE * (len(lines) // len(HOSTILE)))]  # fmt: skip
+    inference_tables.write(spark, lines, "hostile_payload")
+    path = tmp_path_factory.mktemp("page") / "health.html"
+    code = main(["monitor", "--inference-table", "hostile_payload", "--report", str(path), "--slow-ms", "100"])
+    assert code == ALERTS
+    return path
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """The system's Chromium, without its own calls home."""
+    found = shutil.which("chromium")
+    assert found, "no chromium on the PATH: run `make chromium`"
+    with sync_playwright() as playwright:
+        arguments = ["--no-sandbox", "--disable-background-networking"]
+        browser = playwright.chromium.launch(executable_path=found, args=arguments)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(params=["light", "dark"])
+def opened(chromium, page_file, request):
+    """The page in a browser tab, and what the console said and the network was asked for meanwhile."""
+    tab = chromium.new_page(color_scheme=request.param, viewport={"width": 1200, "height": 900})
+    console, asked = [], []
+    tab.on("console", lambda message: console.append(message.text))
+    tab.on("pageerror", lambda error: console.append(str(error)))
+    tab.on("request", lambda call: asked.append(call.url))
+    tab.goto(page_file.as_uri())
+    tab.wait_for_function(f"document.querySelectorAll('.js-plotly-plot .main-svg').length >= {len(CHARTS)}")
+    yield tab, console, asked, request.param
+    tab.close()
+
+
+def luminance(colour):
+    """Relative luminance of `rgb(r, g, b)`, by WCAG 2."""
+    parts = [int(part) / 255 for part in colour.removeprefix("rgb(").removesuffix(")").split(",")]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(front, back):
+    lighter, darker = sorted((luminance(front), luminance(back)), reverse=True)
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+def test_charts_are_drawn_the_alert_is_seen_and_nothing_is_fetched_or_run(opened, page_file):
+    tab, console, asked, scheme = opened
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    tab.screenshot(path=SCREENSHOTS / f"monitor-{scheme}.png", full_page=True)
+    assert (SCREENSHOTS / f"monitor-{scheme}.png").stat().st_size > 20_000
+    for name in CHARTS:
+        marks = ".point path" if name in pages.CATEGORIES else "path.js-line"
+        assert tab.locator(f"#chart-{name} svg {marks}").count() > 0, name
+    assert tab.locator(".alert.critical", has_text="error_rate").is_visible()
+    assert tab.locator(".alert.warning", has_text="versions").is_visible()
+    assert console == [] and asked == [page_file.as_uri()]
+    assert tab.evaluate("window.hacked") is None
+    assert tab.locator("a[href^=http], img").count() == 0
+    assert tab.locator("td", has_text=HOSTILE[0]).count() > 0
+
+
+def test_text_can_be_read_in_light_and_dark(opened):
+    tab, _, _, scheme = opened
+    colours = """selector => [getComputedStyle(document.querySelector(selector)).color,
+                              getComputedStyle(document.body).backgroundColor]"""
+    assert (luminance(tab.evaluate(colours, "body")[1]) > 0.5) == (scheme == "light")
+    for selector in ("body", ".soft", ".alert.critical", ".alert.warning", "nav a"):
+        assert contrast(*tab.evaluate(colours, selector)) >= 4.5, selector
+    tick = tab.evaluate("getComputedStyle(document.querySelector('.xtick text')).fill")
+    assert contrast(tick, tab.evaluate(colours, "body")[1]) >= 4.5
+
+
+def focused(tab):
+    return tab.evaluate("[document.activeElement.tagName, document.activeElement.textContent.trim().slice(0, 60)]")
+
+
+def test_everything_is_reached_by_keyboard(opened):
+    tab, *_ = opened
+    tab.keyboard.press("Tab")
+    assert focused(tab) == ["A", "Skip to the alerts"]
+    tab.keyboard.press("Enter")
+    assert tab.evaluate("document.activeElement.id") == "main"
+    visited = []
+    while (tab.keyboard.press("Tab"), focused(tab))[1][0] != "BODY" and len(visited) < 60:
+        visited.append(focused(tab))
+        if visited[-1][0] == "SUMMARY":
+            tab.keyboard.press("Enter")  # opens the chart's table, which is next
+    assert [text for tag, text in visited if tag == "SUMMARY"] == [
+        f"{pages.SECTIONS[name][0]} as a table" for name in CHARTS
+    ]
+    assert sum(tag == "DIV" for tag, _ in visited) == tab.locator("table").count() == 8
+
+
+def test_a_screen_reader_finds_names_and_structure(opened):
+    tab, *_ = opened
+    tree = tab.locator("body").aria_snapshot()
+    assert 'heading "scgpt_batch health: critical" [level=1]' in tree
+    assert 'heading "Alerts" [level=2]' in tree and 'navigation "Sections"' in tree
+    assert tree.count('img "Chart of') == len(CHARTS)
+    assert tab.evaluate("document.documentElement.lang") == "en" and "critical" in tab.title()
+    assert tab.locator("th:not([scope])").count() == 0 and tab.locator("table:not(:has(caption))").count() == 0
+
+
+def test_without_alerts_and_requests_the_page_says_so():
+    answers = {"endpoint_health": pd.DataFrame([{"requests": 0.0, "error_rate": None, "p95_ms": None, "versions": []}],
+                                               dtype=object),
+               "errors": pd.DataFrame(columns=["status_code", "errors"])}  # fmt: skip
+    text = pages.render(MonitorSettings(inference_table="t"), answers, [], datetime.now(UTC))
+    assert "None: all rules are kept." in text and "Nothing to show." in text and "chart-errors" not in text

@@ -1,0 +1,178 @@
+"""The tables: what others wrote is read, ours grow by columns, vectors have one length, files are kept few."""
+
+import pytest
+from deltalake import DeltaTable
+from pyspark.sql import functions as F
+
+from scgpt_batch.errors import ConfigError
+from scgpt_batch.settings import MaintainSettings
+from scgpt_batch.spark import tables
+from scgpt_batch.spark.maintain import maintain, prune
+
+GENES = [f"GENE{i:03}" for i in range(200)]
+FIRST_VERSION = """
+    adata_id STRING, x_data ARRAY<FLOAT>, x_indices ARRAY<INT>, x_indptr ARRAY<BIGINT>, adata_obs STRING,
+    adata_var STRING
+"""
+
+
+@pytest.fixture
+def table(tmp_path):
+    return f"delta.`{tmp_path}/table`"
+
+
+def vectors(spark, *, length=4, model="scgpt", version="1", genes=GENES, at="2026-01-01"):
+    """One line a gene, as the job writes them."""
+    stamps = {"mode": "static", "model_name": model, "model_version": version, "params_hash": "p"}
+    stamps |= {"content_hash": "c", "run_id": "r"}
+    embedding = f"transform(sequence(1, {length}), i -> cast(rand() AS float)) AS embedding"
+    return (
+        spark.createDataFrame([(gene,) for gene in genes], "gene STRING")
+        .selectExpr("'row' AS adata_id", "cast(null AS string) AS `group`", "gene", embedding, "1 AS n_cells")
+        .withColumns({name: F.lit(value) for name, value in stamps.items()})
+        .withColumn("embedded_at", F.lit(at).cast("timestamp"))
+    )
+
+
+# columns, table properties, values of a last column
+OTHERS = {
+    "more columns": (f"{FIRST_VERSION}, note STRING", "", ", 'mine'"),
+    "wider numbers": (FIRST_VERSION.replace("FLOAT", "DOUBLE").replace("ARRAY<INT>", "ARRAY<BIGINT>"), "", ""),
+    "upper case": (FIRST_VERSION.upper(), "", ""),
+    "a number as key": (FIRST_VERSION.replace("adata_id STRING", "adata_id BIGINT"), "", ""),
+    "column mapping": (FIRST_VERSION, "TBLPROPERTIES ('delta.columnMapping.mode' = 'name')", ""),
+    "deletion vectors": (FIRST_VERSION, "TBLPROPERTIES ('delta.enableDeletionVectors' = 'true')", ""),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_table_that_others_wrote_is_read_with_our_columns(spark, table, kind):
+    columns, properties, more = OTHERS[kind]
+    spark.sql(f"CREATE TABLE {table} ({columns}) USING delta {properties}")
+    spark.sql(f"""INSERT INTO {table} SELECT id, array(1.5d, 2d), array(0, 2), array(0L, 2L), null, 'var'
+                  {more} FROM range(0, 3, 1, 1)""")
+    spark.sql(f"DELETE FROM {table} WHERE adata_id = '1'")
+    rows = tables.read(spark, table, tables.ADATA_ROWS)
+    names = spark.createDataFrame([], tables.ADATA_ROWS).columns
+    assert set(rows.columns) == {*names, *(["note"] if more else [])} and len(set(rows.columns)) == len(rows.columns)
+    found = rows.select("adata_id", "x_data", "x_indices", "adata_obs", "sample_id", "x_dtype").orderBy("adata_id")
+    assert [tuple(line) for line in found.collect()] == [
+        (key, [1.5, 2.0], [0, 2], None, None, None) for key in ("0", "2")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("columns", "wanted"),
+    [
+        ("id STRING, adata_var STRING", "adata_id"),
+        ("adata_id STRING, x_data STRING", "x_data is string, array<float> is needed"),
+        ("adata_id STRING, adata_sparsematrix ARRAY<DOUBLE>", "adata_sparsematrix"),
+        ("adata_id STRING, adata_obs BINARY", "adata_obs"),
+    ],
+)
+def test_a_table_that_cannot_be_read_as_rows_is_refused(spark, table, columns, wanted):
+    spark.sql(f"CREATE TABLE {table} ({columns}) USING delta")
+    with pytest.raises(ConfigError, match=wanted):
+        tables.read(spark, table, tables.ADATA_ROWS)
+
+
+def test_an_older_table_of_ours_gets_the_new_columns_and_keeps_its_rows(spark, table):
+    older = tables.GENE_EMBEDDINGS.replace(", n_cells INT", "")
+    spark.sql(f"CREATE TABLE {table} ({older}) USING delta")
+    tables.append(vectors(spark).drop("n_cells"), table)
+    assert tables.create(spark, table, tables.GENE_EMBEDDINGS, vector_length=4) is False
+    tables.append(vectors(spark, version="2"), table)
+    assert [tuple(row) for row in spark.table(table).groupBy("n_cells").count().orderBy("n_cells").collect()] == [
+        (None, len(GENES)),
+        (1, len(GENES)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [(("params_hash STRING, ", ""), "params_hash string"), (("n_cells INT", "n_cells STRING"), "n_cells int")],
+    ids=["lacks a key", "another type"],
+)
+def test_a_table_that_is_not_ours_is_refused_and_stays_as_it_is(spark, table, change, wanted):
+    spark.sql(f"CREATE TABLE {table} ({tables.GENE_EMBEDDINGS.replace(*change)}) USING delta")
+    before = spark.table(table).schema
+    with pytest.raises(ConfigError, match=wanted):
+        tables.create(spark, table, tables.GENE_EMBEDDINGS, vector_length=4)
+    assert spark.table(table).schema == before
+
+
+def test_a_table_takes_vectors_of_one_length_and_tells_its_changes(spark, table, tmp_path):
+    assert tables.create(spark, table, tables.GENE_EMBEDDINGS, vector_length=4)
+    tables.append(vectors(spark), table)
+    tables.create(spark, table, tables.GENE_EMBEDDINGS, vector_length=4)
+    with pytest.raises(ConfigError, match="one length"):
+        tables.create(spark, table, tables.GENE_EMBEDDINGS, vector_length=5)
+    with pytest.raises(Exception, match="size\\(embedding\\) = 4"):
+        tables.append(vectors(spark, length=5), table)
+    changes = spark.sql(f"SELECT * FROM table_changes_by_path('{tmp_path}/table', 1)")
+    assert changes.where("_change_type = 'insert'").count() == len(GENES) == spark.table(table).count()
+    # what follows the table outside Spark, such as a search index, reads it with delta-rs
+    assert DeltaTable(str(tmp_path / "table")).to_pyarrow_table().num_rows == len(GENES)
+
+
+def test_vectors_of_another_length_are_refused_where_an_older_table_has_no_constraint(spark, table):
+    tables.create(spark, table, tables.GENE_EMBEDDINGS)
+    tables.append(vectors(spark), table)
+    tables.create(spark, table, tables.GENE_EMBEDDINGS, vector_length=4)
+    with pytest.raises(ConfigError, match="one length"):
+        tables.create(spark, table, tables.GENE_EMBEDDINGS, vector_length=5)
+
+
+def test_maintain_clusters_by_gene_so_that_one_gene_reads_few_files(spark, table, tmp_path):
+    tables.create(spark, table, tables.GENE_EMBEDDINGS, vector_length=64)
+    tables.create(spark, f"delta.`{tmp_path}/table_runs`", tables.RUNS)
+    for version in "123":
+        tables.append(vectors(spark, length=64, version=version).repartition(4), table)
+    one = spark.table(table).where("gene = 'GENE007'")
+    assert len(one.inputFiles()) == 12
+    before = spark.conf.get("spark.databricks.delta.optimize.maxFileSize", None)
+    spark.conf.set("spark.databricks.delta.optimize.maxFileSize", str(30_000))  # else 200 KB are one file
+    try:
+        told = maintain(spark, MaintainSettings(table=table, cluster_by="gene"))
+    finally:
+        spark.conf.unset("spark.databricks.delta.optimize.maxFileSize")
+        assert before is None
+    assert told["tables"] == [table, f"delta.`{tmp_path}/table_runs`"] and told["files_compacted"] == 12
+    one, every = spark.table(table).where("gene = 'GENE007'"), spark.table(table)
+    assert one.count() == 3 and len(every.inputFiles()) >= 5 and len(one.inputFiles()) <= 2
+    # the next night touches new files only, and delta-rs still reads the table
+    again = maintain(spark, MaintainSettings(table=table, cluster_by="gene"))
+    assert again["files_compacted"] == 0
+    assert DeltaTable(str(tmp_path / "table")).to_pyarrow_table().num_rows == 3 * len(GENES)
+
+
+def test_a_table_is_not_clustered_by_what_it_lacks(spark, table):
+    tables.create(spark, table, tables.LEDGER)
+    with pytest.raises(ConfigError, match="'gene'"):
+        maintain(spark, MaintainSettings(table=table, cluster_by="gene"))
+
+
+@pytest.mark.parametrize(
+    ("versions", "kept"),
+    [
+        ({"2": "2026-01-03", "9": "2026-01-02", "10": "2026-01-01"}, {"9", "10"}),
+        ({"2": "2026-01-03", "b": "2026-01-02", "a": "2026-01-01"}, {"2", "b"}),
+    ],
+    ids=["as numbers", "by time"],
+)
+def test_prune_keeps_the_newest_versions_of_each_model_and_forgets_the_others(spark, table, tmp_path, versions, kept):
+    ledger = f"delta.`{tmp_path}/table_ledger`"
+    tables.create(spark, table, tables.GENE_EMBEDDINGS, vector_length=4)
+    tables.create(spark, ledger, tables.LEDGER)
+    for version, at in versions.items():
+        lines = vectors(spark, version=version, at=at, genes=GENES[:3])
+        tables.append(lines, table)
+        names = [name for name in lines.columns if name in spark.table(ledger).columns]
+        tables.append(lines.select(*names).limit(1), ledger)
+    tables.append(vectors(spark, model="other", version="1", genes=GENES[:3]), table)
+    assert prune(spark, table, ledger, 2) == 1
+    for held in (table, ledger):
+        left = spark.table(held).where("model_name = 'scgpt'").select("model_version").distinct().collect()
+        assert {row[0] for row in left} == kept
+    assert spark.table(table).where("model_name = 'other'").count() == 3
+    assert prune(spark, table, ledger, 2) == 0
