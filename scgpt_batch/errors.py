@@ -8,7 +8,11 @@
     + PreprocessError      its genes or cells could not be filtered, normalised or binned
     + LowCoverage          too little of its counts lies in genes that the model knows
     + NonFiniteOutput      the model answered NaN or infinity
+  + RequestRefused         the endpoint does not answer a request; its status says whose fault that is
+  + PartsFailed            the client got no answer for some cells; it holds the others'
 """
+
+from typing import Any
 
 
 class ScgptBatchError(Exception):
@@ -41,3 +45,21 @@ class LowCoverage(RowError):
 
 class NonFiniteOutput(RowError):
     """The model answered NaN or infinity for the row."""
+
+
+class RequestRefused(ScgptBatchError):
+    """The endpoint does not answer a request; `status` is the HTTP status, the message what to do."""
+
+    def __init__(self, status: int, message: str) -> None:
+        """Say whose fault it is by `status`: 4xx the client's, 5xx the model's."""
+        super().__init__(message)
+        self.status = status
+
+
+class PartsFailed(ScgptBatchError):
+    """Some cells have no answer; `failures` says which and why, `answered` holds the DataFrame of the others."""
+
+    def __init__(self, message: str, *, failures: list[Any], answered: Any) -> None:
+        """Keep what was answered: it has been paid for."""
+        super().__init__(message)
+        self.failures, self.answered = failures, answered
