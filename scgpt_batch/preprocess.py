@@ -5,7 +5,10 @@ The steps, their order and their surprises are those of scGPT 0.2.4 (`scgpt.prep
 """
 
 import re
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import anndata as ad
@@ -23,6 +26,7 @@ COLLATOR_BINS = 51  # upstream's data collator takes this number whatever args.j
 BLOCK = 1_000_000  # entries binned at once: bounds the memory of a block to some 50 MB
 
 SYMBOL_COLUMNS = ("gene_symbol", "gene_symbols", "feature_name", "gene_name", "gene_names", "symbol", "hgnc_symbol")
+_ONE_AT_A_TIME = threading.Lock()
 _ENSEMBL = re.compile(r"ENS[A-Z]{0,6}G\d{11}(\.\d+)?")
 
 
@@ -67,8 +71,7 @@ def preprocess(adata: ad.AnnData, parameters: Parameters, *, genes_only: bool = 
     """
     p = parameters
     layer = _existing_layer(adata, p.use_key)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # scanpy's advice (raw or not, low bins): ours is `value_warning`
+    with quiet_libraries():  # scanpy's advice (raw or not, low bins): ours is `value_warning`
         if p.filter_gene_by_counts:
             sc.pp.filter_genes(adata, min_counts=p.filter_gene_by_counts)
             _refuse_empty(adata, f"no gene reaches filter_gene_by_counts {p.filter_gene_by_counts}")
@@ -80,6 +83,18 @@ def preprocess(adata: ad.AnnData, parameters: Parameters, *, genes_only: bool = 
         if p.subset_hvg:
             _cut_to_variable_genes(adata, p)
     return adata
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Ignore warnings, for one thread at a time.
+
+    Warning filters belong to the process, and scanpy changes them too: two threads that restore them in turns could
+    leave all warnings off. Nor may two threads be in numba's parallel kernels at once.
+    """
+    with _ONE_AT_A_TIME, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def binned_layer(adata: ad.AnnData, parameters: Parameters) -> sp.csr_matrix:

@@ -3,6 +3,9 @@
 import base64
 import json
 import logging
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -13,10 +16,12 @@ import pytest
 import scipy.sparse as sp
 from helpers import assert_close, random_adata
 
+from scgpt_batch import answers as answers_module
 from scgpt_batch import embedder as embedder_module
+from scgpt_batch import prepare as prepare_module
 from scgpt_batch.anndata_rows import to_row
 from scgpt_batch.demo import write_demo_checkpoint
-from scgpt_batch.embedder import Embedder, allowed_path, load_embedder, loads_in_this_process
+from scgpt_batch.embedder import Embedder, load_embedder, loads_in_this_process
 from scgpt_batch.errors import (
     CheckpointError,
     ConfigError,
@@ -25,8 +30,10 @@ from scgpt_batch.errors import (
     PayloadError,
     PreprocessError,
 )
-from scgpt_batch.model import Vocabulary, load_checkpoint
+from scgpt_batch.model import Checkpoint, Vocabulary, load_checkpoint
 from scgpt_batch.parameters import Parameters
+from scgpt_batch.prepare import RowReader, allowed_path
+from scgpt_batch.preprocess import tokenize
 
 DATA = Path(__file__).parent / "data"
 GOLDEN = DATA / "golden"
@@ -188,8 +195,8 @@ def test_chunks_do_not_change_tokens_or_bins(embedder, max_length):
     parameters = Parameters(**CELLS, max_length=max_length)
 
     def tokens(adata):
-        prepared = embedder._prepare(to_row(adata), parameters, 0.0)
-        return embedder._tokens(prepared, np.arange(adata.n_obs), parameters)
+        prepared = RowReader(embedder.vocabulary, []).prepare(to_row(adata), parameters, 0.0)
+        return tokenize(prepared.binned, prepared.token_ids, cls_id=embedder.vocabulary.cls_id, cls_value=-2)
 
     whole = tokens(small(1000))
     assert whole.lengths.max() == min(max_length, whole.lengths.max()) and whole.lengths.max() > 99
@@ -241,6 +248,58 @@ def test_both_row_formats_give_identical_embeddings(embed, mode, need_preprocess
     assert np.array_equal(csr.embeddings, dense.embeddings)
 
 
+# Many rows at once
+
+
+def mixed_rows():
+    """Rows of different sizes, one of which cannot be read."""
+    rows = [to_row(small(n, start)) for n, start in [(3, 0), (1, 50), (40, 60), (2, 7), (5, 300)]]
+    return [*rows[:2], rows[0] | {"x_indptr": [0, 9, 3]}, *rows[2:]]
+
+
+@pytest.mark.parametrize("mode", ["static", "contextual", "cell"])
+@pytest.mark.parametrize("budget", [1, 700, 10**6], ids=["cell by cell", "across rows", "all at once"])
+def test_rows_are_answered_in_order_and_as_if_each_were_alone(embedder, monkeypatch, mode, budget):
+    parameters = Parameters(**UNPROCESSED, mode=mode)
+    alone = [embedder.embed(row, parameters) for row in mixed_rows()]
+    monkeypatch.setattr(embedder_module, "BATCH_TOKENS", budget)
+    for found, wanted in zip(embedder.embed_rows(mixed_rows(), parameters), alone, strict=True):
+        assert (found.genes, found.cell_ids, found.report) == (wanted.genes, wanted.cell_ids, wanted.report)
+        if wanted.error:
+            assert str(found.error) == str(wanted.error)
+        else:
+            assert_close(found.embeddings, wanted.embeddings, atol=1e-5)
+
+
+def test_rows_are_drawn_only_a_little_ahead_and_not_at_all_once_closed(embedder):
+    drawn = []
+    rows = (drawn.append(i) or to_row(small(2)) for i in range(100))
+    answers = embedder.embed_rows(rows, Parameters(**UNPROCESSED))
+    next(answers)
+    answers.close()
+    assert 1 <= len(drawn) <= 4
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("scgpt-prepare")]
+
+
+def test_what_the_rows_raise_reaches_the_caller(embedder):
+    def rows():
+        yield to_row(small(2))
+        raise OSError("the table is gone")
+
+    answers = embedder.embed_rows(rows(), Parameters(**UNPROCESSED))
+    assert next(answers).error is None
+    with pytest.raises(OSError, match="the table is gone"):
+        next(answers)
+
+
+def test_several_threads_may_ask_at_once(embedder):
+    rows, parameters = [to_row(small(20, start)) for start in range(0, 80, 20)], Parameters(mode="cell", subset_hvg=0)
+    alone = [embedder.embed(row, parameters).cell_embeddings for row in rows]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda row: embedder.embed(row, parameters).cell_embeddings, rows))
+    assert all(np.array_equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
 # What a caller may ask for
 
 
@@ -254,6 +313,37 @@ def test_groups_are_averaged_apart(embed):
         assert np.array(answer.genes)[of_group].tolist() == alone.genes
         assert answer.n_cells[of_group].tolist() == alone.n_cells.tolist()
         assert_close(answer.gene_embeddings[of_group], alone.gene_embeddings, atol=1e-5)
+
+
+def test_groups_that_take_turns_give_what_they_give_at_once(embed, monkeypatch):
+    adata = small(60)
+    adata.obs["donor"] = [f"donor {i % 7}" for i in range(60)]
+    parameters = UNPROCESSED | {"mode": "contextual", "group_by": "donor", "genes": tuple(known_genes(50))}
+    whole = embed(adata, **parameters)
+    monkeypatch.setattr(answers_module, "VECTORS_ON_DEVICE", 100)  # two groups a turn
+    found = embed(adata, **parameters)
+    assert (found.genes, found.groups) == (whole.genes, whole.groups)
+    assert np.array_equal(found.n_cells, whole.n_cells)
+    assert_close(found.gene_embeddings, whole.gene_embeddings, atol=1e-5)
+
+
+def test_contextual_means_are_the_same_bits_from_run_to_run(embed):
+    first, second = (embed(small(60), **UNPROCESSED, mode="contextual").gene_embeddings for _ in range(2))
+    assert np.array_equal(first, second)
+
+
+def test_genes_without_vectors_need_no_weights(tmp_path, embed):
+    folder = shutil.copytree(GOLDEN / "checkpoint_flash", tmp_path / "checkpoint")
+    (folder / "best_model.pt").write_bytes(b"cannot be read")
+    reader = Embedder(Checkpoint(folder), device="cpu")
+    found, whole = (
+        reader.embed(to_row(small(5)), Parameters(**UNPROCESSED), with_vectors=False),
+        embed(small(5), **UNPROCESSED),
+    )
+    assert found.gene_embeddings is None and found.error is None
+    assert (found.genes, found.n_cells.tolist(), found.report) == (whole.genes, whole.n_cells.tolist(), whole.report)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        reader.embed(to_row(small(5)), Parameters(**UNPROCESSED))
 
 
 def test_contextual_means_count_only_cells_that_carry_the_gene(embed):
@@ -446,7 +536,7 @@ def test_what_a_library_raises_for_a_row_becomes_its_error(refuse, monkeypatch, 
     def broken(*_, **__):
         raise IndexError("deep inside")
 
-    monkeypatch.setattr(embedder_module, "preprocess", broken)
+    monkeypatch.setattr(prepare_module, "preprocess", broken)
     with caplog.at_level(logging.CRITICAL):
         error = refuse(small(2))
     assert isinstance(error, PreprocessError) and str(error) == "IndexError: deep inside"
@@ -559,8 +649,9 @@ def test_a_checkpoint_is_loaded_once_per_process():
 
 
 def test_weights_that_are_not_the_registered_ones_are_refused():
+    embedder = load_embedder(GOLDEN / "checkpoint_torch", digest="0" * 64)
     with pytest.raises(CheckpointError, match="was registered"):
-        load_embedder(GOLDEN / "checkpoint_torch", digest="0" * 64)
+        embedder.embed({}, Parameters(**UNPROCESSED))
 
 
 # The demo checkpoint

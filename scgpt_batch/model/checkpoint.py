@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -89,31 +90,89 @@ class ModelConfig:
         return cls(**values)
 
 
-@dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was read and checked.
+    """A checkpoint folder: its shape and vocabulary are read at once, its tensors when they are first asked for.
 
     Attributes
     ----------
     config, vocabulary
         From args.json and vocab.json.
+    digest
+        SHA-256 over the three files; the model's identity in caches, tags and tables.
     tensors
         The tensors that the model uses, under the names of `ScGPT`, float32 on the CPU.
     ignored
         Names in the weights file that are known to be unused, or unknown.
-    digest
-        SHA-256 over the three files; the model's identity in caches, tags and tables.
     """
 
-    config: ModelConfig
-    vocabulary: Vocabulary
-    tensors: dict[str, torch.Tensor]
-    ignored: tuple[str, ...]
-    digest: str
+    def __init__(self, folder: str | Path, *, digest: str | None = None) -> None:
+        """Read args.json and vocab.json; a known `digest` saves reading the weights for it now.
+
+        Raises
+        ------
+        CheckpointError
+            A file is missing or unreadable, or args.json asks for a part that is not built here.
+        """
+        self.folder = Path(folder)
+        self.weights = weights_file(self.folder)
+        self.config = ModelConfig.from_args(_read_args(self.folder / "args.json"))
+        self.vocabulary = Vocabulary.from_file(_existing(self.folder / "vocab.json"))
+        self.digest = digest or checkpoint_digest(self.folder)
+        self._digest_is_checked = digest is None
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return self._read[0]
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        return self._read[1]
+
+    @cached_property
+    def _read(self) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
+        """Read and check the weights file; a CheckpointError says what does not fit."""
+        if not self._digest_is_checked and (found := checkpoint_digest(self.folder)) != self.digest:
+            raise CheckpointError(f"{self.folder} has digest {found[:12]}, {self.digest[:12]} was registered")
+        state = _read_state(self.weights)
+        expected = _expected_shapes(self.config, len(self.vocabulary))
+        self._refuse_wrong_tensors(state, expected)
+        ignored = sorted(set(state) - set(expected))
+        unknown = [name for name in ignored if not name.startswith(UNUSED_TENSORS)]
+        if unknown:
+            logger.warning("%s: %d unknown tensors not used, first %r", self.weights, len(unknown), unknown[0])
+        logger.info(
+            "%s: loaded %d of %d tensors (%d layers, d %d, %d tokens), digest %s",
+            self.folder, len(expected), len(expected), self.config.nlayers, self.config.embsize,
+            len(self.vocabulary), self.digest[:12],
+        )  # fmt: skip
+        return {name: state[name].float() for name in expected}, tuple(ignored)
+
+    def _refuse_wrong_tensors(self, state: dict[str, torch.Tensor], expected: dict[str, tuple[int, ...]]) -> None:
+        """Refuse tensors that are missing, of another shape or not finite."""
+        missing = sorted(set(expected) - set(state))
+        if missing:
+            raise CheckpointError(
+                f"{self.weights} lacks {len(missing)} of {len(expected)} tensors, first {missing[0]!r}; "
+                "upstream would leave them random"
+            )
+        rows = state["encoder.embedding.weight"].shape[0]
+        if rows != len(self.vocabulary):
+            raise CheckpointError(
+                f"{self.folder / 'vocab.json'} has {len(self.vocabulary)} tokens (special tokens included), but "
+                f"'encoder.embedding.weight' has {rows} rows: they are not of one model"
+            )
+        for name, shape in expected.items():
+            if tuple(state[name].shape) != shape:
+                raise CheckpointError(
+                    f"{self.weights}: tensor {name!r} has shape {tuple(state[name].shape)}, args.json and vocab.json "
+                    f"want {shape}"
+                )
+            if not torch.isfinite(state[name]).all():
+                raise CheckpointError(f"{self.weights}: tensor {name!r} holds NaN or infinity")
 
 
 def load_checkpoint(folder: str | Path) -> Checkpoint:
-    """Read and check a checkpoint folder.
+    """Read and check a checkpoint folder with its tensors.
 
     Raises
     ------
@@ -121,53 +180,9 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
         A file is missing or unreadable, a tensor is missing or has another shape, the vocabulary does not fit the
         embedding table, or args.json asks for a part that is not built here.
     """
-    folder = Path(folder)
-    weights = weights_file(folder)
-    config = ModelConfig.from_args(_read_args(folder / "args.json"))
-    vocabulary = Vocabulary.from_file(_existing(folder / "vocab.json"))
-    state: dict[str, torch.Tensor] = {}
-    for name, tensor in _read_tensors(weights).items():
-        if _our_name(name) in state:
-            raise CheckpointError(f"{weights} holds {_our_name(name)!r} twice: in both key layouts")
-        state[_our_name(name)] = tensor
-    for name in state:
-        for prefix, part in NOT_BUILT_TENSORS.items():
-            if name.startswith(prefix):
-                raise CheckpointError(f"{weights} has tensor {name!r}: the model uses {part}, not built here")
-
-    expected = _expected_shapes(config, len(vocabulary))
-    missing = sorted(set(expected) - set(state))
-    if missing:
-        raise CheckpointError(
-            f"{weights} lacks {len(missing)} of {len(expected)} tensors, first {missing[0]!r}; "
-            "upstream would leave them random"
-        )
-    rows = state["encoder.embedding.weight"].shape[0]
-    if rows != len(vocabulary):
-        raise CheckpointError(
-            f"{folder / 'vocab.json'} has {len(vocabulary)} tokens (special tokens included), but "
-            f"'encoder.embedding.weight' has {rows} rows: they are not of one model"
-        )
-    for name, shape in expected.items():
-        if tuple(state[name].shape) != shape:
-            raise CheckpointError(
-                f"{weights}: tensor {name!r} has shape {tuple(state[name].shape)}, args.json and vocab.json "
-                f"want {shape}"
-            )
-        if not torch.isfinite(state[name]).all():
-            raise CheckpointError(f"{weights}: tensor {name!r} holds NaN or infinity")
-
-    ignored = sorted(set(state) - set(expected))
-    unknown = [name for name in ignored if not name.startswith(UNUSED_TENSORS)]
-    if unknown:
-        logger.warning("%s: %d unknown tensors not used, first %r", weights, len(unknown), unknown[0])
-    digest = checkpoint_digest(folder)
-    logger.info(
-        "%s: loaded %d of %d tensors (%d layers, d %d, %d tokens), digest %s",
-        folder, len(expected), len(expected), config.nlayers, config.embsize, len(vocabulary), digest[:12],
-    )  # fmt: skip
-    tensors = {name: state[name].float() for name in expected}
-    return Checkpoint(config, vocabulary, tensors, tuple(ignored), digest)
+    checkpoint = Checkpoint(folder)
+    checkpoint.tensors  # noqa: B018  # reads and checks them now
+    return checkpoint
 
 
 def checkpoint_digest(folder: str | Path) -> str:
@@ -222,6 +237,20 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"{path} cannot be read as tensors: {exc}") from exc
     if not isinstance(state, dict) or not all(isinstance(n, str) and torch.is_tensor(t) for n, t in state.items()):
         raise CheckpointError(f"{path} is no plain state dict (tensor name -> tensor)")
+    return state
+
+
+def _read_state(weights: Path) -> dict[str, torch.Tensor]:
+    """Read the weights under the names of `ScGPT`; refuse what is there twice or belongs to a part not built here."""
+    state: dict[str, torch.Tensor] = {}
+    for name, tensor in _read_tensors(weights).items():
+        if _our_name(name) in state:
+            raise CheckpointError(f"{weights} holds {_our_name(name)!r} twice: in both key layouts")
+        state[_our_name(name)] = tensor
+    for name in state:
+        for prefix, part in NOT_BUILT_TENSORS.items():
+            if name.startswith(prefix):
+                raise CheckpointError(f"{weights} has tensor {name!r}: the model uses {part}, not built here")
     return state
 
 
