@@ -1,7 +1,7 @@
 """Ask an endpoint, the local one or Databricks', for the embeddings of an AnnData.
 
-    embed(adata, "http://127.0.0.1:5000", mode="cell", need_preprocess=False)
-    embed(adata, "https://WORKSPACE/serving-endpoints/NAME", mode="static", data_is_raw=True, log1p=True)
+embed(adata, "http://127.0.0.1:5000", mode="cell", need_preprocess=False)
+embed(adata, "https://WORKSPACE/serving-endpoints/NAME", mode="static", data_is_raw=True, log1p=True)
 """
 
 import base64

@@ -196,9 +196,7 @@ class Endpoint:
                 break
         call.too_large_to_read = size > limit
         if call.too_large_to_read:
-            raise RequestRefused(
-                413, too_large("the body holds", size, limit, "send CSR columns, or fewer cells")
-            )
+            raise RequestRefused(413, too_large("the body holds", size, limit, "send CSR columns, or fewer cells"))
         call.body, call.began = bytes(body), time.monotonic()
         self._metrics.request_bytes.observe(size)
 
@@ -227,7 +225,7 @@ class Endpoint:
         return answers
 
     def _embed_rows(self, rows: Rows, parameters: Parameters) -> list[Answer]:
-        return [self._embedder.embed(row, parameters) for row in rows]
+        return list(self._embedder.embed_rows(rows, parameters))
 
     def _spell(self, rows: list[AskedRow], answers: list[Answer]) -> bytes:
         """Write the answer in MLflow's form. Numbers are written by orjson: float32 in full, and NaN never."""

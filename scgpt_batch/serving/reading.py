@@ -4,6 +4,7 @@ Types are checked by MLflow against the model's signature, as everywhere else th
 limits, and what keeps a hostile request from costing more than a refusal.
 """
 
+import re
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ import orjson
 import pandas as pd
 from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import PyFuncModel
+from mlflow.pyfunc.scoring_server import infer_and_parse_data
 
 from scgpt_batch.anndata_rows import is_empty
 from scgpt_batch.embedder import Embedder, check_model_parameters
@@ -55,7 +57,8 @@ class RequestReader:
     def __init__(self, model: PyFuncModel, embedder: Embedder, *, answer_bytes: int) -> None:
         """`answer_bytes`: what an answer may hold; a request that wants more is refused before it is computed."""
         self._checked = PyFuncModel(model_meta=model.metadata, model_impl=_Checked())
-        self._columns = frozenset(model.metadata.get_input_schema().input_names())
+        self._schema = model.metadata.get_input_schema()
+        self._columns = frozenset(self._schema.input_names())
         self._parameters = frozenset(spec.name for spec in model.metadata.get_params_schema().params)
         self._embedder, self._answer_bytes = embedder, answer_bytes
 
@@ -84,12 +87,16 @@ class RequestReader:
         unknown = sorted(set(params or ()) - self._parameters)
         if unknown:
             raise RequestRefused(400, f"unknown parameter {unknown[0]!r}; the model knows {sorted(self._parameters)}")
-        kept = [{name: row[name] for name in row if name in self._columns} for row in given]
+        kept = [{name: _array(row[name]) for name in row if name in self._columns} for row in given]
+        for name in {name for row in kept for name in row}:
+            if not all(name in row for row in kept):
+                raise RequestRefused(400, f"column {name} stands in some rows and not in others: give null there")
         try:
-            frame, checked = self._checked.predict(pd.DataFrame(kept, index=range(len(kept))), params=params)
+            frame = infer_and_parse_data({"dataframe_records": kept}, self._schema)
+            frame, checked = self._checked.predict(frame, params=params)
         except MlflowException as exc:
-            told = exc.message.rpartition("Error: ")[2]  # before it, MLflow repeats all the data
-            raise RequestRefused(400, told) from exc
+            told = re.sub(r"^Failed to enforce schema of data.*Error: ", "", exc.message, flags=re.DOTALL)
+            raise RequestRefused(400, told) from exc  # without the data, which MLflow repeats
         except Exception as exc:  # nothing but the client's values went in: whatever broke, they broke it
             raise RequestRefused(400, f"rows or params have wrong types: {type(exc).__name__}: {exc}") from exc
         # pandas forgets rows without columns; each is a question for the whole vocabulary
@@ -119,6 +126,21 @@ class RequestReader:
                 total += vectors * d * NUMBER_BYTES[asked.parameters.encoding]
         if total > self._answer_bytes:
             raise RequestRefused(413, too_large("the answer would hold about", int(total), self._answer_bytes, LESS))
+
+
+def _array(value: Any) -> Any:
+    """Make numpy arrays of lists of numbers, also of inner lists: MLflow checks them ten times as fast."""
+    if not isinstance(value, list) or not value:
+        return value
+    if isinstance(value[0], list):
+        return [_array(inner) for inner in value]
+    if not isinstance(value[0], (int, float)):
+        return value
+    try:
+        array = np.asarray(value)
+    except (ValueError, OverflowError):
+        return value  # ragged; MLflow says what it wants
+    return array if array.ndim == 1 and array.dtype in (np.int64, np.float64) else value
 
 
 def too_large(what: str, found: int, limit: int, advice: str) -> str:
