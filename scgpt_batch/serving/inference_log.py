@@ -129,8 +129,8 @@ class Spool:
             if self._size > MAX_SEGMENT:
                 self._rotate()
 
-    def closed(self, *, rotate: bool = True) -> list[int]:
-        """Close the file that is written to, if anything is in it; return the numbers of all closed ones, in order."""
+    def closed(self, *, rotate: bool) -> list[int]:
+        """Return the numbers of all closed files, in order; with `rotate` also of the one written to till now."""
         with self._lock:
             if rotate and (self._size or self._torn):
                 self._rotate()
@@ -280,8 +280,9 @@ class InferenceLog:
         """Bring all spooled records to the table; False, with a warning, when the table refuses them for now."""
         with self._draining:
             try:
-                for number in self.spool.closed():
-                    self._bring(number)
+                for rotate in (False, True):  # on a full disk, what is closed makes room for the next file
+                    for number in self.spool.closed(rotate=rotate):
+                        self._bring(number)
             except Exception as exc:  # whatever it is, the records lie in the spool and are tried again
                 self._metrics.log_failures.labels("table").inc()
                 logger.warning("inference table %s: not written, tried again later: %s", self.table.path, exc)
