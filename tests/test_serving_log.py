@@ -197,7 +197,7 @@ def test_a_table_that_delta_rs_cannot_append_to_is_refused(tmp_path, spark):
 
 @pytest.mark.parametrize("name", ["main.serving.payload", "payload"])
 def test_a_catalog_name_is_refused_with_what_to_give(name):
-    with pytest.raises(ConfigError, match="no Spark catalog: give delta.`path`"):
+    with pytest.raises(ConfigError, match=r"no Spark catalog: give delta\.`path`"):
         table_path(name)
 
 

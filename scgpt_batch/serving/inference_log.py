@@ -280,15 +280,15 @@ class InferenceLog:
         """Bring all spooled records to the table; False, with a warning, when the table refuses them for now."""
         with self._draining:
             try:
+                self._metrics.spool_bytes.set(self.spool.waiting_bytes())
                 for rotate in (False, True):  # on a full disk, what is closed makes room for the next file
                     for number in self.spool.closed(rotate=rotate):
                         self._bring(number)
+                self._metrics.spool_bytes.set(self.spool.waiting_bytes())
             except Exception as exc:  # whatever it is, the records lie in the spool and are tried again
                 self._metrics.log_failures.labels("table").inc()
                 logger.warning("inference table %s: not written, tried again later: %s", self.table.path, exc)
                 return False
-            finally:
-                self._metrics.spool_bytes.set(self.spool.waiting_bytes())
             return True
 
     def _bring(self, number: int) -> None:
