@@ -3,6 +3,8 @@
 # make check   lint, format, types, import direction
 # make parity  compares live with the real scgpt 0.2.4, in an environment of its own
 # make bench-blog   the blog's wrapper against this job, side by side
+# make bench-serving  the blog's wrapper under mlflow models serve against scgpt-batch serve; 20,000 requests; 10,000 rows
+# make fault-serving  the endpoint killed 20 times under load, and 5,000 requests of nonsense
 
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +12,7 @@ UPSTREAM := .venv-upstream
 export SPARK_LOCAL_IP ?= 127.0.0.1
 export PYTHONUNBUFFERED = 1
 
-.PHONY: setup java demo test check parity bench-blog clean
+.PHONY: setup java demo test check parity bench-blog bench-serving fault-serving clean
 
 setup: $(VENV)/.ready java
 
@@ -79,6 +81,15 @@ parity: setup $(UPSTREAM)/.ready
 
 bench-blog: setup $(UPSTREAM)/.ready
 	$(VENV)/bin/python benchmarks/blog.py
+
+bench-serving: setup $(UPSTREAM)/.ready
+	$(VENV)/bin/python benchmarks/serving.py
+	$(VENV)/bin/python benchmarks/serving.py --soak memory
+	$(VENV)/bin/python benchmarks/serving.py --soak log
+
+fault-serving: setup
+	SCGPT_BATCH_KILLS=20 SCGPT_BATCH_FUZZ=5000 $(VENV)/bin/pytest tests/test_serving.py tests/test_serving_log.py \
+	  -k 'kills or no_body'
 
 clean:
 	rm -rf .demo .cache $(VENV) $(UPSTREAM)

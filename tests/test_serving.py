@@ -366,7 +366,7 @@ def test_the_client_halves_what_the_endpoint_finds_too_large(guarded, monkeypatc
 def test_the_client_cuts_requests_to_size_but_never_a_row_that_is_whole(endpoint):
     adata = random_adata(50, len(GENES), genes=GENES)
     assert len(client.embed(adata, endpoint.url, progress=False, request_bytes=3000, **CELLS)) == 50
-    with pytest.raises(ConfigError, match=r"cannot be sent apart: .*batch job"):
+    with pytest.raises(PartsFailed, match=r"50 of 50 cells have no answer.*cannot be sent apart .*batch job"):
         client.embed(adata, endpoint.url, progress=False, request_bytes=3000, mode="static")
 
 

@@ -7,7 +7,6 @@ embed(adata, "https://WORKSPACE/serving-endpoints/NAME", mode="static", data_is_
 import base64
 import gzip
 import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -23,12 +22,13 @@ from tqdm.auto import tqdm
 from urllib3.util import Retry
 
 from scgpt_batch.anndata_rows import PAYLOAD_COLUMNS, to_row
-from scgpt_batch.errors import ConfigError, PartsFailed
+from scgpt_batch.errors import ConfigError, PartsFailed, PayloadError
 from scgpt_batch.parameters import Parameters
 from scgpt_batch.preprocess import SYMBOL_COLUMNS
 
 REQUEST_BYTES = 16_000_000  # of a request's body at Databricks, and at the local endpoint
 CELLS = 2_000  # of one request at most: their vectors in base64 take 6 MB at d 512
+TOO_LARGE = 413
 RETRIED = (429, 500, 502, 503, 504)
 DTYPES = {"float32_base64": "<f4", "float16_base64": "<f2"}
 
@@ -41,15 +41,6 @@ class Failure:
     last: int
     status: int | None
     message: str
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Some of the cells, by position, as the body of a request."""
-
-    first: int
-    last: int
-    body: bytes
 
 
 class _Refused(Exception):
@@ -108,15 +99,16 @@ def embed(
     Raises
     ------
     ConfigError
-        An unknown or impossible parameter, or a row too large for one request that must not be split.
+        An unknown or impossible parameter, or a URL that is none.
     PartsFailed
         Some cells, listed with the reason in `failures`, have no answer; the others' are in `answered`.
     """
     asked = Parameters.create({"encoding": "float32_base64"}, parameters)
-    adata = _lean(adata, asked)
-    parts = list(_parts(adata, asked, parameters, request_bytes))
+    document = {"params": {**parameters, "encoding": asked.encoding}}
     session = _session(url, token, retries, concurrency)
-    ask = _Asker(session, _invocations(url), timeout_seconds, adata, asked, parameters)
+    ask = _Asker(session, _invocations(url), timeout_seconds, request_bytes, _lean(adata, asked), asked, document)
+    most = CELLS if ask.may_split else max(adata.n_obs, 1)
+    parts = [(first, min(first + most, adata.n_obs)) for first in range(0, adata.n_obs, most)]
     found: list[pd.DataFrame] = []
     failures: list[Failure] = []
     with (
@@ -124,10 +116,10 @@ def embed(
         ThreadPoolExecutor(concurrency) as pool,
         tqdm(total=adata.n_obs, unit="cell", disable=not progress) as bar,
     ):
-        for part, (answered, failed) in zip(parts, pool.map(ask, parts), strict=True):
+        for (first, last), (answered, failed) in zip(parts, pool.map(ask, parts), strict=True):
             found += answered
             failures += failed
-            bar.update(part.last - part.first)
+            bar.update(last - first)
     answer = pd.concat(found, ignore_index=True) if found else pd.DataFrame()
     if failures:
         raise PartsFailed(_told(failures, adata.n_obs), failures=failures, answered=answer)
@@ -144,68 +136,49 @@ def _lean(adata: ad.AnnData, asked: Parameters) -> ad.AnnData:
     return ad.AnnData(adata.X, obs=adata.obs[obs], var=adata.var[var])
 
 
-def _parts(adata: ad.AnnData, asked: Parameters, given: dict[str, Any], limit: int) -> Iterator[_Part]:
-    """Cut the cells into requests within the limit; the whole, where that must not be cut."""
-    if not _may_split(asked):
-        part = _part(adata, 0, adata.n_obs, given, asked)
-        if len(part.body) > limit:
-            raise ConfigError(
-                f"the request holds {len(part.body) / 1e6:.1f} MB, the limit is {limit / 1e6:.1f} MB, and with mode "
-                f"{asked.mode!r} and need_preprocess {str(asked.need_preprocess).lower()} cells cannot be sent apart: "
-                "drop genes or cells, or run the batch job (scgpt-batch embed)"
-            )
-        yield part
-        return
-    for first in range(0, adata.n_obs, CELLS):
-        yield from _within(adata, first, min(first + CELLS, adata.n_obs), given, asked, limit)
-
-
-def _within(
-    adata: ad.AnnData, first: int, last: int, given: dict[str, Any], asked: Parameters, limit: int
-) -> Iterator[_Part]:
-    part = _part(adata, first, last, given, asked)
-    if len(part.body) <= limit:
-        yield part
-    elif last - first == 1:
-        raise ConfigError(f"cell {adata.obs_names[first]!r} alone makes a request of {len(part.body) / 1e6:.1f} MB")
-    else:
-        middle = (first + last) // 2
-        yield from _within(adata, first, middle, given, asked, limit)
-        yield from _within(adata, middle, last, given, asked, limit)
-
-
-def _may_split(asked: Parameters) -> bool:
-    return asked.mode == "cell" and not asked.need_preprocess
-
-
-def _part(adata: ad.AnnData, first: int, last: int, given: dict[str, Any], asked: Parameters) -> _Part:
-    row = to_row(adata[first:last])
-    payload = {name: row[name] for name in PAYLOAD_COLUMNS if row[name] is not None}
-    document = {"dataframe_records": [payload], "params": {**given, "encoding": asked.encoding}}
-    return _Part(first, last, orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY))
-
-
 @dataclass(frozen=True)
 class _Asker:
-    """Sends parts, and halves those that the endpoint finds too large where they may be halved."""
+    """Sends cells from a position to a position; halves what is too large, where it may be halved."""
 
     session: requests.Session
     url: str
     timeout_seconds: float
+    request_bytes: int
     adata: ad.AnnData
     asked: Parameters
-    given: dict[str, Any]
+    document: dict[str, Any]
 
-    def __call__(self, part: _Part) -> tuple[list[pd.DataFrame], list[Failure]]:
+    @property
+    def may_split(self) -> bool:
+        """Whether a cell's answer depends on the cell alone."""
+        return self.asked.mode == "cell" and not self.asked.need_preprocess
+
+    def __call__(self, part: tuple[int, int]) -> tuple[list[pd.DataFrame], list[Failure]]:
+        first, last = part
         try:
-            return [self._ask(part.body)], []
+            return [self._ask(self._body(first, last))], []
         except _Refused as exc:
-            if exc.status != 413 or part.last - part.first < 2 or not _may_split(self.asked):
-                return [], [Failure(part.first, part.last, exc.status, str(exc))]
-        middle = (part.first + part.last) // 2
-        halves = [(part.first, middle), (middle, part.last)]
-        left, right = (self(_part(self.adata, a, b, self.given, self.asked)) for a, b in halves)
+            if exc.status != TOO_LARGE or last - first < 2 or not self.may_split:
+                return [], [Failure(first, last, exc.status, str(exc))]
+        middle = (first + last) // 2
+        left, right = self((first, middle)), self((middle, last))
         return left[0] + right[0], left[1] + right[1]
+
+    def _body(self, first: int, last: int) -> bytes:
+        try:
+            row = to_row(self.adata[first:last])
+        except PayloadError as exc:
+            raise _Refused(None, str(exc)) from exc
+        payload = {name: row[name] for name in PAYLOAD_COLUMNS if row[name] is not None}
+        body = orjson.dumps({"dataframe_records": [payload], **self.document}, option=orjson.OPT_SERIALIZE_NUMPY)
+        if len(body) > self.request_bytes:
+            raise _Refused(
+                TOO_LARGE,
+                f"the request holds {len(body) / 1e6:.1f} MB, the limit is {self.request_bytes / 1e6:.1f} MB, and cells "
+                "cannot be sent apart but in mode 'cell' with need_preprocess false: drop genes or cells, or run the "
+                "batch job (scgpt-batch embed)",
+            )
+        return body
 
     def _ask(self, body: bytes) -> pd.DataFrame:
         headers = {"Content-Type": "application/json"}

@@ -8,13 +8,14 @@ import asyncio
 import hmac
 import ipaddress
 import logging
+import math
 import os
 import signal
 import socket
 import time
 import uuid
 from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -47,6 +48,7 @@ TOKEN = "SCGPT_BATCH_TOKEN"
 FROM_MLFLOW = ("/ping", "/health", "/version")
 NEED_NO_TOKEN = ("/ping", "/health")
 JSON = "application/json"
+THREADS = max(2, os.cpu_count() or 2)
 
 
 def serve(settings: ServeSettings) -> Summary:
@@ -73,7 +75,7 @@ def _run(endpoint: "Endpoint", listener: socket.socket, model: ResolvedModel, se
     """Run uvicorn on the socket. After its graceful stop it raises the signal again, here KeyboardInterrupt."""
     config = uvicorn.Config(
         endpoint.app(os.environ.get(TOKEN, "")), log_level="warning", access_log=False, server_header=False,
-        timeout_graceful_shutdown=int(settings.timeout_seconds), backlog=2048,
+        timeout_graceful_shutdown=math.ceil(settings.timeout_seconds), backlog=2048,
     )  # fmt: skip
     host, port = listener.getsockname()[:2]
     logger.info("serving %s at http://%s:%d/invocations", model.uri, host, port)
@@ -105,9 +107,8 @@ class _Call:
     at: datetime
     began: float  # when the whole body was there, by the monotonic clock
     requester: str | None
-    body: bytes | None = None
+    body: bytes | None = None  # inflated; None where that is too large, or cannot be done
     client_request_id: str | None = None
-    too_large_to_read: bool = False
 
 
 class Endpoint:
@@ -120,10 +121,12 @@ class Endpoint:
         self.log: InferenceLog | None = None
         self._embedder: Embedder = model.unwrap_python_model().embedder
         self._reader = RequestReader(model, self._embedder, answer_bytes=settings.max_answer_bytes)
-        # Python runs one thread at a time: more of them only take it from each other
-        self._threads = ThreadPoolExecutor(max_workers=max(2, os.cpu_count() or 2), thread_name_prefix="request")
+        # Python runs one thread at a time: more of them only take it from each other. Two pools, so that a refusal
+        # need not wait for embeddings that nobody waits for any more.
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="request")
+        self._embedding = ThreadPoolExecutor(THREADS, thread_name_prefix="embedding")
         self._batcher = MicroBatcher(
-            self._embed_rows, self._threads, wait_seconds=settings.batch_wait_ms / 1000,
+            self._embed_rows, self._embedding, wait_seconds=settings.batch_wait_ms / 1000,
             on_batch=metrics.batch_requests.observe,
         )  # fmt: skip
         self._in_flight = 0
@@ -151,7 +154,7 @@ class Endpoint:
         self._metrics.in_flight.set(self._in_flight)
         try:
             status, content = await self._answer_or_refuse(request, call)
-            return await self._in_thread(self._finish, call, status, content)
+            return await _run_in(self._threads, self._finish, call, status, content)
         except ClientDisconnect:
             return Response(status_code=HTTPStatus.BAD_REQUEST)  # nobody is there to read it
         finally:
@@ -177,25 +180,22 @@ class Endpoint:
         if self._in_flight > self._settings.max_concurrent:
             raise RequestRefused(429, f"{self._settings.max_concurrent} requests are being answered, the limit: wait")
         await self._read_body(request, call)
-        asked = await self._in_thread(self._read, call, request.headers.get("content-encoding", "identity"))
+        asked = await _run_in(self._threads, self._read, call, request.headers.get("content-encoding", "identity"))
         answers = await self._embed(asked.rows)
-        return await self._in_thread(self._spell, asked.rows, answers)
+        return await _run_in(self._threads, self._spell, asked.rows, answers)
 
     async def _read_body(self, request: Request, call: _Call) -> None:
         """Take the body as it comes, up to the limit."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != JSON:
             raise RequestRefused(415, f"Content-Type must be {JSON}, not {kind!r}")
-        limit = self._settings.max_request_bytes
+        limit, chunks = self._settings.max_request_bytes, request.stream()
         stated = request.headers.get("content-length", "0")
         body, size = bytearray(), int(stated) if stated.isdigit() else 0
-        async for chunk in _chunks(request, stop=size > limit):
+        while size <= limit and (chunk := await anext(chunks, None)) is not None:
             body += chunk
             size = max(size, len(body))
-            if size > limit:
-                break
-        call.too_large_to_read = size > limit
-        if call.too_large_to_read:
+        if size > limit:
             raise RequestRefused(413, too_large("the body holds", size, limit, "send CSR columns, or fewer cells"))
         call.body, call.began = bytes(body), time.monotonic()
         self._metrics.request_bytes.observe(size)
@@ -217,7 +217,7 @@ class Endpoint:
         for parameters, places in _by_parameters(rows).items():
             given = [rows[i].row for i in places]
             if parameters.mode == "static":
-                found = await self._in_thread(self._embed_rows, given, parameters)
+                found = await _run_in(self._embedding, self._embed_rows, given, parameters)
             else:
                 found = await self._batcher.answers(given, parameters)
             for i, answer in zip(places, found, strict=True):
@@ -246,7 +246,7 @@ class Endpoint:
         if self.log is not None:
             exchange = Exchange(
                 call.request_id, call.at, status, seconds, call.body, content, call.client_request_id,
-                self._served_entity, call.requester, call.too_large_to_read,
+                self._served_entity, call.requester, too_large_to_read=status == 413 and call.body is None,
             )  # fmt: skip
             self.log.append(exchange)
         self._metrics.requests.labels(str(int(status))).inc()
@@ -255,15 +255,9 @@ class Endpoint:
         headers = {"x-request-id": call.request_id, **({"retry-after": "1"} if status == 429 else {})}
         return Response(content, status, headers, media_type=JSON)
 
-    async def _in_thread(self, function: Callable[..., Any], *args: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
 
-
-async def _chunks(request: Request, *, stop: bool) -> Any:
-    """The body's parts; none where its stated size already is too large."""
-    if not stop:
-        async for chunk in request.stream():
-            yield chunk
+async def _run_in(pool: Executor, function: Callable[..., Any], *args: Any) -> Any:
+    return await asyncio.get_running_loop().run_in_executor(pool, function, *args)
 
 
 def _error(status: int, message: str) -> tuple[int, bytes]:
