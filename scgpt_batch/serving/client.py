@@ -174,7 +174,7 @@ class _Asker:
         if len(body) > self.request_bytes:
             raise _Refused(
                 TOO_LARGE,
-                f"the request holds {len(body) / 1e6:.1f} MB, the limit is {self.request_bytes / 1e6:.1f} MB, and cells "
+                f"the request holds {len(body) / 1e6:.1f} MB, the limit {self.request_bytes / 1e6:.1f} MB, and cells "
                 "cannot be sent apart but in mode 'cell' with need_preprocess false: drop genes or cells, or run the "
                 "batch job (scgpt-batch embed)",
             )
