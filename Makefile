@@ -4,6 +4,8 @@
 # make parity  compares live with the real scgpt 0.2.4, in an environment of its own
 # make bench   every benchmark against upstream and the machine's limit
 # make bench-blog   the blog's wrapper against this job, side by side
+# make bench-serving  the blog's wrapper under mlflow models serve against scgpt-batch serve; 20,000 requests; 10,000 rows
+# make fault-serving  the endpoint killed 20 times under load, and 5,000 requests of nonsense
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +13,7 @@ UPSTREAM := .venv-upstream
 export SPARK_LOCAL_IP ?= 127.0.0.1
 export PYTHONUNBUFFERED = 1
 
-.PHONY: setup java chromium demo test check parity bench bench-blog faults clean
+.PHONY: setup java chromium demo test check parity bench bench-blog bench-serving faults fault-serving clean
 
 setup: $(VENV)/.ready java
 
@@ -94,6 +96,15 @@ bench: setup $(UPSTREAM)/.ready
 
 bench-blog: setup $(UPSTREAM)/.ready
 	$(VENV)/bin/python benchmarks/blog.py
+
+bench-serving: setup $(UPSTREAM)/.ready
+	$(VENV)/bin/python benchmarks/serving.py
+	$(VENV)/bin/python benchmarks/serving.py --soak memory
+	$(VENV)/bin/python benchmarks/serving.py --soak log
+
+fault-serving: setup
+	SCGPT_BATCH_KILLS=20 SCGPT_BATCH_FUZZ=5000 $(VENV)/bin/pytest tests/test_serving.py tests/test_serving_log.py \
+	  -k 'kills or no_body'
 
 clean:
 	rm -rf .demo .cache $(VENV) $(UPSTREAM)

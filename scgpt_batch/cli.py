@@ -27,6 +27,7 @@ from scgpt_batch.settings import (
     MaintainSettings,
     MonitorSettings,
     RegisterSettings,
+    ServeSettings,
     Settings,
     Summary,
     SummarySettings,
@@ -80,6 +81,15 @@ def _embed(settings: EmbedSettings, parameters: Parameters) -> Summary:
     return embed_table(get_spark(settings.spark_conf), settings, parameters)
 
 
+def _serve(settings: ServeSettings) -> Summary:
+    try:
+        from scgpt_batch.serving.endpoint import serve
+    except ModuleNotFoundError as exc:
+        raise ConfigError(f"serve needs {exc.name}: pip install 'scgpt_batch[serving]'") from exc
+
+    return serve(settings)
+
+
 def _summary(settings: SummarySettings) -> Summary:
     from scgpt_batch.demo import summarize
     from scgpt_batch.spark.session import get_spark
@@ -106,6 +116,7 @@ COMMANDS = {
     "ingest": Command(IngestSettings, _ingest),
     "register": Command(RegisterSettings, _register),
     "embed": Command(EmbedSettings, _embed, with_parameters=True),
+    "serve": Command(ServeSettings, _serve),
     "summary": Command(SummarySettings, _summary),
     "monitor": Command(MonitorSettings, _monitor),
     "maintain": Command(MaintainSettings, _maintain),

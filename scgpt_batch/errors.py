@@ -10,7 +10,11 @@
     + NonFiniteOutput      the model answered NaN or infinity
     + WorkerCrash          the process that read it died, alone with it
     + Timeout              it had no answer in the time allowed, alone in a process
+  + RequestRefused         the endpoint does not answer a request; its status says whose fault that is
+  + PartsFailed            the client got no answer for some cells; it holds the others'
 """
+
+from typing import Any
 
 
 class ScgptBatchError(Exception):
@@ -51,3 +55,21 @@ class WorkerCrash(RowError):
 
 class Timeout(RowError):
     """The row had no answer in the time allowed, alone in a process."""
+
+
+class RequestRefused(ScgptBatchError):
+    """The endpoint does not answer a request; `status` is the HTTP status, the message what to do."""
+
+    def __init__(self, status: int, message: str) -> None:
+        """Say whose fault it is by `status`: 4xx the client's, 5xx the model's."""
+        super().__init__(message)
+        self.status = status
+
+
+class PartsFailed(ScgptBatchError):
+    """Some cells have no answer; `failures` says which and why, `answered` holds the DataFrame of the others."""
+
+    def __init__(self, message: str, *, failures: list[Any], answered: Any) -> None:
+        """Keep what was answered: it has been paid for."""
+        super().__init__(message)
+        self.failures, self.answered = failures, answered

@@ -112,4 +112,24 @@ class MaintainSettings(Settings):
     force: bool = Field(False, description="allow vacuum_hours below 168: running readers and time travel may break")
 
 
+class ServeSettings(Settings):
+    """Serve the model over HTTP, with an inference table, until stopped."""
+
+    model_uri: str = Field(description="models:/name/version, models:/name@alias or a path")
+    host: str = Field(
+        "127.0.0.1", description="address to listen on; before opening it to others set SCGPT_BATCH_TOKEN"
+    )
+    port: int = Field(5000, ge=0, le=65535, description="port to listen on; 0: a free one, which the log names")
+    inference_table: str = Field(
+        "delta.`inference_payload`", description="delta.`path` for requests and answers, made if not there; none: off"
+    )
+    spool: str = Field("", description="local folder of records not yet in the table; empty: the table's path + _spool")
+    flush_seconds: float = Field(10.0, gt=0, description="how often the spool is brought to the table")
+    max_request_bytes: int = Field(16_000_000, ge=1, description="of a request's body, also when inflated")
+    max_answer_bytes: int = Field(16_000_000, ge=1, description="of an answer; larger ones are refused unanswered")
+    timeout_seconds: float = Field(297.0, gt=0, description="for one request")
+    max_concurrent: int = Field(64, ge=1, description="requests at once; more are told to wait (429)")
+    batch_wait_ms: float = Field(5.0, ge=0, description="how long a request waits for others to share the device with")
+
+
 Summary = dict[str, Any]

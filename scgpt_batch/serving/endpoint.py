@@ -1,0 +1,297 @@
+"""The local endpoint: MLflow's scoring app with an /invocations that says whose fault a failure is, and logs.
+
+MLflow's own /invocations answers every failure with 400 and a traceback, and writes its JSON through pandas. The route
+here reads the same requests, checks them by MLflow against the model's signature, and answers in the same form.
+"""
+
+import asyncio
+import hmac
+import ipaddress
+import logging
+import math
+import os
+import signal
+import socket
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from http import HTTPStatus
+from typing import Any
+
+import mlflow
+import orjson
+import uvicorn
+from fastapi import FastAPI
+from mlflow.pyfunc import PyFuncModel, scoring_server
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from scgpt_batch.embedder import Answer, Embedder
+from scgpt_batch.errors import CheckpointError, ConfigError, NonFiniteOutput, RequestRefused
+from scgpt_batch.parameters import Parameters
+from scgpt_batch.pyfunc import answer_columns
+from scgpt_batch.registry import ResolvedModel, resolve
+from scgpt_batch.serving.inference_log import Exchange, InferenceLog
+from scgpt_batch.serving.metrics import Metrics
+from scgpt_batch.serving.microbatch import MicroBatcher, Rows
+from scgpt_batch.serving.reading import LESS, Asked, AskedRow, RequestReader, inflate, too_large
+from scgpt_batch.settings import ServeSettings, Summary
+
+logger = logging.getLogger(__name__)
+
+TOKEN = "SCGPT_BATCH_TOKEN"
+FROM_MLFLOW = ("/ping", "/health", "/version")
+NEED_NO_TOKEN = ("/ping", "/health")
+JSON = "application/json"
+THREADS = max(2, os.cpu_count() or 2)
+
+
+def serve(settings: ServeSettings) -> Summary:
+    """Serve a registered model until SIGTERM or SIGINT; what was taken is answered, and logged, first.
+
+    Raises
+    ------
+    ConfigError
+        There is no such model, the port is taken, or the inference table cannot be used.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    metrics = Metrics()
+    with suppress(KeyboardInterrupt), _listen(settings.host, settings.port) as listener:
+        model = resolve(settings.model_uri)
+        loaded = mlflow.pyfunc.load_model(str(model.folder))
+        endpoint = Endpoint(loaded, settings, metrics, served_entity=f"{model.name}-{model.version}")
+        with _log(settings, metrics) or nullcontext() as log:
+            endpoint.log = log
+            _run(endpoint, listener, model, settings)
+    return {"model_uri": settings.model_uri, **metrics.totals()}
+
+
+def _run(endpoint: "Endpoint", listener: socket.socket, model: ResolvedModel, settings: ServeSettings) -> None:
+    """Run uvicorn on the socket. After its graceful stop it raises the signal again, here KeyboardInterrupt."""
+    config = uvicorn.Config(
+        endpoint.app(os.environ.get(TOKEN, "")), log_level="warning", access_log=False, server_header=False,
+        timeout_graceful_shutdown=math.ceil(settings.timeout_seconds), backlog=2048,
+    )  # fmt: skip
+    host, port = listener.getsockname()[:2]
+    logger.info("serving %s at http://%s:%d/invocations", model.uri, host, port)
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except (OSError, OverflowError) as exc:
+        raise ConfigError(f"cannot listen on {host}:{port}: {exc}; give another --port") from exc
+    address = ipaddress.ip_address(listener.getsockname()[0])
+    if not address.is_loopback and not os.environ.get(TOKEN):
+        logger.warning("%s is open to the network without a token: set %s", address, TOKEN)
+    return listener
+
+
+def _log(settings: ServeSettings, metrics: Metrics) -> InferenceLog | None:
+    if settings.inference_table in ("", "none"):
+        return None
+    return InferenceLog(settings.inference_table, settings.spool, flush_seconds=settings.flush_seconds, metrics=metrics)
+
+
+@dataclass
+class _Call:
+    """What becomes known of a request on its way, for the log."""
+
+    request_id: str
+    at: datetime
+    began: float  # when the whole body was there, by the monotonic clock
+    requester: str | None
+    body: bytes | None = None  # inflated; None where that is too large, or cannot be done
+    client_request_id: str | None = None
+
+
+class Endpoint:
+    """Answers requests for one loaded model."""
+
+    def __init__(self, model: PyFuncModel, settings: ServeSettings, metrics: Metrics, *, served_entity: str) -> None:
+        """Take the model, and load the weights that static mode needs, before the first request wants them."""
+        self._model, self._settings, self._metrics = model, settings, metrics
+        self._served_entity = served_entity
+        self.log: InferenceLog | None = None
+        self._embedder: Embedder = model.unwrap_python_model().embedder
+        self._reader = RequestReader(model, self._embedder, answer_bytes=settings.max_answer_bytes)
+        # Python runs one thread at a time: more of them only take it from each other. Two pools, so that a refusal
+        # need not wait for embeddings that nobody waits for any more.
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="request")
+        self._embedding = ThreadPoolExecutor(THREADS, thread_name_prefix="embedding")
+        self._batcher = MicroBatcher(
+            self._embed_rows, self._embedding, wait_seconds=settings.batch_wait_ms / 1000,
+            on_batch=metrics.batch_requests.observe,
+        )  # fmt: skip
+        self._in_flight = 0
+        _ = self._embedder.gene_table
+
+    def app(self, token: str) -> FastAPI:
+        """MLflow's app, its /invocations replaced; with a token, all but the health checks ask for it."""
+        app = scoring_server.init(self._model)
+        app.user_middleware.clear()  # MLflow's time-out; the one here says what to do
+        app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", "") in FROM_MLFLOW]
+        app.add_route("/invocations", self.invocations, methods=["POST"])
+        app.add_route("/metrics", self.metrics, methods=["GET"])
+        if token:
+            app.add_middleware(_BearerToken, token=token)
+        return app
+
+    async def metrics(self, _: Request) -> Response:
+        """Answer Prometheus."""
+        return Response(self._metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    async def invocations(self, request: Request) -> Response:
+        """Answer a request; whatever the answer, it is in the spool before it leaves."""
+        call = _Call(uuid.uuid4().hex, datetime.now(UTC), time.monotonic(), request.client and request.client.host)
+        self._in_flight += 1
+        self._metrics.in_flight.set(self._in_flight)
+        try:
+            status, content = await self._answer_or_refuse(request, call)
+            return await _run_in(self._threads, self._finish, call, status, content)
+        except ClientDisconnect:
+            return Response(status_code=HTTPStatus.BAD_REQUEST)  # nobody is there to read it
+        finally:
+            self._in_flight -= 1
+            self._metrics.in_flight.set(self._in_flight)
+
+    async def _answer_or_refuse(self, request: Request, call: _Call) -> tuple[int, bytes]:
+        seconds = self._settings.timeout_seconds
+        try:
+            async with asyncio.timeout(seconds):
+                return HTTPStatus.OK, await self._answer(request, call)
+        except TimeoutError:
+            return _error(408, f"no answer within {seconds:g} s, the limit: send fewer cells, or run the batch job")
+        except RequestRefused as exc:
+            return _error(exc.status, str(exc))
+        except ClientDisconnect:
+            raise
+        except Exception:
+            logger.exception("request %s failed", call.request_id)
+            return _error(500, f"the model failed; the server's log says more under request {call.request_id}")
+
+    async def _answer(self, request: Request, call: _Call) -> bytes:
+        if self._in_flight > self._settings.max_concurrent:
+            raise RequestRefused(429, f"{self._settings.max_concurrent} requests are being answered, the limit: wait")
+        await self._read_body(request, call)
+        asked = await _run_in(self._threads, self._read, call, request.headers.get("content-encoding", "identity"))
+        answers = await self._embed(asked.rows)
+        return await _run_in(self._threads, self._spell, asked.rows, answers)
+
+    async def _read_body(self, request: Request, call: _Call) -> None:
+        """Take the body as it comes, up to the limit."""
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != JSON:
+            raise RequestRefused(415, f"Content-Type must be {JSON}, not {kind!r}")
+        limit, chunks = self._settings.max_request_bytes, request.stream()
+        stated = request.headers.get("content-length", "0")
+        body, size = bytearray(), int(stated) if stated.isdigit() else 0
+        while size <= limit and (chunk := await anext(chunks, None)) is not None:
+            body += chunk
+            size = max(size, len(body))
+        if size > limit:
+            raise RequestRefused(413, too_large("the body holds", size, limit, "send CSR columns, or fewer cells"))
+        call.body, call.began = bytes(body), time.monotonic()
+        self._metrics.request_bytes.observe(size)
+
+    def _read(self, call: _Call, encoding: str) -> Asked:
+        assert call.body is not None
+        if encoding.strip().lower() == "gzip":
+            packed, call.body = call.body, None
+            call.body = inflate(packed, self._settings.max_request_bytes)
+        elif encoding.strip().lower() != "identity":
+            raise RequestRefused(415, f"Content-Encoding must be gzip or none, not {encoding!r}")
+        asked = self._reader.read(call.body)
+        call.client_request_id = asked.client_request_id
+        return asked
+
+    async def _embed(self, rows: list[AskedRow]) -> list[Answer]:
+        """Answer rows in order: at once where a table look-up is all, else with those of other requests."""
+        answers: list[Answer] = [Answer(error=asked.error) for asked in rows]
+        for parameters, places in _by_parameters(rows).items():
+            given = [rows[i].row for i in places]
+            if parameters.mode == "static":
+                found = await _run_in(self._embedding, self._embed_rows, given, parameters)
+            else:
+                found = await self._batcher.answers(given, parameters)
+            for i, answer in zip(places, found, strict=True):
+                answers[i] = answer
+        return answers
+
+    def _embed_rows(self, rows: Rows, parameters: Parameters) -> list[Answer]:
+        return list(self._embedder.embed_rows(rows, parameters))
+
+    def _spell(self, rows: list[AskedRow], answers: list[Answer]) -> bytes:
+        """Write the answer in MLflow's form. Numbers are written by orjson: float32 in full, and NaN never."""
+        for i, (asked, answer) in enumerate(zip(rows, answers, strict=True)):
+            if answer.error is not None and asked.parameters.on_error == "raise":
+                raise RequestRefused(500 if _models_fault(answer.error) else 400, f"row {i}: {answer.error}")
+        d = self._embedder.config.embsize
+        told = [answer_columns(answer, asked.parameters, d) for asked, answer in zip(rows, answers, strict=True)]
+        content = orjson.dumps({"predictions": told}, option=orjson.OPT_SERIALIZE_NUMPY)
+        limit = self._settings.max_answer_bytes
+        if len(content) > limit:
+            raise RequestRefused(413, too_large("the answer holds", len(content), limit, LESS))
+        return content
+
+    def _finish(self, call: _Call, status: int, content: bytes) -> Response:
+        """Log and count an answer, then let it go."""
+        seconds = time.monotonic() - call.began
+        if self.log is not None:
+            exchange = Exchange(
+                call.request_id, call.at, status, seconds, call.body, content, call.client_request_id,
+                self._served_entity, call.requester, too_large_to_read=status == 413 and call.body is None,
+            )  # fmt: skip
+            self.log.append(exchange)
+        self._metrics.requests.labels(str(int(status))).inc()
+        self._metrics.seconds.observe(seconds)
+        self._metrics.answer_bytes.observe(len(content))
+        headers = {"x-request-id": call.request_id, **({"retry-after": "1"} if status == 429 else {})}
+        return Response(content, status, headers, media_type=JSON)
+
+
+async def _run_in(pool: Executor, function: Callable[..., Any], *args: Any) -> Any:
+    return await asyncio.get_running_loop().run_in_executor(pool, function, *args)
+
+
+def _error(status: int, message: str) -> tuple[int, bytes]:
+    told = message if len(message) < 2000 else message[:2000] + " …"
+    told = told.encode(errors="replace").decode()  # half a surrogate pair has no JSON
+    return status, orjson.dumps({"error_code": HTTPStatus(status).name, "message": told})
+
+
+def _models_fault(error: Exception) -> bool:
+    return isinstance(error, (NonFiniteOutput, CheckpointError))
+
+
+def _by_parameters(rows: list[AskedRow]) -> dict[Parameters, list[int]]:
+    """Group the rows that can be answered by what is to be computed, however that travels."""
+    groups: dict[Parameters, list[int]] = {}
+    for i, asked in enumerate(rows):
+        if asked.error is None:
+            same = asked.parameters.model_copy(update={"encoding": "list", "on_error": "raise"})
+            groups.setdefault(same, []).append(i)
+    return groups
+
+
+class _BearerToken:
+    """Lets pass who knows the token, comparing in constant time; the header is kept nowhere."""
+
+    def __init__(self, app: Callable[..., Awaitable[None]], token: str) -> None:
+        self._app, self._wanted = app, f"Bearer {token}".encode()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and scope["path"] not in NEED_NO_TOKEN:
+            given = dict(scope["headers"]).get(b"authorization", b"")
+            if not hmac.compare_digest(given, self._wanted):
+                status, content = _error(401, f"send the header `Authorization: Bearer` with the value of {TOKEN}")
+                refusal = Response(content, status, {"www-authenticate": "Bearer"}, media_type=JSON)
+                await refusal(scope, receive, send)
+                return
+        await self._app(scope, receive, send)

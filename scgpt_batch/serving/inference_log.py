@@ -1,0 +1,336 @@
+"""The inference table: each request with its answer as one row of Delta, in the columns of Databricks' payload table.
+
+A record is appended to a local file (the spool) before its answer leaves; a thread moves closed files to the table.
+Each file is one Delta transaction under the spool's own id, so a file is written once however often the process dies:
+before writing, the table is asked for the last transaction that it holds.
+
+What survives: a record, once appended, the death of the process by any signal; a closed file also a power cut
+(`fsync` when it is closed, every `flush_seconds`), an open one as far as the system has written it out.
+"""
+
+import fcntl
+import logging
+import os
+import re
+import threading
+import uuid
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Self
+
+import orjson
+import pyarrow as pa
+from deltalake import CommitProperties, DeltaTable, Schema, Transaction, write_deltalake
+from deltalake.exceptions import DeltaError, TableNotFoundError
+
+from scgpt_batch.errors import ConfigError
+from scgpt_batch.serving.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+# Databricks, "AI Gateway-enabled inference tables": columns and types of <endpoint>_payload.
+SCHEMA = pa.schema(
+    [
+        ("databricks_request_id", pa.string()),
+        ("request_date", pa.date32()),
+        ("client_request_id", pa.string()),
+        ("request_time", pa.timestamp("us", tz="UTC")),
+        ("status_code", pa.int32()),
+        ("sampling_fraction", pa.float64()),
+        ("execution_duration_ms", pa.int64()),
+        ("request", pa.string()),
+        ("response", pa.string()),
+        ("logging_error_codes", pa.list_(pa.string())),
+        ("served_entity_id", pa.string()),
+        ("requester", pa.string()),
+    ]
+)
+MAX_PAYLOAD = 2**20  # bytes of a request or response that Databricks still logs
+MAX_SEGMENT = 32 * 2**20  # bytes of a spool file: what is held in memory to write it
+
+# Table features with which delta-rs cannot append.
+_REFUSED = {"clustering", "domainMetadata", "rowTracking", "inCommitTimestamp", "allowColumnDefaults", "typeWidening"}
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A request and its answer. `request` None: it was too large to be read, or could not be inflated."""
+
+    request_id: str
+    at: datetime
+    status: int
+    seconds: float
+    request: bytes | None
+    response: bytes
+    client_request_id: str | None = None
+    served_entity: str | None = None
+    requester: str | None = None
+    too_large_to_read: bool = False
+
+    def record(self) -> dict[str, Any]:
+        """Give the columns of the table, in JSON's types; payloads over 1 MiB are null, and a code says so."""
+        codes = []
+        if self.too_large_to_read or len(self.request or b"") > MAX_PAYLOAD:
+            codes.append("MAX_REQUEST_SIZE_EXCEEDED")
+        if len(self.response) > MAX_PAYLOAD:
+            codes.append("MAX_RESPONSE_SIZE_EXCEEDED")
+        return {
+            "databricks_request_id": self.request_id,
+            "client_request_id": self.client_request_id,
+            "request_time": int(self.at.timestamp() * 1e6),
+            "status_code": self.status,
+            "sampling_fraction": 1.0,
+            "execution_duration_ms": round(self.seconds * 1000),
+            "request": _text(self.request),
+            "response": _text(self.response),
+            "logging_error_codes": codes,
+            "served_entity_id": self.served_entity,
+            "requester": self.requester,
+        }
+
+
+def _text(payload: bytes | None) -> str | None:
+    if payload is None or len(payload) > MAX_PAYLOAD:
+        return None
+    return payload.decode(errors="replace")
+
+
+class Spool:
+    """Append-only files in a folder of one process; the newest is written to, the older are closed.
+
+    Their numbers only rise, also over restarts: the newest file stays, empty or not, until there is a newer one.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Take the folder, or raise a ConfigError: another process has it, or it cannot be written."""
+        self.folder, self._lock, self._torn = folder, threading.Lock(), False
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._owner = os.open(folder / "lock", os.O_CREAT | os.O_RDWR)
+            fcntl.flock(self._owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.app_id = self._read_app_id()
+            self._open(max(self._numbers(), default=0) + 1)
+        except BlockingIOError as exc:
+            raise ConfigError(f"spool {folder} belongs to a running endpoint: give this one another --spool") from exc
+        except OSError as exc:
+            raise ConfigError(f"spool {folder} cannot be written: {exc.strerror}") from exc
+
+    def append(self, line: bytes) -> None:
+        """Write one line; an OSError means that it is not there."""
+        with self._lock:
+            # after a failed write the rest of that line is closed, so that this one is whole
+            line = b"\n" + line + b"\n" if self._torn else line + b"\n"
+            self._torn = True
+            if os.write(self._file, line) != len(line):
+                raise OSError("short write: the disk is full")
+            self._torn = False
+            self._size += len(line)
+            if self._size > MAX_SEGMENT:
+                self._rotate()
+
+    def closed(self, *, rotate: bool) -> list[int]:
+        """Return the numbers of all closed files, in order; with `rotate` also of the one written to till now."""
+        with self._lock:
+            if rotate and (self._size or self._torn):
+                self._rotate()
+            return [number for number in self._numbers() if number < self._number]
+
+    def read(self, number: int) -> list[dict[str, Any]]:
+        """Give a closed file's records. A line that does not parse was never whole: its request had no answer."""
+        found = []
+        for line in self._path(number).read_bytes().split(b"\n"):
+            try:
+                found.append(orjson.loads(line))
+            except orjson.JSONDecodeError:
+                continue
+        return found
+
+    def remove(self, number: int) -> None:
+        """Drop a file whose records are in the table."""
+        self._path(number).unlink()
+
+    def waiting_bytes(self) -> int:
+        """How much lies in the files."""
+        return sum(self._path(number).stat().st_size for number in self._numbers())
+
+    def close(self) -> None:
+        """Give the folder back; files stay."""
+        os.close(self._file)
+        os.close(self._owner)
+
+    def _rotate(self) -> None:
+        os.fsync(self._file)
+        closed = self._file
+        self._open(self._number + 1)
+        os.close(closed)
+
+    def _open(self, number: int) -> None:
+        self._file = os.open(self._path(number), os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+        self._number, self._size, self._torn = number, 0, False
+        folder = os.open(self.folder, os.O_RDONLY)
+        os.fsync(folder)  # a number that is lost in a power cut would be used twice
+        os.close(folder)
+
+    def _read_app_id(self) -> str:
+        place = self.folder / "app_id"
+        if not place.exists():
+            fresh = place.with_suffix(".new")
+            fresh.write_text(f"scgpt-batch-{uuid.uuid4()}")
+            fresh.rename(place)
+        return place.read_text()
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{number:012d}.jsonl"
+
+    def _numbers(self) -> list[int]:
+        return sorted(int(path.stem) for path in self.folder.glob("*.jsonl"))
+
+
+class PayloadTable:
+    """The Delta table, through delta-rs."""
+
+    def __init__(self, path: str) -> None:
+        """Make the table if it is not there.
+
+        Raises
+        ------
+        ConfigError
+            It has other columns, or features with which delta-rs cannot append.
+        """
+        self.path = path
+        try:
+            table = self._opened()
+        except (DeltaError, OSError) as exc:
+            logger.warning("inference table %s cannot be opened now, requests are spooled: %s", path, exc)
+            return
+        _check_columns(table, path)
+        features = set(table.protocol().writer_features or ())
+        if features & _REFUSED:
+            raise ConfigError(
+                f"inference table {path} has features with which delta-rs cannot append "
+                f"({', '.join(sorted(features & _REFUSED))}): give a path where it may make a plain table"
+            )
+
+    def write(self, records: list[dict[str, Any]], app_id: str, version: int) -> None:
+        """Append records in one transaction, unless that transaction is in the table already."""
+        table = self._opened()
+        held = table.transaction_version(app_id)
+        if held is not None and held >= version:
+            return
+        once = CommitProperties(app_transactions=[Transaction(app_id, version)])
+        write_deltalake(table, _arrow(records), mode="append", commit_properties=once)
+
+    def _opened(self) -> DeltaTable:
+        """Open the table anew each time: someone may have optimised, emptied or replaced it meanwhile."""
+        try:
+            return DeltaTable(self.path)
+        except TableNotFoundError:
+            return DeltaTable.create(self.path, SCHEMA, mode="ignore")
+
+
+def _check_columns(table: DeltaTable, path: str) -> None:
+    held = {field.name: str(field.type) for field in table.schema().fields}
+    wanted = {field.name: str(field.type) for field in Schema.from_arrow(SCHEMA).fields}
+    different = sorted(name for name in wanted if held.get(name) != wanted[name])
+    if different or set(held) - set(wanted):
+        names = ", ".join(different or sorted(set(held) - set(wanted)))
+        raise ConfigError(f"{path} is no inference table of this kind: column {names} differs; give another path")
+
+
+def _arrow(records: list[dict[str, Any]]) -> pa.Table:
+    columns: dict[str, list[Any]] = {name: [record.get(name) for record in records] for name in SCHEMA.names}
+    columns["request_time"] = [datetime.fromtimestamp(at / 1e6, UTC) for at in columns["request_time"]]
+    columns["request_date"] = [at.date() for at in columns["request_time"]]
+    return pa.Table.from_pydict(columns, schema=SCHEMA)
+
+
+class InferenceLog:
+    """Takes records, and brings them to the table in the background. Nothing here fails a request."""
+
+    def __init__(self, table: str, spool: str, *, flush_seconds: float, metrics: Metrics) -> None:
+        """Open table and spool, and start to bring over what an earlier process left.
+
+        Raises
+        ------
+        ConfigError
+            As `table_path`, `Spool` and `PayloadTable`.
+        """
+        path = table_path(table)
+        self.spool = Spool(Path(spool or _beside(path)))
+        self.table = PayloadTable(path)
+        self._metrics, self._flush_seconds = metrics, flush_seconds
+        self._stop, self._draining = threading.Event(), threading.Lock()
+        self._thread = threading.Thread(target=self._drain_regularly, name="inference-log", daemon=True)
+        self._thread.start()
+
+    def append(self, exchange: Exchange) -> None:
+        """Spool a record; where that fails it is lost, counted and warned of."""
+        try:
+            self.spool.append(orjson.dumps(exchange.record()))
+        except OSError as exc:
+            self._metrics.log_failures.labels("spool").inc()
+            logger.warning(
+                "request %s is not in the inference table: %s: %s", exchange.request_id, self.spool.folder, exc
+            )
+        else:
+            self._metrics.spooled.inc()
+
+    def drain(self) -> bool:
+        """Bring all spooled records to the table; False, with a warning, when the table refuses them for now."""
+        with self._draining:
+            try:
+                self._metrics.spool_bytes.set(self.spool.waiting_bytes())
+                for rotate in (False, True):  # on a full disk, what is closed makes room for the next file
+                    for number in self.spool.closed(rotate=rotate):
+                        self._bring(number)
+                self._metrics.spool_bytes.set(self.spool.waiting_bytes())
+            except Exception as exc:  # whatever it is, the records lie in the spool and are tried again
+                self._metrics.log_failures.labels("table").inc()
+                logger.warning("inference table %s: not written, tried again later: %s", self.table.path, exc)
+                return False
+            return True
+
+    def _bring(self, number: int) -> None:
+        records = self.spool.read(number)
+        if records:
+            self.table.write(records, self.spool.app_id, number)
+            self._metrics.logged.inc(len(records))
+        self.spool.remove(number)
+
+    def _drain_regularly(self) -> None:
+        self.drain()
+        while not self._stop.wait(self._flush_seconds):
+            self.drain()
+
+    def close(self) -> None:
+        """Bring over what is left, and let go of the spool."""
+        self._stop.set()
+        self._thread.join()
+        if not self.drain():
+            logger.warning("%s holds records for the next start", self.spool.folder)
+        self.spool.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def table_path(table: str) -> str:
+    """Give the path or URI of a table named delta.`path`, or by its path; a ConfigError for a catalog name."""
+    named = re.fullmatch(r"delta\.`(.+)`", table)
+    if named:
+        return named[1]
+    if "/" in table:
+        return table
+    raise ConfigError(
+        f"inference table {table!r}: delta-rs, which writes it, knows paths and no Spark catalog: give delta.`path`"
+    )
+
+
+def _beside(path: str) -> str:
+    if "://" in path:
+        raise ConfigError(f"inference table {path} is not on this machine: give a local folder as --spool")
+    return path.rstrip("/") + "_spool"

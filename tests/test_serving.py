@@ -1,0 +1,448 @@
+"""The endpoint as its users meet it: a process of its own, asked over HTTP by hand and by the client."""
+
+import base64
+import gzip
+import json
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from threading import Thread
+
+import mlflow
+import numpy as np
+import orjson
+import pytest
+import requests
+from deltalake import DeltaTable
+from endpoint_process import EndpointProcess, payload
+from helpers import assert_close, random_adata
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from scgpt_batch import registry
+from scgpt_batch.anndata_rows import to_row
+from scgpt_batch.errors import ConfigError, PartsFailed
+from scgpt_batch.model import Vocabulary
+from scgpt_batch.parameters import Parameters
+from scgpt_batch.serving import client
+
+GOLDEN = Path(__file__).parent / "data" / "golden"
+GENES = [*Vocabulary.from_file(GOLDEN / "checkpoint_flash" / "vocab.json").tokens[:30], "not-a-gene"]
+UNPROCESSED = {"need_preprocess": False}
+CELLS = {"need_preprocess": False, "mode": "cell"}
+MEGABYTE = 10**6
+REFUSALS = {400, 413, 415}
+
+
+@pytest.fixture(scope="module")
+def registered(tmp_path_factory):
+    """A small checkpoint, registered in an MLflow of its own."""
+    folder, before = tmp_path_factory.mktemp("mlflow"), mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
+    mlflow.create_experiment("serving", artifact_location=(folder / "artifacts").as_uri())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_EXPERIMENT_NAME", "serving")
+        yield registry.register(str(GOLDEN / "checkpoint_flash"), "small", alias="champion")
+    mlflow.set_tracking_uri(before)
+
+
+@pytest.fixture(scope="module")
+def embedder(registered):
+    return registry.load(registered)
+
+
+@pytest.fixture(scope="module")
+def endpoint(registered, tmp_path_factory):
+    with EndpointProcess("models:/small@champion", tmp_path_factory.mktemp("endpoint")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def guarded(registered, tmp_path_factory):
+    """One with a token, and limits that a test can pass."""
+    flags = ("--max-answer-bytes", "100000", "--timeout-seconds", "0.1", "--max-concurrent", "2")
+    with EndpointProcess(registered.uri, tmp_path_factory.mktemp("guarded"), *flags, token="s3cret") as running:
+        yield running
+
+
+def row(seed=0, n_obs=4, layout="csr"):
+    return to_row(random_adata(n_obs, len(GENES), seed=seed, genes=GENES), layout=layout)
+
+
+def ask(endpoint, *rows, packed=False, **params):
+    """The answers to rows; a refusal fails the test."""
+    document = {"dataframe_records": [payload(one) for one in rows], "params": params}
+    answer = endpoint.post(document, packed=packed)
+    assert answer.status_code == 200, answer.text
+    return answer.json()["predictions"]
+
+
+def refusal(answer, status):
+    """The message of a refusal, which is JSON without a traceback."""
+    assert answer.status_code == status, (answer.status_code, answer.text[:500])
+    assert "Traceback" not in answer.text
+    assert set(answer.json()) == {"error_code", "message"}
+    return answer.json()["message"]
+
+
+# The same numbers
+
+
+@pytest.mark.parametrize("mode", ["static", "contextual", "cell"])
+def test_50_real_rows_get_the_embedders_numbers_in_each_encoding(endpoint, embedder, pbmc3k, mode):
+    asked = {"mode": mode, "data_is_raw": True, "log1p": True, "subset_hvg": 0}
+    for i in range(50):
+        one = to_row(pbmc3k[i * 20 : (i + 1) * 20, :2000], layout=("csr", "dense")[i % 2])
+        wanted = embedder.embed(one, Parameters(**asked)).embeddings
+        for encoding, rtol in (("list", 0.0), ("float32_base64", 0.0), ("float16_base64", 1e-3)):
+            (found,) = ask(endpoint, one, packed=True, encoding=encoding, **asked)
+            assert_close(vectors(found, encoding), wanted, rtol=rtol, atol=0.0 if rtol == 0 else 1e-6)
+
+
+def vectors(answer, encoding):
+    if encoding == "list":
+        return np.array(answer["cell_embeddings"] or answer["gene_embeddings"], np.float32)
+    packed = base64.b64decode(answer["embeddings_base64"])
+    return np.frombuffer(packed, "<f4" if encoding.startswith("float32") else "<f2").reshape(
+        -1, answer["embedding_dim"]
+    )
+
+
+@pytest.mark.parametrize("spelled", ["dataframe_split", "dataframe_records", "inputs"])
+def test_each_spelling_is_answered_as_mlflow_answers_it(endpoint, registered, spelled):
+    sent = {name: v if isinstance(v, str) else np.asarray(v).tolist() for name, v in payload(row()).items()}
+    split = {"columns": list(sent), "data": [list(sent.values())]}
+    document = {spelled: split if spelled == "dataframe_split" else [sent], "params": CELLS}
+    found = endpoint.post(document).json()
+    model = mlflow.pyfunc.load_model(registered.uri)
+    told = mlflow.pyfunc.scoring_server.invocations(
+        json.dumps(document), "application/json", model, model.metadata.get_input_schema()
+    )
+    wanted = json.loads(told.response)
+    assert list(found) == ["predictions"] and list(found["predictions"][0]) == list(wanted["predictions"][0])
+    for name, value in wanted["predictions"][0].items():
+        if name == "cell_embeddings":
+            assert_close(found["predictions"][0][name], value, atol=1e-6)
+        else:
+            assert found["predictions"][0][name] == value
+
+
+def test_both_formats_and_parameters_as_columns_mix_in_one_request(endpoint):
+    rows = [payload(row(1)) | {"mode": "cell"}, payload(row(1, layout="dense")) | {"mode": "static"}]
+    message = refusal(endpoint.post({"dataframe_records": rows}), 400)
+    assert "stands in some rows and not in others: give null" in message
+    rows = [{name: one.get(name) for name in rows[0] | rows[1]} for one in rows]
+    cell, static = endpoint.post({"dataframe_records": rows, "params": UNPROCESSED}).json()["predictions"]
+    assert len(cell["cell_ids"]) == 4 and static["genes"] == GENES[:30]
+
+
+def test_a_bad_row_is_recorded_on_request_and_costs_only_itself(endpoint):
+    rows = [row(1), row(2) | {"adata_var": "{"}, row(3)]
+    good, bad, also_good = ask(endpoint, *rows, on_error="record", **CELLS)
+    assert bad["error"].startswith("PayloadError: adata_var") and bad["cell_embeddings"] == []
+    assert good["error"] is None and len(also_good["cell_ids"]) == 4
+
+
+def test_concurrent_requests_share_the_device_and_get_their_own_answers(endpoint):
+    rows = [row(seed, n_obs=1 + seed % 5) for seed in range(24)]
+    alone = [ask(endpoint, one, **CELLS)[0] for one in rows]
+    calls, asked = (endpoint.metric(f"scgpt_batch_device_batch_requests_{name}") for name in ("count", "sum"))
+    with ThreadPoolExecutor(12) as pool:
+        together = list(pool.map(lambda one: ask(endpoint, one, **CELLS)[0], rows))
+    for found, wanted in zip(together, alone, strict=True):
+        assert found["cell_ids"] == wanted["cell_ids"]
+        assert_close(found["cell_embeddings"], wanted["cell_embeddings"], atol=1e-6)
+    calls = endpoint.metric("scgpt_batch_device_batch_requests_count") - calls
+    assert endpoint.metric("scgpt_batch_device_batch_requests_sum") - asked == 24 and calls < 20
+
+
+def test_mlflows_own_routes_answer(endpoint):
+    assert [requests.get(f"{endpoint.url}/{route}", timeout=9).status_code for route in ("ping", "health")] == [200] * 2
+    assert requests.get(f"{endpoint.url}/version", timeout=9).text == mlflow.__version__
+
+
+# What is refused, and how
+
+
+@pytest.mark.parametrize(
+    ("document", "status", "told"),
+    [
+        ({}, 400, "exactly one of dataframe_split"),
+        ([], 400, "exactly one of dataframe_split"),
+        ({"dataframe_records": {"x_data": [1]}}, 400, "list of rows"),
+        ({"dataframe_split": {"columns": ["x_data"], "data": [[1, 2]]}}, 400, "row 0 of data"),
+        ({"dataframe_records": [], "params": {"mod": "cell"}}, 400, "unknown parameter 'mod'"),
+        ({"dataframe_records": [], "params": {"seed": "one"}}, 400, "seed"),
+        ({"dataframe_records": [], "params": {"subset_hvg": None}}, 200, ""),
+        ({"dataframe_records": [{"x_data": "1, 2"}]}, 400, "x_data"),
+        ({"dataframe_records": [{}], "params": {"mode": "fast"}}, 400, "'mode'"),
+        ({"dataframe_records": [{}], "params": {"nlayers": 12}}, 400, "the checkpoint has 3"),
+        ({"dataframe_records": [{"adata_var": "{", "adata_obs": "{"}]}, 400, "row 0: adata_obs is not JSON"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_is_wrong_is_said_without_a_traceback(endpoint, document, status, told):
+    answer = endpoint.post(document)
+    if status == 200:
+        assert answer.status_code == 200
+    else:
+        assert told in refusal(answer, status)
+
+
+def test_indices_out_of_range_are_named(endpoint):
+    bad = payload(row()) | {"x_indices": np.asarray(row()["x_indices"]) + 1000}
+    message = refusal(endpoint.post({"dataframe_records": [bad], "params": CELLS}), 400)
+    assert "x_indices holds 10" in message and "genes 0 to 30" in message
+
+
+def names(n):
+    index = ",".join(f'"{i}"' for i in range(n))
+    return f'{{"columns":[],"index":[{index}],"data":[]}}'
+
+
+HOSTILE = {
+    "100 MB": (lambda: b" " * 100 * MEGABYTE, False, 413, "the body holds 100.0 MB; the limit is 16.0 MB"),
+    "gzip bomb": (lambda: b"0" * 1000 * MEGABYTE, True, 413, "inflates to more than 16.0 MB"),
+    "million columns": (
+        lambda: {"dataframe_records": [dict.fromkeys((f"c{i}" for i in range(MEGABYTE)), 1)]},
+        False,
+        413,
+        "a row has 1000000 columns; the limit is 1000",
+    ),
+    "million genes": (
+        lambda: {"dataframe_records": [payload(row()) | {"adata_var": names(MEGABYTE)}]},
+        False,
+        413,
+        "adata_var names 1000000 genes; the limit is 250000",
+    ),
+    "deep": (lambda: b"[" * 15 * MEGABYTE, False, 400, "not JSON"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_body_is_refused_at_once(endpoint, name):
+    make, packed, status, told = HOSTILE[name]
+    body = make()
+    body = body if isinstance(body, bytes) else orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
+    body = gzip.compress(body, 1) if packed else body
+    began = time.monotonic()
+    answer = endpoint.post(body, **({"Content-Encoding": "gzip"} if packed else {}))
+    assert told in refusal(answer, status)
+    assert time.monotonic() - began < 5  # a second on a quiet machine; far from what reading it would take
+
+
+def test_a_body_without_a_length_is_cut_at_the_limit(endpoint):
+    chunks = (b" " * MEGABYTE for _ in range(40))
+    answer = requests.post(
+        f"{endpoint.url}/invocations", data=chunks, headers={"Content-Type": "application/json"}, timeout=60
+    )
+    assert "the limit is 16.0 MB" in refusal(answer, 413)
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Content-Type": "text/csv"}, 415),
+        ({"Content-Encoding": "br"}, 415),
+        ({"Content-Encoding": "gzip"}, 400),
+    ],
+    ids=str,
+)
+def test_other_types_and_codings_are_refused(endpoint, headers, status):
+    refusal(endpoint.post({"dataframe_records": []}, **headers), status)
+
+
+def test_a_truncated_gzip_stream_is_refused(endpoint):
+    whole = gzip.compress(b'{"dataframe_records": []}')
+    assert endpoint.post(whole, **{"Content-Encoding": "gzip"}).status_code == 200
+    for cut in (whole[:-3], whole + b"x"):
+        assert "one whole gzip stream" in refusal(endpoint.post(cut, **{"Content-Encoding": "gzip"}), 400)
+
+
+def test_an_answer_that_would_be_too_large_is_refused_with_advice(guarded):
+    document = {"dataframe_records": [{}], "params": UNPROCESSED}
+    message = refusal(guarded.post(document), 413)
+    assert "the answer would hold" in message and "restrict `genes`" in message and "batch job" in message
+    answer = guarded.post(document | {"params": UNPROCESSED | {"genes": [GENES[4]]}})
+    assert answer.json()["predictions"][0]["genes"] == [GENES[4]]
+
+
+def test_a_request_that_takes_too_long_is_told_so(guarded):
+    heavy = row(n_obs=4000)
+    message = refusal(guarded.post({"dataframe_records": [payload(heavy)], "params": CELLS | {"genes": []}}), 413)
+    assert "the answer would hold" in message
+    contextual = CELLS | {"mode": "contextual"}
+    message = refusal(guarded.post({"dataframe_records": [payload(heavy)], "params": contextual}), 408)
+    assert "0.1 s" in message and "batch job" in message
+
+
+def test_more_requests_than_the_limit_are_told_to_wait(guarded):
+    heavy = {"dataframe_records": [payload(row(n_obs=3000))], "params": CELLS | {"mode": "contextual"}}
+    with ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(lambda _: guarded.post(heavy), range(12)))
+    assert {answer.status_code for answer in answers} <= {200, 408, 429}
+    refused = [answer for answer in answers if answer.status_code == 429]
+    assert refused and all(answer.headers["retry-after"] == "1" for answer in refused)
+
+
+def test_without_the_token_only_health_is_told(guarded):
+    for headers in ({}, {"Authorization": "Bearer s3cre"}, {"Authorization": "Bearer s3crét"}):
+        for route in ("metrics", "version"):
+            refusal(requests.get(f"{guarded.url}/{route}", headers=headers, timeout=9), 401)
+        message = refusal(requests.post(f"{guarded.url}/invocations", json={}, headers=headers, timeout=9), 401)
+        assert "SCGPT_BATCH_TOKEN" in message
+    assert requests.get(f"{guarded.url}/ping", timeout=9).status_code == 200
+    assert guarded.session.get(f"{guarded.url}/version", timeout=9).status_code == 200
+    assert "s3cr" not in guarded.log.read_text()
+
+
+# Anything at all
+
+SCALARS = st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False) | st.text(max_size=9)
+ANY = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4))
+GOOD = {name: v if isinstance(v, str) else np.asarray(v).tolist() for name, v in payload(row(n_obs=2)).items()}
+COLUMNS = st.sampled_from([*GOOD, "adata_sparsematrix", *Parameters.model_fields])
+BROKEN = st.dictionaries(COLUMNS, ANY, max_size=3).map(lambda wrong: GOOD | wrong)
+PARAMS = ANY | st.dictionaries(st.sampled_from([*Parameters.model_fields]), ANY, max_size=3)
+DOCUMENTS = st.one_of(
+    ANY,
+    st.dictionaries(st.sampled_from(["dataframe_split", "dataframe_records", "inputs", "params"]), ANY),
+    st.builds(lambda rows, params: {"dataframe_records": rows, "params": params}, st.lists(BROKEN, max_size=3), PARAMS),
+    st.builds(
+        lambda names, data: {"dataframe_split": {"columns": names, "data": data}},
+        st.lists(COLUMNS, max_size=3),
+        st.lists(st.lists(ANY, max_size=3), max_size=3),
+    ),
+)
+BODIES = st.one_of(DOCUMENTS.map(lambda document: json.dumps(document).encode()), st.binary(max_size=200))
+
+
+@settings(
+    max_examples=int(os.environ.get("SCGPT_BATCH_FUZZ", "300")),
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+@given(body=BODIES, packed=st.booleans())
+def test_no_body_makes_the_model_fail(endpoint, body, packed):
+    answer = endpoint.post(body, packed=packed)
+    if answer.status_code != 200:
+        assert answer.status_code in REFUSALS
+        refusal(answer, answer.status_code)
+    json.loads(answer.content, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+# The client
+
+
+def test_the_client_gives_the_embedders_cells_in_order(endpoint, embedder, monkeypatch):
+    adata = random_adata(53, len(GENES), genes=GENES)
+    wanted = embedder.embed(to_row(adata), Parameters(**CELLS))
+    monkeypatch.setattr(client, "CELLS", 10)
+    found = client.embed(adata, endpoint.url, progress=False, **CELLS)
+    assert found["cell_id"].tolist() == adata.obs_names.tolist()
+    assert_close(np.stack(found["embedding"]), wanted.embeddings, atol=1e-6)
+
+
+def test_the_client_gives_genes_with_their_groups(endpoint, embedder):
+    adata = random_adata(20, len(GENES), genes=GENES)
+    asked = {"mode": "contextual", "need_preprocess": False, "group_by": "donor", "encoding": "list"}
+    found = client.embed(adata, endpoint.url, progress=False, **asked)
+    wanted = embedder.embed(to_row(adata), Parameters(**asked))
+    assert found[["group", "gene", "n_cells"]].values.tolist() == [
+        list(each) for each in zip(wanted.groups, wanted.genes, wanted.n_cells, strict=True)
+    ]
+    assert_close(np.stack(found["embedding"]), wanted.embeddings, atol=1e-6)
+
+
+def test_the_client_halves_what_the_endpoint_finds_too_large(guarded, monkeypatch):
+    monkeypatch.setenv("SCGPT_BATCH_TOKEN", "s3cret")
+    adata = random_adata(600, len(GENES), genes=GENES)
+    found = client.embed(adata, guarded.url, progress=False, concurrency=1, **CELLS)
+    assert found["cell_id"].tolist() == adata.obs_names.tolist()
+
+
+def test_the_client_cuts_requests_to_size_but_never_a_row_that_is_whole(endpoint):
+    adata = random_adata(50, len(GENES), genes=GENES)
+    assert len(client.embed(adata, endpoint.url, progress=False, request_bytes=3000, **CELLS)) == 50
+    with pytest.raises(PartsFailed, match=r"50 of 50 cells have no answer.*cannot be sent apart .*batch job"):
+        client.embed(adata, endpoint.url, progress=False, request_bytes=3000, mode="static")
+
+
+def test_the_client_refuses_what_the_model_does_not_declare(endpoint):
+    adata = random_adata(2, len(GENES), genes=GENES)
+    with pytest.raises(ConfigError, match="unknown parameter 'mod'"):
+        client.embed(adata, endpoint.url, mod="cell")
+    with pytest.raises(ConfigError, match="obs has no column 'plate'"):
+        client.embed(adata, endpoint.url, mode="contextual", group_by="plate")
+    with pytest.raises(ConfigError, match="no endpoint"):
+        client.embed(adata, "localhost:5000")
+
+
+class Flaky(BaseHTTPRequestHandler):
+    """Databricks as seen from outside, on a bad day: each request fails twice, and cell 3 always."""
+
+    seen: dict[bytes, int] = {}
+    headers_seen: list[dict[str, str]] = []
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        Flaky.headers_seen.append(dict(self.headers) | {"path": self.path})
+        Flaky.seen[body] = Flaky.seen.get(body, 0) + 1
+        row = json.loads(body)["dataframe_records"][0]
+        cells = json.loads(row["adata_obs"])["index"]
+        if "CELL3-1" in cells:
+            return self._send(400, {"error_code": "BAD_REQUEST", "message": "no"})
+        if Flaky.seen[body] < 3:
+            return self._send([429, 503][Flaky.seen[body] - 1], {})
+        vectors = np.array([[int(cell[4:-2]), 0] for cell in cells], "<f4")
+        packed = base64.b64encode(vectors.tobytes()).decode()
+        answer = {"cell_ids": cells, "embeddings_base64": packed, "embedding_dim": 2, "error": None}
+        return self._send(200, {"predictions": [answer]})
+
+    def _send(self, status, document):
+        body = json.dumps(document).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_the_client_tries_again_and_loses_nothing(monkeypatch):
+    server = HTTPServer(("127.0.0.1", 0), Flaky)
+    Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(client, "CELLS", 2)
+    monkeypatch.setenv("DATABRICKS_TOKEN", "d-token")
+    url = f"http://127.0.0.1:{server.server_port}/serving-endpoints/scgpt"
+    with pytest.raises(PartsFailed, match=r"2 of 7 cells have no answer.*cells 2 to 3: HTTP 400: no") as caught:
+        client.embed(random_adata(7, 5), url, progress=False, concurrency=1, **CELLS)
+    server.shutdown()
+    (failure,) = caught.value.failures
+    assert (failure.first, failure.last, failure.status) == (2, 4, 400)
+    assert caught.value.answered["cell_id"].tolist() == [f"CELL{i}-1" for i in (0, 1, 4, 5, 6)]
+    assert np.stack(caught.value.answered["embedding"])[:, 0].tolist() == [0, 1, 4, 5, 6]
+    sent = Flaky.headers_seen[0]
+    assert sent["Authorization"] == "Bearer d-token" and sent["path"] == "/serving-endpoints/scgpt/invocations"
+    assert len(Flaky.headers_seen) == 3 * 3 + 1
+
+
+# Stopping; last, because it stops the endpoint
+
+
+def test_it_stops_gracefully_and_everything_is_in_the_table(endpoint):
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(ask, endpoint, row(n_obs=2000), **CELLS | {"mode": "contextual"}) for _ in range(4)]
+        while endpoint.metric("scgpt_batch_requests_in_flight") < 4:
+            time.sleep(0.01)
+        code, printed = endpoint.stop()
+        assert all(len(one.result()[0]["genes"]) == 30 for one in asked)
+    summary = json.loads(printed.splitlines()[-1])
+    table = DeltaTable(endpoint.table).to_pandas()
+    assert code == 0 and summary["requests"] == summary["logged"] == len(table)
+    assert table["databricks_request_id"].is_unique
+    log = endpoint.log.read_text()
+    assert "Traceback" not in log and "Bearer" not in log

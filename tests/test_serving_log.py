@@ -1,0 +1,275 @@
+"""The inference table: what is in it after kills, full disks and refused writes, and that Spark reads it."""
+
+import os
+import signal
+import threading
+import time
+import uuid
+from collections import Counter
+from datetime import UTC, datetime
+from pathlib import Path
+
+import mlflow
+import pytest
+import requests
+from deltalake import DeltaTable, write_deltalake
+from endpoint_process import EndpointProcess, payload
+from helpers import random_adata
+
+from scgpt_batch import registry
+from scgpt_batch.anndata_rows import to_row
+from scgpt_batch.errors import ConfigError
+from scgpt_batch.model import Vocabulary
+from scgpt_batch.serving.inference_log import MAX_PAYLOAD, SCHEMA, Exchange, InferenceLog, Spool, table_path
+from scgpt_batch.serving.metrics import Metrics
+
+GOLDEN = Path(__file__).parent / "data" / "golden"
+GENES = Vocabulary.from_file(GOLDEN / "checkpoint_flash" / "vocab.json").tokens[:30]
+NOON = datetime(2026, 11, 22, 12, 30, 15, 250_000, UTC)
+NEVER = 1e6  # seconds: a log that is drained by hand
+
+
+def exchange(request_id, request=b"{}", response=b"{}", **more):
+    return Exchange(request_id, NOON, 200, 0.0254, request, response, **more)
+
+
+def open_log(folder, metrics=None):
+    return InferenceLog(f"delta.`{folder / 'payload'}`", "", flush_seconds=NEVER, metrics=metrics or Metrics())
+
+
+def ids(folder):
+    return sorted(DeltaTable(folder / "payload").to_pyarrow_table()["databricks_request_id"].to_pylist())
+
+
+def count(metrics, name, **labels):
+    return metrics.registry.get_sample_value(f"scgpt_batch_{name}_total", labels)
+
+
+# What is written
+
+
+def test_columns_and_types_are_databricks_and_spark_reads_them(tmp_path, spark):
+    with open_log(tmp_path) as log:
+        log.append(exchange("a", client_request_id="mine", served_entity="m-1", requester="127.0.0.1"))
+    table = spark.read.format("delta").load(str(tmp_path / "payload"))
+    assert table.schema.simpleString() == (
+        "struct<databricks_request_id:string,request_date:date,client_request_id:string,request_time:timestamp,"
+        "status_code:int,sampling_fraction:double,execution_duration_ms:bigint,request:string,response:string,"
+        "logging_error_codes:array<string>,served_entity_id:string,requester:string>"
+    )
+    told = table.selectExpr("*", "unix_micros(request_time) as micros").first().asDict()
+    del told["request_time"]
+    assert told == {
+        "databricks_request_id": "a",
+        "request_date": NOON.date(),
+        "client_request_id": "mine",
+        "micros": int(NOON.timestamp() * 1e6),
+        "status_code": 200,
+        "sampling_fraction": 1.0,
+        "execution_duration_ms": 25,
+        "request": "{}",
+        "response": "{}",
+        "logging_error_codes": [],
+        "served_entity_id": "m-1",
+        "requester": "127.0.0.1",
+    }
+
+
+@pytest.mark.parametrize(
+    ("request_body", "response", "more", "codes"),
+    [
+        (b"x" * MAX_PAYLOAD, b"y" * MAX_PAYLOAD, {}, []),
+        (b"x" * (MAX_PAYLOAD + 1), b"y", {}, ["MAX_REQUEST_SIZE_EXCEEDED"]),
+        (b"x", b"y" * (MAX_PAYLOAD + 1), {}, ["MAX_RESPONSE_SIZE_EXCEEDED"]),
+        (None, b"y", {"too_large_to_read": True}, ["MAX_REQUEST_SIZE_EXCEEDED"]),
+        (None, b"y", {}, []),
+        (b"\xff", b"y", {}, []),
+    ],
+    ids=["at the limit", "request over", "response over", "request unread", "no request", "no text"],
+)
+def test_payloads_over_a_mebibyte_are_null_and_a_code_says_so(request_body, response, more, codes):
+    record = exchange("a", request_body, response, **more).record()
+    assert record["logging_error_codes"] == codes
+    assert (record["request"] is None) == (request_body is None or "MAX_REQUEST_SIZE_EXCEEDED" in codes)
+    assert (record["response"] is None) == ("MAX_RESPONSE_SIZE_EXCEEDED" in codes)
+
+
+# Exactly once
+
+
+def test_a_process_that_dies_after_the_commit_does_not_write_twice(tmp_path, monkeypatch):
+    log = open_log(tmp_path)
+    log.append(exchange("a"))
+    monkeypatch.setattr(log.spool, "remove", lambda number: None)  # dead before the file is dropped
+    assert log.drain()
+    log.spool.close()
+    with open_log(tmp_path) as again:
+        again.append(exchange("b"))
+    assert ids(tmp_path) == ["a", "b"]
+
+
+def test_a_process_that_dies_before_the_commit_is_made_up_for(tmp_path):
+    spool = Spool(tmp_path / "payload_spool")
+    spool.append(b'{"databricks_request_id": "a", "request_time": 0}')
+    os.write(spool._file, b'{"databricks_request_id": "torn')  # killed in the middle of a write: never answered
+    spool.close()
+    open_log(tmp_path).close()
+    assert ids(tmp_path) == ["a"]
+
+
+def test_numbers_rise_over_restarts_when_all_was_written(tmp_path):
+    for name in "abc":
+        with open_log(tmp_path) as log:
+            log.append(exchange(name))
+    assert ids(tmp_path) == ["a", "b", "c"]
+    assert len(list((tmp_path / "payload_spool").glob("*.jsonl"))) == 1
+
+
+def test_a_lost_spool_does_not_hide_new_records(tmp_path):
+    for name in "ab":
+        with open_log(tmp_path) as log:
+            log.append(exchange(name))
+        for file in (tmp_path / "payload_spool").iterdir():
+            file.unlink()
+    assert ids(tmp_path) == ["a", "b"]
+
+
+def test_transactions_are_remembered_through_checkpoints(tmp_path):
+    with open_log(tmp_path) as log:
+        log.append(exchange("a"))
+        assert log.drain()
+        table = DeltaTable(tmp_path / "payload")
+        table.create_checkpoint()
+        table.cleanup_metadata()
+        log.table.write([exchange("a").record()], log.spool.app_id, version=1)
+    assert ids(tmp_path) == ["a"]
+
+
+# What goes wrong never fails a request
+
+
+def test_a_table_that_cannot_be_written_is_counted_and_made_up_for(tmp_path, caplog):
+    metrics = Metrics()
+    with open_log(tmp_path, metrics) as log:
+        commits = tmp_path / "payload" / "_delta_log"
+        commits.rename(tmp_path / "hidden")
+        commits.write_text("in the way")
+        log.append(exchange("a"))
+        assert not log.drain() and "tried again later" in caplog.text
+        assert count(metrics, "log_failures", to="table") == 1
+        commits.unlink()
+        (tmp_path / "hidden").rename(commits)
+        assert log.drain()
+    assert ids(tmp_path) == ["a"]
+
+
+def test_a_full_disk_is_counted_and_the_next_record_is_whole(tmp_path, caplog):
+    metrics = Metrics()
+    with open_log(tmp_path, metrics) as log:
+        file, log.spool._file = log.spool._file, os.open("/dev/full", os.O_WRONLY)
+        log.append(exchange("lost"))
+        assert "request lost is not in the inference table" in caplog.text and "No space left" in caplog.text
+        assert count(metrics, "log_failures", to="spool") == 1
+        log.spool._file = file
+        log.append(exchange("a"))
+    assert ids(tmp_path) == ["a"]
+
+
+def test_a_spool_has_one_owner(tmp_path):
+    with open_log(tmp_path), pytest.raises(ConfigError, match="give this one another --spool"):
+        open_log(tmp_path)
+
+
+def test_a_table_of_other_columns_is_refused(tmp_path):
+    write_deltalake(tmp_path / "payload", SCHEMA.empty_table().drop_columns("requester"))
+    with pytest.raises(ConfigError, match="column requester differs"):
+        open_log(tmp_path)
+
+
+def test_a_table_that_delta_rs_cannot_append_to_is_refused(tmp_path, spark):
+    columns = "databricks_request_id string, request_date date, client_request_id string, request_time timestamp, "
+    columns += "status_code int, sampling_fraction double, execution_duration_ms bigint, request string, "
+    columns += "response string, logging_error_codes array<string>, served_entity_id string, requester string"
+    spark.sql(f"create table delta.`{tmp_path / 'payload'}` ({columns}) using delta cluster by (request_date)")
+    with pytest.raises(ConfigError, match="clustering"):
+        open_log(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["main.serving.payload", "payload"])
+def test_a_catalog_name_is_refused_with_what_to_give(name):
+    with pytest.raises(ConfigError, match=r"no Spark catalog: give delta\.`path`"):
+        table_path(name)
+
+
+def test_a_remote_table_wants_a_local_spool():
+    with pytest.raises(ConfigError, match="--spool"):
+        InferenceLog("s3://bucket/payload", "", flush_seconds=NEVER, metrics=Metrics())
+
+
+# Killed under load
+
+
+class Load:
+    """Threads that ask one question after the other, and remember which were answered."""
+
+    def __init__(self, endpoint, threads=4):
+        self.answered, self._endpoint, self._stop = [], endpoint, threading.Event()
+        row = payload(to_row(random_adata(3, len(GENES), genes=GENES)))
+        self._rows = [{name: v if isinstance(v, str) else v.tolist() for name, v in row.items()}]
+        self._threads = [threading.Thread(target=self._ask) for _ in range(threads)]
+
+    def _ask(self):
+        session = requests.Session()
+        while not self._stop.is_set():
+            name = uuid.uuid4().hex
+            document = {
+                "dataframe_records": self._rows,
+                "params": {"need_preprocess": False},
+                "client_request_id": name,
+            }
+            try:
+                answer = session.post(f"{self._endpoint.url}/invocations", json=document, timeout=30)
+            except requests.RequestException:
+                continue
+            if answer.status_code == 200 and answer.json():
+                self.answered.append(name)
+
+    def __enter__(self):
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+
+@pytest.fixture
+def registered(tmp_path):
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    mlflow.create_experiment("log", artifact_location=(tmp_path / "artifacts").as_uri())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_EXPERIMENT_NAME", "log")
+        yield registry.register(str(GOLDEN / "checkpoint_flash"), "small").uri
+    mlflow.set_tracking_uri(before)
+
+
+def test_every_answered_request_is_in_the_table_once_after_kills(registered, tmp_path):
+    answered = []
+    kills = int(os.environ.get("SCGPT_BATCH_KILLS", "2"))
+    for i in range(kills):
+        with EndpointProcess(registered, tmp_path) as endpoint, Load(endpoint) as load:
+            ends = time.monotonic() + 60
+            while len(load.answered) < 100 + 37 * (i % 5) and time.monotonic() < ends:
+                time.sleep(0.01)
+            endpoint.process.send_signal(signal.SIGKILL)
+            endpoint.process.wait()
+        assert len(load.answered) >= 100
+        answered += load.answered
+    with EndpointProcess(registered, tmp_path) as endpoint:
+        assert endpoint.stop()[0] == 0
+    seen = Counter(DeltaTable(tmp_path / "payload").to_pyarrow_table()["client_request_id"].to_pylist())
+    assert [name for name in answered if seen[name] != 1] == []
+    assert max(seen.values()) == 1
