@@ -67,13 +67,16 @@ def requests_view(spark: SparkSession, inference_table: str) -> str:
     ConfigError
         There is no such table, or it is no inference table.
     """
-    source = readable(spark, inference_table, "scgpt_inference_table")
-    columns = set(spark.table(source).columns)
+    table = tables.table_name(inference_table)
+    if not tables.exists(spark, table):
+        raise ConfigError(f"no Delta table {table}")
+    columns = set(spark.table(table).columns)
     generation = next((name for name, needed in GENERATIONS.items() if needed <= columns), None)
     if generation is None:
         told = "; ".join(", ".join(sorted(needed)) for needed in GENERATIONS.values())
         raise ConfigError(f"{inference_table} is no inference table: it has none of these sets of columns: {told}")
-    ask(spark, generation, inference_table=source).createOrReplaceTempView(REQUESTS)
+    # spelt out, because a view's text takes no parameters (Spark Connect refuses them, and Databricks' DDL)
+    spark.sql(text(generation).replace("identifier(:inference_table)", table)).createOrReplaceTempView(REQUESTS)
     return REQUESTS
 
 
