@@ -22,6 +22,9 @@ from figures import CannotRun, say
 REGIMES = {
     "engine": "cells/s of the model against upstream's embed_data, and of the matrix rate",
     "tokens": "cells/s of binning and tokenising, and of preprocessing, against upstream's",
+    "job": "cells/s of the job, Delta to Delta, against the model alone",
+    "output": "MB/s of vectors into Delta, against Parquet alone",
+    "growth": "seconds and peak memory over 1, 4 and 16 times the cells",
     "gpu": "cells/s in bfloat16 on a GPU against the padded encoder",
 }
 

@@ -1,4 +1,4 @@
-"""Watch the peak memory of Spark's Python workers from outside, through /proc (Linux).
+"""Watch the peak memory of a driver, its JVM and Spark's Python workers from outside, through /proc (Linux).
 
 A worker is a descendant of the watched process whose command line names `pyspark.daemon`. The kernel keeps
 each process's own high-water mark (`VmHWM`), so a peak between two looks is seen as long as the worker
@@ -37,10 +37,10 @@ def descendants(pid: int) -> set[int]:
     return found
 
 
-def _peak_mb(pid: int) -> float:
-    """The high-water mark of one Python worker in MB; 0 for any other process."""
+def _peak_mb(pid: int, word: bytes) -> float:
+    """The high-water mark of a process in MB; 0 when `word` is not in its command line."""
     try:
-        if b"pyspark.daemon" not in (PROC / str(pid) / "cmdline").read_bytes():
+        if word not in (PROC / str(pid) / "cmdline").read_bytes():
             return 0.0
         status = (PROC / str(pid) / "status").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -53,17 +53,21 @@ class WorkerMemory(threading.Thread):
     """Look at the workers below `pid` every `interval` seconds; use as a context manager.
 
     `peak_mb` is the largest high-water mark of a single worker, in MB of 10^6 bytes; 0 when none was seen.
+    `driver_peak_mb` is that of the watched process, `jvm_peak_mb` of its JVM.
     """
 
     def __init__(self, pid: int, *, interval: float = 0.2) -> None:
         super().__init__(daemon=True)
         self.pid, self.interval = pid, interval
-        self.peak_mb = 0.0
+        self.peak_mb = self.driver_peak_mb = self.jvm_peak_mb = 0.0
         self._done = threading.Event()
 
     def run(self) -> None:
         while not self._done.wait(self.interval):
-            self.peak_mb = max([self.peak_mb, *map(_peak_mb, descendants(self.pid))])
+            below = descendants(self.pid)
+            self.peak_mb = max([self.peak_mb, *(_peak_mb(pid, b"pyspark.daemon") for pid in below)])
+            self.jvm_peak_mb = max([self.jvm_peak_mb, *(_peak_mb(pid, b"java") for pid in below)])
+            self.driver_peak_mb = max(self.driver_peak_mb, _peak_mb(self.pid, b""))
 
     def __enter__(self) -> WorkerMemory:
         self.start()

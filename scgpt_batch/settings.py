@@ -58,6 +58,7 @@ class EmbedSettings(Settings):
     retry_failed: bool = Field(False, description="take rows again that failed with the same content and parameters")
     wave_cells: int = Field(200_000, ge=1, description="cells of a wave: what a killed run has to do again at most")
     row_timeout: float = Field(3600, gt=0, description="seconds without an answer until a row is given up as Timeout")
+    prune: int = Field(0, ge=0, description="keep this many newest versions of each model in the output; 0: all")
     plan: bool = Field(False, description="say what would be done, and do nothing")
     trigger: Literal["", "available-now"] = Field(
         "", description="available-now: take what a stream over the input table finds new since the last time"

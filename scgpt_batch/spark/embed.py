@@ -27,6 +27,7 @@ from scgpt_batch.errors import ConfigError
 from scgpt_batch.parameters import Parameters
 from scgpt_batch.settings import EmbedSettings, Summary
 from scgpt_batch.spark import tables
+from scgpt_batch.spark.maintain import prune
 from scgpt_batch.spark.missing import Missing, missing_rows, n_tasks, with_tasks
 from scgpt_batch.spark.udf import (
     ANSWERS_DDL,
@@ -142,7 +143,7 @@ def _job(spark: SparkSession, settings: EmbedSettings, parameters: Parameters) -
 
 def _create_tables(job: Job) -> None:
     columns = tables.CELL_EMBEDDINGS if job.parameters.mode == "cell" else tables.GENE_EMBEDDINGS
-    tables.create(job.spark, job.output, columns)
+    tables.create(job.spark, job.output, columns, vector_length=job.model.config.embsize)
     tables.create(job.spark, job.ledger, tables.LEDGER)
     tables.create(job.spark, job.runs, tables.RUNS)
 
@@ -161,6 +162,8 @@ def _run(job: Job) -> Summary:
         else:
             rows = tables.read(job.spark, job.input, tables.ADATA_ROWS, version=job.input_version)
             _embed_missing(job, rows, clock)
+        if job.settings.prune:
+            prune(job.spark, job.output, job.ledger, job.settings.prune)
         status = "finished"
     finally:
         seconds = round(time.monotonic() - clock, 3)
