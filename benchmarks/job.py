@@ -19,7 +19,7 @@ from scgpt_batch.parameters import Parameters
 MODES = ("cell", "contextual")
 
 
-def run(n_rows: int = 4, n_cells: int = 32) -> dict[str, object]:
+def run(n_rows: int = 8, n_cells: int = 32) -> dict[str, object]:
     """Cells/s of the job in each mode that runs the model, beside the model alone."""
     rows = write_rows("job_rows", n_rows, n_cells)
     checkpoint = checkpoint_of("full", {})

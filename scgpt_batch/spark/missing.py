@@ -16,7 +16,8 @@ from scgpt_batch.errors import ConfigError
 from scgpt_batch.spark import tables
 
 WAVE_ROWS = 5_000  # of a wave at most: their keys stand in the condition of its commit
-TASK_CELLS = 5_000  # of a task: even work for every device, whatever the number of CPU cores
+TASK_CELLS = 1_000  # of a task: even work for every device, whatever the number of CPU cores
+LEAST_TASKS = 8  # of a wave that has as many rows, so that a small one is shared too
 ROW_CELLS_UNKNOWN = 1_000  # taken for a row of a foreign table that does not say its n_obs
 
 
@@ -110,7 +111,7 @@ def _found(rows: DataFrame, ledger: DataFrame, retry_failed: bool) -> DataFrame:
 
 def n_tasks(wave: pd.DataFrame) -> int:
     """How many tasks a wave makes."""
-    return min(-(-int(wave["cells"].sum()) // TASK_CELLS), len(wave))
+    return min(max(-(-int(wave["cells"].sum()) // TASK_CELLS), LEAST_TASKS), len(wave))
 
 
 def with_tasks(spark: SparkSession, wave: pd.DataFrame) -> DataFrame:
