@@ -173,8 +173,9 @@ def decide(statistics: Statistics, parameters: Parameters, decisions: Decisions 
         if decisions is None:
             return _kept_genes(statistics, parameters)
         decide_next = _by_curve if decisions.fits else _of_kept_cells
-        return decide_next(statistics, parameters, decisions)
-    except PreprocessError as exc:
+        with row_errors():  # whatever scanpy raises concerns this sample alone
+            return decide_next(statistics, parameters, decisions)
+    except RowError as exc:
         return Decisions.failed(str(exc))
 
 

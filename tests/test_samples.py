@@ -148,8 +148,11 @@ def known_cells(embedder):
 
 def test_contextual_sums_of_the_rows_make_the_joined_means(embedder):
     whole = known_cells(embedder)
-    parameters = Parameters(mode="contextual", group_by="donor", subset_hvg=40, min_cell_counts=20)
+    parameters = Parameters(
+        mode="contextual", group_by="donor", hvg_flavor="seurat", subset_hvg=40, min_cell_counts=20, **REPLACED
+    )
     joined = embedder.embed(to_row(whole), parameters)
+    assert joined.error is None, joined.error
     wanted = dict(zip(zip(joined.groups, joined.genes, strict=True), joined.gene_embeddings, strict=True))
     for n in (1, 3, 10):
         rows = cut(whole, n)
@@ -228,8 +231,9 @@ def most_counts(n):
         (500, {"min_cell_counts": 1e6}, r"no cell reaches 1e\+06 counts"),
         (1000, {"hvg_flavor": "seurat_v3", "filter_gene_by_counts": most_counts(3)}, "at least 4 must"),
         (40, {"filter_gene_by_counts": 0}, "cannot choose 1200 variable genes"),
+        (500, {"hvg_flavor": "seurat", "result_normed_key": ""}, "not in index"),  # scanpy, on exp(10,000)
     ],
-    ids=["no gene", "no cell", "too few genes for the fit", "scanpy cannot choose"],
+    ids=["no gene", "no cell", "too few genes for the fit", "scanpy cannot choose", "scanpy breaks"],
 )
 def test_a_sample_without_an_answer_says_why_on_each_row(reader, cells, changes, message):
     parameters = Parameters(**changes)

@@ -63,7 +63,9 @@ def embed_sums(ref, parameters, batches):
 
 
 def test_the_means_of_larger_samples_are_those_of_the_joined_cells(spark, rows, samples, embedder, ref):
-    parameters = Parameters(mode="contextual", hvg_flavor="seurat", result_normed_key="", subset_hvg=30)
+    parameters = Parameters(
+        mode="contextual", hvg_flavor="seurat", result_normed_key="", log1p=True, result_log1p_key="", subset_hvg=30
+    )
     decided = decisions(rows, ref, parameters, 0.0)
     assert sorted(row["sample_id"] for row in decided.collect()) == sorted(samples)
     keys = rows.select("adata_id", "sample_id")
