@@ -192,8 +192,9 @@ class ContextualWork(RowWork):
     Sums are float32 on the device. Groups are taken in turns of so many that the sums' buffer stays bounded.
     """
 
-    def __init__(self, prepared: PreparedRow, cls: ClsToken, wanted: np.ndarray) -> None:
-        """Average for the `wanted` genes, a mask over the row's."""
+    def __init__(self, prepared: PreparedRow, cls: ClsToken, wanted: np.ndarray, *, sums: bool = False) -> None:
+        """Average for the `wanted` genes, a mask over the row's; with `sums`, leave it at the sums."""
+        self._leave_sums = sums
         groups = prepared.groups if prepared.groups is not None else np.array([""] * len(prepared.cell_ids), object)
         self._labels, self._group_of = np.unique(groups, return_inverse=True)
         self._columns = np.flatnonzero(wanted)  # of the answered genes
@@ -250,13 +251,15 @@ class ContextualWork(RowWork):
         assert self._sums is not None
         where = np.flatnonzero(self._n_cells)
         sums = self._sums[torch.from_numpy(where).to(self._sums.device)].cpu().numpy()
-        self._means.append(sums / self._n_cells[where, None].astype(np.float32))
+        self._means.append(sums if self._leave_sums else sums / self._n_cells[where, None].astype(np.float32))
         self._where.append(where + turn * self._groups_a_turn * len(self._columns))
         self._counts.append(self._n_cells[where])
         self._sums = None
 
     def answer(self) -> Answer:
         """Return the means, by group, then in the row's order of genes."""
+        if not len(self.cells):
+            return self._answer_without_cells()
         where, columns = np.concatenate(self._where), self._columns
         grouped = self.prepared.groups is not None
         return Answer(
@@ -266,3 +269,9 @@ class ContextualWork(RowWork):
             gene_embeddings=np.concatenate(self._means),
             report=self.prepared.report,
         ).checked()
+
+    def _answer_without_cells(self) -> Answer:
+        """No cell of the row reached the cell filter of its sample."""
+        nothing = np.zeros((0, 0), np.float32)
+        groups: list[str] | None = [] if self.prepared.groups is not None else None
+        return Answer([], groups, np.zeros(0, np.int32), nothing, report=self.prepared.report)

@@ -22,7 +22,7 @@ from scgpt_batch.batches import Batch, batches, prefetched
 from scgpt_batch.errors import ConfigError, PayloadError, RowError
 from scgpt_batch.model import Checkpoint, ModelConfig, ScGPT, checkpoint_digest
 from scgpt_batch.parameters import Parameters
-from scgpt_batch.prepare import PreparedRow, RowReader, RowReport
+from scgpt_batch.prepare import PreparedRow, RowReader, RowReport, given_decisions
 from scgpt_batch.preprocess import Tokens
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class Embedder:
         self.vocabulary = checkpoint.vocabulary
         self.digest = checkpoint.digest
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self._reader = RowReader(checkpoint.vocabulary, roots)
+        self.reader = RowReader(checkpoint.vocabulary, roots)
         self._checkpoint = checkpoint
         self._models: dict[str, ScGPT] = {}
         self._budget: int | None = None  # tokens of a batch; known once a model is on the device
@@ -73,6 +73,7 @@ class Embedder:
         *,
         min_coverage: float = 0.0,
         with_vectors: bool = True,
+        sums: bool = False,
     ) -> Generator[Answer, None, None]:
         """Answer rows in their order, small ones together on the device.
 
@@ -82,13 +83,16 @@ class Embedder:
         Parameters
         ----------
         rows
-            Each has the payload columns of `anndata_rows`; others are not looked at.
+            Each has the payload columns of `anndata_rows`; a row of a larger sample also its `decisions` (`Decisions`
+            or their bytes). Other columns are not looked at.
         parameters
             As for the PyFunc; `on_error` and `encoding` are the caller's to act on.
         min_coverage
             Least share of a row's counts in genes of the vocabulary.
         with_vectors
             False leaves out static mode's vectors, which are rows of `gene_table`: the weights are not read.
+        sums
+            Contextual mode: sums over the cells instead of means, to be added up over the rows of a sample.
 
         Returns
         -------
@@ -100,7 +104,7 @@ class Embedder:
             The parameters state another model than the checkpoint's.
         """
         check_model_parameters(parameters, self.config)
-        works = (self._work(row, parameters, min_coverage, with_vectors) for row in rows)
+        works = (self._work(row, parameters, min_coverage, with_vectors, sums) for row in rows)
         return self._answers(works, parameters)
 
     def _answers(self, works: Iterator[RowWork | Answered], parameters: Parameters) -> Generator[Answer, None, None]:
@@ -114,20 +118,20 @@ class Embedder:
                     yield waiting.popleft().answer()
 
     def _work(
-        self, row: Mapping[str, Any], parameters: Parameters, min_coverage: float, with_vectors: bool
+        self, row: Mapping[str, Any], parameters: Parameters, min_coverage: float, with_vectors: bool, sums: bool
     ) -> RowWork | Answered:
         """Prepare a row for the device; static mode and errors are answered at once."""
         try:
             if is_empty(row) and not parameters.need_preprocess and not parameters.input_data_path:
                 return Answered(self._whole_vocabulary(parameters, with_vectors))
-            prepared = self._reader.prepare(row, parameters, min_coverage)
+            prepared = self.reader.prepare(row, parameters, min_coverage, given_decisions(row))
         except RowError as exc:
             return Answered(Answer(report=getattr(exc, "report", RowReport()), error=exc))
         if parameters.mode == "static":
             return Answered(self._static(prepared, parameters, with_vectors))
         cls = ClsToken(self.vocabulary.cls_id, self.config.pad_value)
         if parameters.mode == "contextual":
-            return ContextualWork(prepared, cls, _wanted(prepared.genes, parameters))
+            return ContextualWork(prepared, cls, _wanted(prepared.genes, parameters), sums=sums)
         return CellWork(prepared, cls, self.config.embsize)
 
     def _whole_vocabulary(self, parameters: Parameters, with_vectors: bool) -> Answer:

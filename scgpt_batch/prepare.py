@@ -4,16 +4,20 @@ Errors of a row's own data are RowErrors here, whatever library raised them.
 """
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import anndata as ad
 import numpy as np
+import pyarrow as pa
 import scipy.sparse as sp
 
 from scgpt_batch.anndata_rows import from_row, is_empty
+from scgpt_batch.decisions import Decisions
 from scgpt_batch.errors import LowCoverage, PayloadError, PreprocessError, RowError
 from scgpt_batch.model import Vocabulary
 from scgpt_batch.parameters import Parameters
@@ -22,9 +26,11 @@ from scgpt_batch.preprocess import (
     bin_values,
     binned_layer,
     cell_noise,
+    check_columns,
     gene_hash,
     gene_names,
     group_labels,
+    on_sample_genes,
     preprocess,
     quiet_libraries,
     sample_long_cells,
@@ -78,35 +84,57 @@ class RowReader:
         self.vocabulary = vocabulary
         self.roots = tuple(roots)
 
-    def prepare(self, row: Mapping[str, Any], parameters: Parameters, min_coverage: float) -> PreparedRow:
-        """Read and preprocess one row.
+    def prepare(
+        self,
+        row: Mapping[str, Any],
+        parameters: Parameters,
+        min_coverage: float,
+        decisions: Decisions | None = None,
+    ) -> PreparedRow:
+        """Read and preprocess one row, by the `decisions` of its sample where it is one of several.
 
         Raises
         ------
         RowError
             The row has no answer, whatever a library calls the reason; `report` on it says what was seen before.
         """
-        try:
-            return self._read_and_preprocess(row, parameters, min_coverage)
-        except (RowError, MemoryError):
-            raise
-        except Exception as exc:
-            logger.exception("a row could not be prepared")
-            raise PreprocessError(f"{type(exc).__name__}: {exc}") from exc
+        with row_errors():
+            adata, report = self.open(row, parameters, min_coverage)
+            try:
+                return self._preprocess(adata, parameters, report, decisions)
+            except RowError as exc:
+                exc.report = report  # type: ignore[attr-defined]  # the ledger tells it of failed rows too
+                raise
 
-    def _read_and_preprocess(self, row: Mapping[str, Any], parameters: Parameters, min_coverage: float) -> PreparedRow:
+    def open(self, row: Mapping[str, Any], parameters: Parameters, min_coverage: float) -> tuple[ad.AnnData, RowReport]:
+        """Read one row, with the names by which the vocabulary knows its genes in var's `_name`.
+
+        Raises
+        ------
+        RowError
+            It cannot be read, or the vocabulary knows too few of its genes.
+        """
         adata = self._read(row, parameters)
         names, name_warning = gene_names(adata.var, self.vocabulary)
         report = self._coverage(adata, names, parameters, name_warning)
         try:
             _refuse_low_coverage(report, min_coverage, name_warning)
-            adata.var["_name"] = names
-            if parameters.need_preprocess:
-                adata = preprocess(adata, parameters, genes_only=parameters.mode == "static")
-            return self._select(adata, parameters, report)
         except RowError as exc:
-            exc.report = report  # type: ignore[attr-defined]  # the ledger tells it of failed rows too
+            exc.report = report  # type: ignore[attr-defined]
             raise
+        adata.var["_name"] = names
+        return adata, report
+
+    def _preprocess(
+        self, adata: ad.AnnData, parameters: Parameters, report: RowReport, decisions: Decisions | None
+    ) -> PreparedRow:
+        if decisions is not None:
+            check_columns(adata, parameters)
+        if parameters.need_preprocess:
+            adata = preprocess(adata, parameters, genes_only=parameters.mode == "static", decisions=decisions)
+        elif decisions is not None:
+            adata = on_sample_genes(adata, decisions)
+        return self._select(adata, parameters, report, decisions)
 
     def _read(self, row: Mapping[str, Any], parameters: Parameters) -> ad.AnnData:
         if parameters.input_data_path and is_empty(row):
@@ -137,7 +165,9 @@ class RowReader:
             warnings=tuple(w for w in told if w),
         )
 
-    def _select(self, adata: ad.AnnData, parameters: Parameters, report: RowReport) -> PreparedRow:
+    def _select(
+        self, adata: ad.AnnData, parameters: Parameters, report: RowReport, decisions: Decisions | None
+    ) -> PreparedRow:
         """Keep the vocabulary's genes; bin before that where upstream's Preprocessor does."""
         names = adata.var["_name"].to_numpy(dtype=object)
         ids = self.vocabulary.ids(names)
@@ -146,14 +176,15 @@ class RowReader:
             matrix = binned_layer(adata, parameters) if parameters.need_preprocess else adata.X
             if parameters.need_preprocess:
                 matrix = bin_matrix(matrix, names, parameters, parameters.binning)
-        columns, extra_warning = _one_column_a_token(ids, adata.X)
+        columns, extra_warning = _one_column_a_token(ids, _totals(adata, decisions))
         if not len(columns):
             raise PreprocessError("no gene that survives preprocessing is in the vocabulary")
         if parameters.mode != "static":
             binned = sp.csr_matrix(matrix[:, columns])
             if not (parameters.need_preprocess or parameters.data_is_binned):
                 binned = bin_matrix(binned, names[columns], parameters, COLLATOR_BINS)
-        extra = [w for w in (extra_warning, _empty_cells_warning(binned)) if w]
+        told = (extra_warning, _empty_cells_warning(binned), decisions and decisions.warning)
+        extra = [w for w in told if w]
         return PreparedRow(
             cell_ids=adata.obs_names.to_numpy(dtype=object),
             groups=group_labels(adata, parameters.group_by) if parameters.group_by else None,
@@ -163,6 +194,36 @@ class RowReader:
             binned=None if binned is None else _sampled(binned, names[columns], parameters),
             report=replace(report, cells=adata.n_obs, warnings=(*report.warnings, *extra)),
         )
+
+
+def given_decisions(row: Mapping[str, Any]) -> Decisions | None:
+    """Return the decisions that a row of a larger sample carries; a PayloadError where they are none."""
+    given = row.get("decisions")
+    if given is None or isinstance(given, Decisions):
+        return given
+    if not isinstance(given, bytes):
+        raise PayloadError(f"decisions: {type(given).__name__} given where bytes are due")
+    try:
+        return _decisions(given)
+    except (pa.ArrowException, KeyError, TypeError, ValueError) as exc:
+        raise PayloadError(f"decisions: not what the passes over the sample wrote: {exc}") from exc
+
+
+@lru_cache(maxsize=4)  # rows of a sample come side by side
+def _decisions(data: bytes) -> Decisions:
+    return Decisions.from_bytes(data)
+
+
+@contextmanager
+def row_errors() -> Iterator[None]:
+    """Raise what a library raises as an error of the row."""
+    try:
+        yield
+    except (RowError, MemoryError):
+        raise
+    except Exception as exc:
+        logger.exception("a row could not be prepared")
+        raise PreprocessError(f"{type(exc).__name__}: {exc}") from exc
 
 
 def allowed_path(path: str, roots: Iterable[str]) -> Path:
@@ -229,13 +290,19 @@ def _sampled(binned: sp.csr_matrix, names: np.ndarray, parameters: Parameters) -
     return sp.csr_matrix((binned.data[keep], binned.indices[keep], indptr), binned.shape)
 
 
-def _one_column_a_token(ids: np.ndarray, x: sp.csr_matrix) -> tuple[np.ndarray, str | None]:
+def _totals(adata: ad.AnnData, decisions: Decisions | None) -> np.ndarray:
+    """Sum each gene's values, over the sample where the row is one of several."""
+    if decisions is None:
+        return np.asarray(adata.X.sum(axis=0)).ravel()
+    return decisions.totals if decisions.variable is None else decisions.totals[decisions.variable]
+
+
+def _one_column_a_token(ids: np.ndarray, totals: np.ndarray) -> tuple[np.ndarray, str | None]:
     """Choose the columns of the vocabulary's genes; of columns mapped to one symbol, the one with most counts."""
     columns = np.flatnonzero(ids >= 0)
     if len(np.unique(ids[columns])) == len(columns):
         return columns, None
-    totals = np.asarray(x.sum(axis=0)).ravel()[columns]
-    by_total = columns[np.argsort(-totals, kind="stable")]
+    by_total = columns[np.argsort(-totals[columns], kind="stable")]
     _, first = np.unique(ids[by_total], return_index=True)
     kept = np.sort(by_total[first])
     return kept, f"{len(columns) - len(kept)} genes map to a symbol taken by another with more counts: left out"

@@ -19,6 +19,7 @@ import scanpy as sc
 import scipy.sparse as sp
 import torch
 
+from scgpt_batch.decisions import Decisions
 from scgpt_batch.errors import PayloadError, PreprocessError
 from scgpt_batch.model import Vocabulary
 from scgpt_batch.parameters import Parameters
@@ -27,6 +28,7 @@ COLLATOR_BINS = 51  # upstream's data collator takes this number whatever args.j
 BLOCK = 65_536  # entries binned at once: what they need stays in the cache
 
 SYMBOL_COLUMNS = ("gene_symbol", "gene_symbols", "feature_name", "gene_name", "gene_names", "symbol", "hgnc_symbol")
+HVG_ERRORS = (ValueError, IndexError, ZeroDivisionError, np.linalg.LinAlgError)  # scanpy's, where it cannot choose
 _ONE_AT_A_TIME = threading.Lock()
 _ENSEMBL = re.compile(r"ENS[A-Z]{0,6}G\d{11}(\.\d+)?")
 
@@ -59,7 +61,9 @@ class Tokens:
         )
 
 
-def preprocess(adata: ad.AnnData, parameters: Parameters, *, genes_only: bool = False) -> ad.AnnData:
+def preprocess(
+    adata: ad.AnnData, parameters: Parameters, *, genes_only: bool = False, decisions: Decisions | None = None
+) -> ad.AnnData:
     """Filter genes and cells, normalise, take logs, cut to variable genes: upstream's order.
 
     Parameters
@@ -69,6 +73,9 @@ def preprocess(adata: ad.AnnData, parameters: Parameters, *, genes_only: bool = 
     genes_only
         Leave out normalising and logs where they do not decide which genes survive (they do when their result key
         is empty and they so replace X, which the choice of variable genes looks at).
+    decisions
+        Of the sample that the row belongs to: they take the place of the row's own choice of genes. Its cells may all
+        be dropped then.
 
     Returns
     -------
@@ -82,17 +89,84 @@ def preprocess(adata: ad.AnnData, parameters: Parameters, *, genes_only: bool = 
     p = parameters
     layer = _existing_layer(adata, p.use_key)
     with quiet_libraries():  # scanpy's advice (raw or not, low bins): ours is `value_warning`
-        if p.filter_gene_by_counts:
+        if decisions is not None:
+            adata = on_sample_genes(adata, decisions)
+        elif p.filter_gene_by_counts:
             sc.pp.filter_genes(adata, min_counts=p.filter_gene_by_counts)
             _refuse_empty(adata, f"no gene reaches filter_gene_by_counts {p.filter_gene_by_counts}")
-        if min_counts := p.min_cell_counts or float(p.filter_cell_by_counts):
-            sc.pp.filter_cells(adata, min_counts=min_counts)
-            _refuse_empty(adata, f"no cell reaches {min_counts:g} counts")
-        if not (genes_only and p.result_normed_key and p.result_log1p_key):
+        if wanted := min_counts(p):
+            sc.pp.filter_cells(adata, min_counts=wanted)
+            if decisions is None:
+                _refuse_empty(adata, f"no cell reaches {wanted:g} counts")
+        genes_known = decisions is not None and decisions.final
+        if adata.n_obs and not (genes_only and (genes_known or (p.result_normed_key and p.result_log1p_key))):
             _normalize(adata, layer, p)
+        if decisions is not None:
+            return adata if decisions.variable is None else adata[:, decisions.variable].copy()
         if p.subset_hvg:
             _cut_to_variable_genes(adata, p)
     return adata
+
+
+def min_counts(parameters: Parameters) -> float:
+    """Return the least sum of values that a cell needs; 0: none."""
+    return parameters.min_cell_counts or float(parameters.filter_cell_by_counts)
+
+
+def on_sample_genes(adata: ad.AnnData, decisions: Decisions) -> ad.AnnData:
+    """Lay a row on its sample's genes: others are left out, those that the row lacks are zero.
+
+    Raises
+    ------
+    PreprocessError
+        The sample has no answer.
+    """
+    if decisions.error:
+        raise PreprocessError(f"the sample has no answer: {decisions.error}")
+    genes = pd.Index(decisions.genes)
+    var = adata.var.reindex(genes)
+    var["_name"] = decisions.names
+    if genes.equals(adata.var_names):
+        adata.var = var
+        return adata
+    at = genes.get_indexer(adata.var_names)  # where each of the row's genes goes
+
+    def laid(matrix: sp.csr_matrix) -> sp.csr_matrix:
+        x = sp.csr_matrix(matrix[:, np.flatnonzero(at >= 0)])
+        placed = sp.csr_matrix((x.data, at[at >= 0][x.indices], x.indptr), (x.shape[0], len(genes)))
+        placed.sort_indices()
+        return placed
+
+    layers = {name: laid(matrix) for name, matrix in adata.layers.items()}
+    return ad.AnnData(laid(adata.X), obs=adata.obs, var=var, layers=layers)
+
+
+def batch_labels(adata: ad.AnnData, parameters: Parameters) -> np.ndarray:
+    """Return each cell's batch as a string ("" without `batch_key`, None for a cell that has none), (cells,).
+
+    Raises
+    ------
+    PreprocessError
+        obs lacks the column, or a value that seurat_v3 needs.
+    """
+    p = parameters
+    if not (p.subset_hvg and p.batch_key):
+        return np.full(adata.n_obs, "", object)
+    if p.batch_key not in adata.obs:
+        raise PreprocessError(f"batch_key {p.batch_key!r} is no column of obs: {_columns(adata.obs)}")
+    batches = adata.obs[p.batch_key]
+    if batches.isna().any() and p.hvg_flavor.startswith("seurat_v3"):
+        raise PreprocessError(f"batch_key {p.batch_key!r} is null for {int(batches.isna().sum())} cells")
+    return batches.astype(str).astype(object).where(batches.notna(), None).to_numpy(dtype=object)
+
+
+def check_columns(adata: ad.AnnData, parameters: Parameters) -> None:
+    """Refuse a row that lacks a column of obs or a layer which the parameters name (RowError)."""
+    if parameters.need_preprocess:
+        _existing_layer(adata, parameters.use_key)
+        batch_labels(adata, parameters)
+    if parameters.group_by:
+        group_labels(adata, parameters.group_by)
 
 
 @contextmanager
@@ -115,6 +189,8 @@ def binned_layer(adata: ad.AnnData, parameters: Parameters) -> sp.csr_matrix:
         layer = p.result_normed_key or layer
     if p.log1p:
         layer = p.result_log1p_key or layer
+    if not adata.n_obs:  # no cell reached the cell filter: nothing was normalised
+        layer = None
     return sp.csr_matrix(adata.X if layer is None else adata.layers[layer])
 
 
@@ -387,21 +463,25 @@ def _set_layer(adata: ad.AnnData, layer: str | None, matrix: sp.csr_matrix) -> N
 
 
 def _cut_to_variable_genes(adata: ad.AnnData, p: Parameters) -> None:
-    if p.batch_key and p.batch_key not in adata.obs:
-        raise PreprocessError(f"batch_key {p.batch_key!r} is no column of obs: {_columns(adata.obs)}")
+    batch_labels(adata, p)
     if p.hvg_flavor.startswith("seurat_v3"):
         _refuse_too_few_points(adata, p)
     try:
         sc.pp.highly_variable_genes(
             adata, n_top_genes=p.subset_hvg, batch_key=p.batch_key or None, flavor=p.hvg_flavor, subset=True
         )
-    except (ValueError, IndexError, ZeroDivisionError, np.linalg.LinAlgError) as exc:
-        raise PreprocessError(
-            f"scanpy cannot choose {p.subset_hvg} variable genes ({p.hvg_flavor}) from {adata.n_obs} cells × "
-            f"{adata.n_vars} genes; counts want seurat_v3, log values cell_ranger or seurat, and a row needs enough "
-            f"cells: {str(exc).splitlines()[0]}"
-        ) from exc
+    except HVG_ERRORS as exc:
+        raise cannot_choose(p, adata.n_obs, adata.n_vars, exc) from exc
     _refuse_empty(adata, "no variable gene is left")
+
+
+def cannot_choose(p: Parameters, n_obs: int, n_vars: int, exc: Exception) -> PreprocessError:
+    """Say what scanpy's error means."""
+    return PreprocessError(
+        f"scanpy cannot choose {p.subset_hvg} variable genes ({p.hvg_flavor}) from {n_obs} cells × {n_vars} genes; "
+        f"counts want seurat_v3, log values cell_ranger or seurat, and a row needs enough cells: "
+        f"{str(exc).splitlines()[0]}"
+    )
 
 
 def _refuse_too_few_points(adata: ad.AnnData, p: Parameters) -> None:

@@ -1,0 +1,135 @@
+"""Samples of several rows on Spark: decisions before the rows are embedded, means after.
+
+    decided = decisions(rows, model, parameters, min_coverage)          # sample_id, decisions
+    rows.join(F.broadcast(decided), "sample_id")                        # each row carries its sample's decisions
+        .mapInArrow(...)                                                # embed; contextual mode with `sums`
+        .transform(means)                                               # contextual mode: one mean a sample and gene
+
+Rows stay where they are: what moves between tasks is genes × batches a task and sample, and later genes × width.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import pyarrow as pa
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
+
+from scgpt_batch.anndata_rows import PAYLOAD_COLUMNS, arrow_rows
+from scgpt_batch.decisions import Decisions
+from scgpt_batch.parameters import Parameters
+from scgpt_batch.prepare import given_decisions
+from scgpt_batch.samples import Statistics, decide, merge, passes, statistics
+from scgpt_batch.spark.udf import Batches, ModelRef, list_array
+
+SAMPLES_AT_ONCE = 8  # whose sums a task holds back to add further rows to: some MB each
+GENE_SHARES = 64  # a sample's means are taken in so many parts: its rows × genes never meet in one task
+
+PARTS = pa.schema([("sample_id", pa.string()), ("statistics", pa.binary()), ("decisions", pa.binary())])
+PARTS_DDL = "sample_id STRING, statistics BINARY, decisions BINARY"
+DECISIONS = pa.schema([("sample_id", pa.string()), ("decisions", pa.binary())])
+DECISIONS_DDL = "sample_id STRING, decisions BINARY"
+MEANS_DDL = "sample_id STRING, `group` STRING, gene STRING, n_cells INT, embedding ARRAY<FLOAT>"
+
+
+def decisions(rows: DataFrame, model: ModelRef, parameters: Parameters, min_coverage: float) -> DataFrame:
+    """Decide which genes each sample keeps, as scanpy would on all of its cells: `DECISIONS_DDL`, a line a sample.
+
+    Reads the rows once a pass (`samples.passes`). Between passes the decisions come to the driver: some 10 bytes a
+    gene and sample, whatever the number of cells.
+
+    Parameters
+    ----------
+    rows
+        `adata_rows` with `sample_id`, without nulls in it.
+    """
+    decided: DataFrame | None = None
+    for _ in range(passes(parameters)):
+        given = rows.withColumn("decisions", F.lit(None).cast("binary"))
+        if decided is not None:
+            given = rows.join(F.broadcast(decided), "sample_id")
+        held = [name for name in (*PAYLOAD_COLUMNS, "n_obs", "n_vars", "x_dtype") if name in rows.columns]
+        step = (
+            given.select("sample_id", "decisions", *held)
+            .mapInArrow(contributions(model, parameters, min_coverage), PARTS_DDL)
+            .groupBy("sample_id")
+            .applyInArrow(decider(parameters), DECISIONS_DDL)
+        )
+        decided = rows.sparkSession.createDataFrame(step.toPandas(), DECISIONS_DDL)
+    assert decided is not None
+    return decided
+
+
+def means(sums: DataFrame) -> DataFrame:
+    """Turn the rows' contextual sums into the samples' means over all cells: `MEANS_DDL`.
+
+    Parameters
+    ----------
+    sums
+        sample_id, adata_id, group, gene, n_cells and embedding, which holds the sum over the row's cells.
+    """
+    share = F.pmod(F.xxhash64("gene"), F.lit(GENE_SHARES))
+    columns = ("sample_id", "adata_id", "group", "gene", "n_cells", "embedding")
+    return sums.select(*columns).groupBy("sample_id", share).applyInArrow(_means, MEANS_DDL)
+
+
+def contributions(model: ModelRef, parameters: Parameters, min_coverage: float) -> Callable[[Batches], Batches]:
+    """Return a function for `mapInArrow` that adds up what a task's rows contribute to each sample."""
+
+    def run(batches: Batches) -> Batches:
+        reader = model.load().reader
+        sums: dict[str, Statistics] = {}
+        decided: dict[str, bytes | None] = {}
+        for batch in batches:
+            for row in arrow_rows(batch):
+                sample = row["sample_id"]
+                part = statistics(reader, row, parameters, min_coverage, given_decisions(row))
+                sums[sample] = merge([sums.pop(sample, Statistics()), part])
+                decided[sample] = row["decisions"]
+                if len(sums) > SAMPLES_AT_ONCE:
+                    oldest = next(iter(sums))
+                    yield _part(oldest, sums.pop(oldest), decided.pop(oldest))
+        for sample, part in sums.items():
+            yield _part(sample, part, decided[sample])
+
+    return run
+
+
+def decider(parameters: Parameters) -> Callable[[pa.Table], pa.Table]:
+    """Return a function for `applyInArrow` that adds up a sample's parts and takes its next decisions."""
+
+    def run(parts: pa.Table) -> pa.Table:
+        before = parts["decisions"][0].as_py()
+        together = merge(Statistics.from_bytes(part.as_py()) for part in parts["statistics"])
+        decided = decide(together, parameters, None if before is None else Decisions.from_bytes(before))
+        return pa.Table.from_pylist(
+            [{"sample_id": parts["sample_id"][0].as_py(), "decisions": decided.to_bytes()}], DECISIONS
+        )
+
+    return run
+
+
+def _part(sample: str, sums: Statistics, decided: bytes | None) -> pa.RecordBatch:
+    return pa.RecordBatch.from_pylist(
+        [{"sample_id": sample, "statistics": sums.to_bytes(), "decisions": decided}], PARTS
+    )
+
+
+def _means(lines: pa.Table) -> pa.Table:
+    """Add up the lines of each group and gene in float64, in the order of their rows, and divide."""
+    lines = lines.sort_by([(name, "ascending") for name in ("group", "gene", "adata_id")])
+    n_cells = lines["n_cells"].to_numpy()
+    sums = lines["embedding"].combine_chunks().flatten().to_numpy().reshape(len(n_cells), -1).astype(np.float64)
+    keys = lines.select(["group", "gene"]).to_pandas()
+    starts = np.flatnonzero(~keys.duplicated().to_numpy())
+    cells = np.add.reduceat(n_cells.astype(np.int64), starts)
+    first = lines.take(starts)
+    return pa.table(
+        {
+            "sample_id": first["sample_id"],
+            "group": first["group"],
+            "gene": first["gene"],
+            "n_cells": pa.array(cells, pa.int32()),
+            "embedding": list_array(np.add.reduceat(sums, starts) / cells[:, None]),
+        }
+    )

@@ -1,0 +1,120 @@
+"""The choice of variable genes from sums over cells, for samples whose cells are never in one place.
+
+Equal to `scanpy.pp.highly_variable_genes` (1.11.5) on all cells: the same formulas in the same order, and scanpy's own
+helpers where it has them. Only the sums are not rounded here, so genes that are equally variable but for the rounding
+of scanpy's sums may change places.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scanpy.preprocessing._highly_variable_genes import _get_disp_stats, _get_mean_bins
+from skmisc.loess import loess
+
+from scgpt_batch.decisions import BatchFit
+from scgpt_batch.errors import PreprocessError
+
+MEAN_BINS, SPAN = 20, 0.3  # scanpy's defaults
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over the cells of one batch.
+
+    Attributes
+    ----------
+    cells
+        How many they are.
+    sums, squares
+        Sums of the values and of their squares, float64, (genes,).
+    """
+
+    cells: int
+    sums: np.ndarray
+    squares: np.ndarray
+
+    def mean_var(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return mean and unbiased variance of each gene."""
+        mean = self.sums / self.cells
+        var = self.squares / self.cells - mean**2
+        return mean, var * (self.cells / (self.cells - 1)) if self.cells != 1 else var
+
+
+def by_dispersion(genes: np.ndarray, moments: Moments, n_top: int, flavor: str) -> np.ndarray:
+    """Choose by dispersion among genes of like mean ("cell_ranger", "seurat"): a mask, (genes,)."""
+    return _dispersions(genes, moments, n_top, flavor)["highly_variable"].to_numpy(bool)
+
+
+def by_dispersion_in_batches(genes: np.ndarray, batches: Sequence[Moments], n_top: int, flavor: str) -> np.ndarray:
+    """Choose the genes that most batches would choose, then the most dispersed: a mask, (genes,)."""
+    tables = []
+    for moments in batches:
+        seen = moments.sums > 0
+        within = Moments(moments.cells, moments.sums[seen], moments.squares[seen])
+        table = _dispersions(genes[seen], within, n_top, flavor)
+        tables.append(table.astype(float).reindex(genes, fill_value=0.0))
+    together = pd.concat(tables)
+    ranked = together.groupby(together.index).agg({"highly_variable": "sum", "dispersions_norm": "mean"})
+    ranked = ranked.sort_values(["highly_variable", "dispersions_norm"], ascending=False, na_position="last")
+    return np.isin(genes, ranked.index[:n_top])
+
+
+def _dispersions(genes: np.ndarray, moments: Moments, n_top: int, flavor: str) -> pd.DataFrame:
+    mean, var = moments.mean_var()
+    mean[mean == 0] = 1e-12
+    dispersion = var / mean
+    if flavor == "seurat":
+        dispersion[dispersion == 0] = np.nan
+        dispersion = np.log(dispersion)
+        mean = np.log1p(mean)
+    table = pd.DataFrame({"means": mean, "dispersions": dispersion})
+    table["mean_bin"] = _get_mean_bins(table["means"], flavor, MEAN_BINS)
+    stats = _get_disp_stats(table, flavor)
+    norm = ((table["dispersions"] - stats["avg"]) / stats["dev"]).to_numpy()
+    ordered = np.sort(norm[~np.isnan(norm)])[::-1]
+    cut = ordered[min(n_top, len(ordered)) - 1]
+    chosen = np.nan_to_num(norm, nan=-np.inf) >= cut
+    return pd.DataFrame({"dispersions_norm": norm, "highly_variable": chosen}, index=genes)
+
+
+def fit_batch(moments: Moments) -> BatchFit:
+    """Fit seurat_v3's curve of variance over mean to one batch.
+
+    Raises
+    ------
+    PreprocessError
+        Fewer than 4 genes vary: the fit would kill the process.
+    """
+    mean, var = moments.mean_var()
+    varying = var > 0
+    if varying.sum() < 4:
+        raise PreprocessError(f"{int(varying.sum())} genes vary between the cells of a batch, at least 4 must")
+    curve = loess(np.log10(mean[varying]), np.log10(var[varying]), span=SPAN, degree=2)
+    curve.fit()
+    log_var = np.zeros(len(mean))
+    log_var[varying] = curve.outputs.fitted_values
+    return BatchFit(moments.cells, mean, np.sqrt(10**log_var))
+
+
+def normalized_variance(fit: BatchFit, clipped: Moments) -> np.ndarray:
+    """Return each gene's variance over the fit's, from sums of values that were cut at the fit's bounds."""
+    n, mean = fit.cells, fit.mean
+    return (1 / ((n - 1) * np.square(fit.reg_std))) * (
+        (n * np.square(mean)) + clipped.squares - 2 * clipped.sums * mean
+    )
+
+
+def by_normalized_variance(variances: Sequence[np.ndarray], n_top: int, flavor: str) -> np.ndarray:
+    """Choose by normalised variance in each batch ("seurat_v3", "seurat_v3_paper"): a mask, (genes,)."""
+    norm = np.stack(variances)
+    ranks = np.argsort(np.argsort(-norm, axis=1), axis=1).astype(np.float32)
+    n_batches = np.sum(ranks < n_top, axis=0)
+    ranks[ranks >= n_top] = np.nan
+    median = np.ma.median(np.ma.masked_invalid(ranks), axis=0).filled(np.nan)
+    table = pd.DataFrame({"rank": median, "batches": n_batches})
+    by = {"seurat_v3": (["rank", "batches"], [True, False]), "seurat_v3_paper": (["batches", "rank"], [False, True])}
+    columns, ascending = by[flavor]
+    best = table.sort_values(columns, ascending=ascending, na_position="last").index[:n_top]
+    return table.index.isin(best)

@@ -1,0 +1,88 @@
+"""Samples of several rows on Spark: what the rows' tasks and the driver do gives what one AnnData would."""
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import assert_close
+from pyspark.sql import functions as F
+
+from scgpt_batch.anndata_rows import arrow_rows, to_row
+from scgpt_batch.embedder import load_embedder
+from scgpt_batch.parameters import Parameters
+from scgpt_batch.spark.samples import decisions, means
+from scgpt_batch.spark.udf import ANSWERS_DDL, ModelRef, answer_batches
+
+CHECKPOINT = Path(__file__).parent / "data/golden/checkpoint_flash"
+ROWS = "sample_id STRING, adata_id STRING, content_hash STRING, x_data ARRAY<FLOAT>, x_indices ARRAY<INT>, \
+x_indptr ARRAY<BIGINT>, adata_obs STRING, adata_var STRING"
+
+
+@pytest.fixture(scope="module")
+def embedder():
+    return load_embedder(CHECKPOINT)
+
+
+@pytest.fixture(scope="module")
+def ref(embedder):
+    return ModelRef(str(CHECKPOINT), embedder.digest, "", "", "")
+
+
+@pytest.fixture(scope="module")
+def samples(pbmc3k, embedder):
+    """Ten samples of different cells, the vocabulary's genes; more than a task holds back at once."""
+    known = [name for name in pbmc3k.var_names if name in embedder.vocabulary]
+    cells = pbmc3k[:400, known].copy()
+    sizes = [120, *[30] * 9]
+    ends = np.cumsum(sizes)
+    return {f"s{i}": cells[end - size : end].copy() for i, (size, end) in enumerate(zip(sizes, ends, strict=True))}
+
+
+@pytest.fixture(scope="module")
+def rows(spark, samples):
+    """Each sample in three rows, spread over four partitions."""
+    found = []
+    for sample, cells in samples.items():
+        for i, part in enumerate(np.array_split(np.arange(cells.n_obs), 3)):
+            row = to_row(cells[part])
+            plain = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in row.items()}
+            found.append(plain | {"sample_id": sample, "adata_id": f"{sample}-{i}", "content_hash": ""})
+    names = [f.split()[0] for f in ROWS.split(", ")]
+    table = [tuple(row[name] for name in names) for row in found]
+    return spark.createDataFrame(table, ROWS).repartition(4, "adata_id").cache()
+
+
+def embed_sums(ref, parameters, batches):
+    """Answer rows by sums, as a worker does."""
+    embedder = ref.load()
+    for batch in batches:
+        for row in arrow_rows(batch):
+            (answer,) = embedder.embed_rows([row], parameters, sums=True)
+            yield from answer_batches(row, answer, with_vectors=True)
+
+
+def test_the_means_of_larger_samples_are_those_of_the_joined_cells(spark, rows, samples, embedder, ref):
+    parameters = Parameters(
+        mode="contextual", hvg_flavor="seurat", result_normed_key="", log1p=True, result_log1p_key="", subset_hvg=30
+    )
+    decided = decisions(rows, ref, parameters, 0.0)
+    assert sorted(row["sample_id"] for row in decided.collect()) == sorted(samples)
+    keys = rows.select("adata_id", "sample_id")
+    sums = (
+        rows.join(F.broadcast(decided), "sample_id")
+        .mapInArrow(partial(embed_sums, ref, parameters), ANSWERS_DDL)
+        .where("report IS NULL")
+        .join(keys, "adata_id")
+    )
+    found = means(sums).toPandas().set_index(["sample_id", "gene"])
+    assert not found.index.has_duplicates
+    n = 0
+    for sample, cells in samples.items():
+        wanted = embedder.embed(to_row(cells), parameters)
+        assert wanted.error is None, wanted.error
+        lines = found.loc[sample].loc[wanted.genes]
+        assert lines["n_cells"].tolist() == wanted.n_cells.tolist()
+        assert_close(np.stack(lines["embedding"]), wanted.gene_embeddings, atol=1e-5)
+        n += len(lines)
+    assert len(found) == n
