@@ -4,8 +4,12 @@ Rows that have a result for this content, model version and parameters are skipp
 size; of each wave the embeddings are committed first, then the ledger lines that tell of them. A run that is killed
 anywhere leaves at most one wave of embeddings without ledger lines: the next run, for which these rows are missing,
 writes them in place of what it finds.
+
+Rows of one `sample_id` share preprocessing decisions, and contextual mode averages over all of their cells: its lines
+then carry the sample's id as adata_id, while each row keeps its line in the ledger.
 """
 
+import hashlib
 import logging
 import sys
 import time
@@ -29,6 +33,7 @@ from scgpt_batch.settings import EmbedSettings, Summary
 from scgpt_batch.spark import tables
 from scgpt_batch.spark.maintain import prune
 from scgpt_batch.spark.missing import Missing, missing_rows, n_tasks, with_tasks
+from scgpt_batch.spark.samples import decisions, means
 from scgpt_batch.spark.udf import (
     ANSWERS_DDL,
     VECTORS_DDL,
@@ -47,7 +52,7 @@ RIVAL_HOURS = 24  # how long after its end a run may still be unknown to one tha
 
 PAYLOAD = (
     "adata_id", "content_hash", "adata_sparsematrix", "x_data", "x_indices", "x_indptr", "n_obs", "n_vars",
-    "adata_obs", "adata_var", "x_dtype",
+    "adata_obs", "adata_var", "x_dtype", "decisions",
 )  # fmt: skip
 LEDGER_KEY = ("adata_id", "content_hash", "mode", "model_name", "model_version", "params_hash")
 # how Spark says that Python, not a table or the cluster, is at fault
@@ -240,7 +245,10 @@ def _embed_wave(job: Job, rows: DataFrame, wave: pd.DataFrame) -> None:
         return
     answers, ledger = _answers(job, rows, wave)
     try:
-        tables.replace(_embeddings(job, answers), job.output, _replaceable(job, wave, rivals))
+        lines = answers.where("report IS NULL")
+        if _summed(job, wave):
+            lines = _sample_means(job, lines, wave, ledger)
+        tables.replace(_embeddings(job, lines), job.output, _replaceable(job, wave, rivals))
         tables.upsert(job.spark, job.ledger, _ledger_lines(job, answers), LEDGER_KEY)
     finally:
         answers.unpersist()
@@ -267,7 +275,7 @@ def _rivals(job: Job) -> list[str]:
 def _still_missing(job: Job, wave: pd.DataFrame, rivals: list[str]) -> pd.DataFrame:
     """Leave out what a run beside this one has done since we looked."""
     others = [run for run in rivals if run != job.run_id]
-    if not others:
+    if not others or _samples(wave):  # a sample is done as a whole
         return wave
     lines = job.spark.table(job.ledger).where(job.stamped).where(F.col("run_id").isin(others))
     lines = lines.where(F.col("at") > F.lit(job.started)).select("adata_id", "content_hash").toPandas()
@@ -281,7 +289,7 @@ def _replaceable(job: Job, wave: pd.DataFrame, rivals: list[str]) -> str:
 
     A key that is new can have lines of rivals alone; naming these lets Delta pass over all other files.
     """
-    ids = ", ".join(map(tables.literal, wave["adata_id"]))
+    ids = ", ".join(map(tables.literal, {*wave["adata_id"], *_samples(wave)}))
     condition = f"{job.stamped} AND adata_id IN ({ids})"
     if wave["known"].any():
         return condition
@@ -291,8 +299,9 @@ def _replaceable(job: Job, wave: pd.DataFrame, rivals: list[str]) -> str:
 def _answers(job: Job, rows: DataFrame, wave: pd.DataFrame) -> tuple[DataFrame, pd.DataFrame]:
     """Compute a wave; return its answers, kept on the executors' disks, and its ledger lines."""
     for attempt in range(WAVE_TRIES):
-        work = embed_rows_alone(job.work) if attempt else embed_rows(job.work)
-        answers = _payload(job, rows, wave).mapInArrow(work, ANSWERS_DDL).persist(StorageLevel.DISK_ONLY)
+        work = replace(job.work, sums=_summed(job, wave))
+        run = embed_rows_alone(work) if attempt else embed_rows(work)
+        answers = _payload(job, rows, wave).mapInArrow(run, ANSWERS_DDL).persist(StorageLevel.DISK_ONLY)
         try:
             return answers, _ledger_lines(job, answers).toPandas()
         except Exception as exc:  # py4j and Connect have different types for one fact
@@ -312,19 +321,47 @@ def _first_line(exc: Exception) -> str:
 
 def _payload(job: Job, rows: DataFrame, wave: pd.DataFrame) -> DataFrame:
     """Give each task its share of the wave's rows."""
-    if job.parameters.mode == "static" and (wave["copies"] == 1).all():
+    if job.parameters.mode == "static" and (wave["copies"] == 1).all() and not _samples(wave):
         # some 25 ms a row: moving the payload between tasks would cost more
         chosen = rows.join(F.broadcast(job.spark.createDataFrame(wave[["adata_id"]])), "adata_id")
     else:
         chosen = rows.join(F.broadcast(with_tasks(job.spark, wave)), "adata_id").repartition(n_tasks(wave), "task")
         if (wave["copies"] > 1).any():
             chosen = chosen.dropDuplicates(["adata_id"])
+    if _samples(wave):
+        decided = decisions(chosen, job.work.model, job.parameters, job.settings.min_coverage)
+        chosen = chosen.join(F.broadcast(decided), "sample_id")
+    else:
+        chosen = chosen.withColumn("decisions", F.lit(None).cast("binary"))
     return chosen.withColumn("content_hash", tables.row_hash()).select(*PAYLOAD)
 
 
-def _embeddings(job: Job, answers: DataFrame) -> DataFrame:
+def _samples(wave: pd.DataFrame) -> set[str]:
+    """The wave's samples of several rows: all its rows belong to such, or none."""
+    return set(wave["sample"].dropna())
+
+
+def _summed(job: Job, wave: pd.DataFrame) -> bool:
+    """Whether rows answer with sums, of which a sample's means are made."""
+    return job.parameters.mode == "contextual" and bool(_samples(wave))
+
+
+def _sample_means(job: Job, sums: DataFrame, wave: pd.DataFrame, ledger: pd.DataFrame) -> DataFrame:
+    """Average over all cells of each sample: lines keyed by sample_id, with a hash over its rows' contents."""
+    members = wave[["adata_id", "sample"]].merge(ledger[["adata_id", "content_hash"]], on="adata_id")
+    contents = members.groupby("sample")["content_hash"].agg(lambda hashes: _joint_hash(sorted(hashes)))
+    keys = job.spark.createDataFrame(members[["adata_id", "sample"]], "adata_id STRING, sample_id STRING")
+    hashes = job.spark.createDataFrame(contents.reset_index(), "sample_id STRING, content_hash STRING")
+    averaged = means(sums.drop("content_hash").join(F.broadcast(keys), "adata_id"))
+    return averaged.join(F.broadcast(hashes), "sample_id").withColumnRenamed("sample_id", "adata_id")
+
+
+def _joint_hash(hashes: list[str]) -> str:
+    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()[:32]
+
+
+def _embeddings(job: Job, lines: DataFrame) -> DataFrame:
     """Lines of the output table; in static mode each gene's vector is joined from one table of the vocabulary."""
-    lines = answers.where("report IS NULL")
     if job.parameters.mode == "cell":
         columns, order = ["adata_id", "cell_id", "embedding"], ["adata_id", "cell_id"]
     else:

@@ -7,9 +7,8 @@ import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import pandas as pd
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
 from scgpt_batch.errors import ConfigError
@@ -31,19 +30,28 @@ class Missing:
         Rows of the table.
     pending
         Rows without a result, largest first: adata_id, content_hash (None where not needed yet), cells, copies (equal
-        rows of one key), known (another content of the key, or a failure, is in the ledger).
+        rows of one key), known (another content of the key, or a failure, is in the ledger), sample (of a sample of
+        several rows, else None). A sample of which one row lacks a result is here with all of its rows.
     """
 
     rows_in: int
     pending: pd.DataFrame
 
     def waves(self, cells: int) -> Iterator[pd.DataFrame]:
-        """Cut the pending rows into waves of at most so many cells; a larger row is a wave of its own."""
-        sizes = self.pending["cells"]
-        by_cells = (sizes.cumsum() - 1) // cells
-        by_rows = np.arange(len(sizes)) // WAVE_ROWS
-        for _, wave in self.pending.groupby([by_cells, by_rows], sort=True):
-            yield wave
+        """Cut the pending rows into waves of at most so many cells.
+
+        What is larger, a row or a sample, is a wave of its own. A sample is never divided, and never in one wave with
+        single rows.
+        """
+        rows = self.pending.assign(unit=self.pending["sample"].fillna(self.pending["adata_id"]))
+        rows["shared"] = rows["sample"].notna()
+        units = rows.groupby(["shared", "unit"], as_index=False).agg(size=("cells", "sum"), rows=("cells", "size"))
+        units = units.sort_values(["size", "unit"], ascending=[False, True])
+        units["by_cells"] = (units["size"].cumsum() - 1) // cells
+        units["by_rows"] = (units["rows"].cumsum() - 1) // WAVE_ROWS
+        placed = rows.merge(units[["shared", "unit", "by_cells", "by_rows"]], on=["shared", "unit"])
+        for _, wave in placed.groupby(["by_cells", "by_rows", "shared"], sort=True):
+            yield wave[self.pending.columns].reset_index(drop=True)
 
 
 def missing_rows(rows: DataFrame, ledger: DataFrame, *, retry_failed: bool, name: str) -> Missing:
@@ -81,9 +89,10 @@ def missing_rows(rows: DataFrame, ledger: DataFrame, *, retry_failed: bool, name
         raise ConfigError(f"{name} has rows without adata_id: give each row a key")
     if told["ambiguous"]:
         raise ConfigError(f"{name} has {told['ambiguous']} adata_id with several contents, first {told['first']!r}")
-    pending: pd.DataFrame = (
-        found.where("NOT done").select("adata_id", "content_hash", "cells", "copies", "known").toPandas()
-    )
+    if rows.where("sample_id IS NOT NULL").head(1):
+        found = _by_sample(found)
+    columns = ("adata_id", "content_hash", "cells", "copies", "known", "sample")
+    pending: pd.DataFrame = found.where("NOT done").select(*columns).toPandas()
     pending = pending.sort_values(["cells", "adata_id"], ascending=[False, True], ignore_index=True)
     return Missing(int(told["rows"]), pending)
 
@@ -96,6 +105,7 @@ def _found(rows: DataFrame, ledger: DataFrame, retry_failed: bool) -> DataFrame:
         F.count("content_hash").alias("hashes"),
         F.min("content_hash").alias("lowest"),
         F.max("content_hash").alias("content_hash"),
+        F.max("sample_id").alias("sample_id"),
     )
     counts = F.lit(True) if not retry_failed else F.col("status") == "ok"
     told = ledger.groupBy("adata_id").agg(
@@ -104,8 +114,23 @@ def _found(rows: DataFrame, ledger: DataFrame, retry_failed: bool) -> DataFrame:
     found = keys.join(told, "adata_id", "left")
     return found.select(
         *keys.columns,
+        F.lit(None).cast("string").alias("sample"),
         F.coalesce("known", F.lit(False)).alias("known"),
         F.coalesce(F.array_contains("contents", F.col("content_hash")), F.lit(False)).alias("done"),
+    )
+
+
+def _by_sample(found: DataFrame) -> DataFrame:
+    """Take a sample of several rows as one: it has a result when all of its rows have one."""
+    alone = F.when(F.isnull("sample_id"), F.col("adata_id"))
+    together = Window.partitionBy("sample_id", alone)
+    shared = F.isnotnull("sample_id") & (F.count("*").over(together) > 1)
+    return found.withColumns(
+        {
+            "sample": F.when(shared, F.col("sample_id")),
+            "done": F.min("done").over(together),
+            "known": F.max("known").over(together),
+        }
     )
 
 
