@@ -1,8 +1,9 @@
 """What all tests share: one local Spark session, real cells, the golden outputs."""
 
+import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import anndata as ad
@@ -47,3 +48,45 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
         session = get_spark({"spark.sql.warehouse.dir": str(folder), "spark.master": "local[2]"})
     yield session
     session.stop()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with an MLflow store that MLflow uses until the module ends."""
+    import mlflow
+
+    folder = tmp_path_factory.mktemp("jobs")
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
+    mlflow.create_experiment("jobs", artifact_location=str(folder / "artifacts"))
+    mlflow.set_experiment("jobs")
+    yield folder
+    mlflow.set_tracking_uri(before)
+
+
+@pytest.fixture(scope="module")
+def model(home: Path, golden: Path) -> str:
+    """The golden checkpoint, registered through the command line."""
+    from scgpt_batch.cli import OK, main
+
+    code = main(
+        ["register", "--checkpoint", str(golden / "checkpoint_flash"), "--name", "scgpt", "--alias", "champion"]
+    )
+    assert code == OK
+    return "models:/scgpt@champion"
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture) -> Callable:
+    """Run a command; give its exit code, its JSON line and its standard error."""
+
+    from scgpt_batch.cli import main
+
+    def call(*argv: object) -> tuple[int, dict, str]:
+        capfd.readouterr()
+        code = main([str(arg) for arg in argv])
+        told = capfd.readouterr()
+        last = told.out.strip().splitlines()[-1] if told.out.strip() else "{}"
+        return code, json.loads(last), told.err
+
+    return call

@@ -1,12 +1,16 @@
-"""What several tests share: one comparison of numbers, one generator of AnnData."""
+"""What several tests share: one comparison of numbers, generators of AnnData and of table rows."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
+
+from scgpt_batch.anndata_rows import to_row
 
 
 def assert_close(found: Any, wanted: Any, *, atol: float = 0.0, rtol: float = 0.0) -> None:
@@ -53,3 +57,24 @@ def random_adata(
     )
     var = pd.DataFrame(index=list(genes) if genes is not None else [f"GENE{i}" for i in range(n_vars)])
     return ad.AnnData(sp.csr_matrix(x) if layout == "sparse" else x, obs=obs, var=var)
+
+
+def small_rows(n: int, golden: Path, *, seed: int = 0) -> Iterator[dict[str, Any]]:
+    """Rows of three cells with forty of the golden vocabulary's genes."""
+    vocabulary = json.loads((golden / "checkpoint_flash/vocab.json").read_text())
+    genes = [name for name in vocabulary if not name.startswith("<")][:40]
+    rng = np.random.default_rng(seed)
+    for i in range(n):
+        counts = sp.csr_matrix(rng.poisson(1.0, (3, 40)).astype(np.float32) + np.eye(3, 40, dtype=np.float32))
+        adata = ad.AnnData(counts, obs=pd.DataFrame(index=["a", "b", "c"]), var=pd.DataFrame(index=genes))
+        yield to_row(adata) | {"adata_id": f"good-{i:03}"}
+
+
+def write_rows(spark: Any, rows: Any, table: str) -> None:
+    """Append rows to an `adata_rows` table, made if it is not there."""
+    from scgpt_batch.spark import tables
+
+    tables.create(spark, table, tables.ADATA_ROWS)
+    schema = spark.table(table).schema
+    plain = [{k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in row.items()} for row in rows]
+    tables.append(spark.createDataFrame([tuple(row.get(f.name) for f in schema) for row in plain], schema), table)

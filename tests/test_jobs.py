@@ -15,36 +15,14 @@ import scipy.io
 import scipy.sparse as sp
 from pyspark.sql import functions as F
 
-from scgpt_batch.anndata_rows import from_row, to_row
+from scgpt_batch.anndata_rows import from_row
 from scgpt_batch.cli import OK, TOO_MANY_FAILED_ROWS, WRONG_USAGE, main
 from scgpt_batch.embedder import load_embedder, loads_in_this_process
 from scgpt_batch.parameters import Parameters
-from tests.helpers import assert_close
+from tests.helpers import assert_close, small_rows, write_rows
 
 REPO = Path(__file__).parents[1]
 BINS_ONLY = ["--need-preprocess", "false", "--data-is-raw", "true"]
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """A folder with an MLflow store that MLflow uses until the module ends."""
-    folder = tmp_path_factory.mktemp("jobs")
-    before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
-    mlflow.create_experiment("jobs", artifact_location=str(folder / "artifacts"))
-    mlflow.set_experiment("jobs")
-    yield folder
-    mlflow.set_tracking_uri(before)
-
-
-@pytest.fixture(scope="module")
-def model(home, golden):
-    """The golden checkpoint, registered through the command line."""
-    code = main(
-        ["register", "--checkpoint", str(golden / "checkpoint_flash"), "--name", "scgpt", "--alias", "champion"]
-    )
-    assert code == OK
-    return "models:/scgpt@champion"
 
 
 @pytest.fixture(scope="module")
@@ -63,40 +41,6 @@ def rows_table(spark, home, cells):
     table = f"delta.`{home}/adata_rows`"
     assert main(["ingest", "--input", str(cells), "--table", table, "--cells-per-row", "16"]) == OK
     return table
-
-
-@pytest.fixture
-def run(capfd):
-    """Run a command; give its exit code, its JSON line and its standard error."""
-
-    def call(*argv):
-        capfd.readouterr()
-        code = main([str(arg) for arg in argv])
-        told = capfd.readouterr()
-        last = told.out.strip().splitlines()[-1] if told.out.strip() else "{}"
-        return code, json.loads(last), told.err
-
-    return call
-
-
-def small_rows(n, golden, *, seed=0):
-    """Rows of three cells with forty of the golden vocabulary's genes."""
-    vocabulary = json.loads((golden / "checkpoint_flash/vocab.json").read_text())
-    genes = [name for name in vocabulary if not name.startswith("<")][:40]
-    rng = np.random.default_rng(seed)
-    for i in range(n):
-        counts = sp.csr_matrix(rng.poisson(1.0, (3, 40)).astype(np.float32) + np.eye(3, 40, dtype=np.float32))
-        adata = ad.AnnData(counts, obs=pd.DataFrame(index=["a", "b", "c"]), var=pd.DataFrame(index=genes))
-        yield to_row(adata) | {"adata_id": f"good-{i:03}"}
-
-
-def write_rows(spark, rows, table):
-    from scgpt_batch.spark import tables
-
-    tables.create(spark, table, tables.ADATA_ROWS)
-    schema = spark.table(table).schema
-    plain = [{k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in row.items()} for row in rows]
-    tables.append(spark.createDataFrame([tuple(row.get(f.name) for f in schema) for row in plain], schema), table)
 
 
 def embeddings(spark, table, key):

@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -326,24 +326,27 @@ SCENARIOS: dict[str, tuple[Callable[[Bench, int], Result], int]] = {
 }
 
 
+def with_bench(work: Callable[[Bench], Any]) -> Any:
+    """Do something in a folder of its own, which goes afterwards."""
+    with tempfile.TemporaryDirectory(prefix="faults-") as folder:
+        return work(Bench(Path(folder)))
+
+
+def _show(name: str, bench: Bench, tries: int | None) -> Result:
+    scenario, usual = SCENARIOS[name]
+    r = scenario(bench, tries or usual)
+    counted = f"{r.tries:>6}{r.rows_in:>9}{r.rows_out:>9}{r.failed:>8}{r.duplicates:>11}{r.lost:>6}"
+    print(f"{name:<15}{counted}", *r.notes, sep="\n  ", flush=True)
+    return r
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Break the nightly run, and count what is lost or doubled.")
     parser.add_argument("--only", nargs="+", choices=SCENARIOS, default=list(SCENARIOS), help="scenarios to run")
     parser.add_argument("--tries", type=int, help="tries of each, instead of its own number")
     args = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="faults-"))
-    bench, results = Bench(folder), []
     print(f"{'scenario':<15}{'tries':>6}{'rows in':>9}{'rows out':>9}{'failed':>8}{'duplicates':>11}{'lost':>6}")
-    for name in args.only:
-        scenario, tries = SCENARIOS[name]
-        r = scenario(bench, args.tries or tries)
-        results.append(r)
-        print(f"{name:<15}{r.tries:>6}{r.rows_in:>9}{r.rows_out:>9}{r.failed:>8}{r.duplicates:>11}{r.lost:>6}")
-        for note in r.notes:
-            print(f"  {note}")
-        sys.stdout.flush()
-    bench.spark.stop()
-    shutil.rmtree(folder)
+    results = with_bench(lambda bench: [_show(name, bench, args.tries) for name in args.only])
     print(json.dumps([vars(r) for r in results]))
     return 0 if all(r.kept for r in results) else 1
 

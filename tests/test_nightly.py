@@ -1,0 +1,158 @@
+"""The unattended run: killed, doubled, poisoned, planned, streamed, and over samples of several rows."""
+
+import importlib.util
+import threading
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pytest
+from pyspark.sql import functions as F
+
+from scgpt_batch.anndata_rows import to_row
+from scgpt_batch.cli import FAILED, OK, WRONG_USAGE, main
+from scgpt_batch.embedder import load_embedder
+from scgpt_batch.parameters import Parameters
+from scgpt_batch.spark import tables
+from scgpt_batch.spark.missing import missing_rows, n_tasks, with_tasks
+from tests.helpers import assert_close, small_rows, write_rows
+
+CELLS = ["--mode", "cell", "--need-preprocess", "false", "--data-is-raw", "true"]
+KEY = ("adata_id", "cell_id", "mode", "model_version", "params_hash")
+
+
+@pytest.fixture
+def rows(spark, tmp_path, golden):
+    """Twelve rows of three cells."""
+    table = f"delta.`{tmp_path}/rows`"
+    write_rows(spark, small_rows(12, golden), table)
+    return table
+
+
+@pytest.fixture
+def words(tmp_path, model, rows):
+    """The command's words: waves of four rows."""
+    out = f"delta.`{tmp_path}/out`"
+    return ["embed", "--model-uri", model, "--input-table", rows, "--output-table", out, "--wave-cells", "12", *CELLS]
+
+
+def assert_each_cell_once(spark, folder, *, cells=36, rows=12):
+    out = spark.table(f"delta.`{folder}/out`")
+    assert out.count() == cells
+    assert out.groupBy(*KEY).count().where("count > 1").count() == 0
+    ledger = spark.table(f"delta.`{folder}/out_ledger`")
+    assert ledger.count() == ledger.select("adata_id").distinct().count() == rows
+
+
+def test_a_run_that_dies_between_two_commits_is_completed_without_duplicates(spark, run, tmp_path, words, monkeypatch):
+    upsert, lines = tables.upsert, []
+
+    def die(spark, table, rows, keys):
+        if table.endswith("_ledger`"):
+            lines.append(table)
+            if len(lines) == 2:
+                raise OSError("no space left on device")
+        upsert(spark, table, rows, keys)
+
+    monkeypatch.setattr(tables, "upsert", die)
+    code, _, err = run(*words)
+    assert code == FAILED and "no space left" in err.strip().splitlines()[-1] and "Traceback" not in err
+    monkeypatch.undo()
+    assert spark.table(f"delta.`{tmp_path}/out`").count() == 24  # two waves; the ledger knows of one
+
+    code, told, _ = run(*words)
+    assert (code, told["rows_ok"], told["rows_skipped"]) == (OK, 8, 4)
+    assert_each_cell_once(spark, tmp_path)
+    status = {r["status"] for r in spark.table(f"delta.`{tmp_path}/out_runs`").collect()}
+    assert status == {"failed", "finished"}
+
+
+def test_two_runs_at_once_leave_what_one_leaves(spark, tmp_path, words):
+    codes = []
+    both = [threading.Thread(target=lambda: codes.append(main([*words]))) for _ in range(2)]
+    for one in both:
+        one.start()
+    for one in both:
+        one.join()
+    assert codes == [OK, OK]
+    assert_each_cell_once(spark, tmp_path)
+
+
+def test_a_plan_says_what_is_missing_and_writes_nothing(spark, run, tmp_path, words):
+    code, plan, _ = run(*words, "--plan")
+    assert (code, plan["rows"], plan["cells"], plan["waves"], plan["partitions"]) == (OK, 12, 36, 3, 12)
+    assert plan["seconds_expected"] is None and not (tmp_path / "out").exists()
+    run(*words)
+    again = run(*words, "--plan", "--seed", "1")[1]
+    assert again["rows"] == 12 and again["seconds_expected"] > 0
+    assert run(*words, "--plan")[1]["rows"] == 0
+
+
+def test_a_stream_takes_new_rows_alone(spark, run, tmp_path, words, rows, golden):
+    words = [*words, "--trigger", "available-now", "--checkpoint-location", str(tmp_path / "checkpoint")]
+    assert run(*words)[1]["rows_ok"] == 12
+    more = [row | {"adata_id": f"new-{i}"} for i, row in enumerate(small_rows(2, golden, seed=5))]
+    write_rows(spark, more, rows)
+    told = run(*words)[1]
+    assert (told["rows_in"], told["rows_ok"], told["cells"]) == (2, 2, 6)
+    assert_each_cell_once(spark, tmp_path, cells=42, rows=14)
+
+
+def test_trigger_wants_a_checkpoint(run, words):
+    code, _, err = run(*words, "--trigger", "available-now")
+    assert code == WRONG_USAGE and "checkpoint_location" in err
+
+
+def test_tasks_are_even_and_each_has_a_partition(spark):
+    sizes = [4000, *[300] * 20]
+    pending = spark.createDataFrame([(f"r{i}", n, None, None) for i, n in enumerate(sizes)],
+                                    "adata_id string, n_obs int, content_hash string, sample_id string")  # fmt: skip
+    nothing = spark.createDataFrame([], tables.LEDGER)
+    (wave,) = missing_rows(pending, nothing, retry_failed=False, name="t").waves(1_000_000)
+    n = n_tasks(wave)
+    tasks = with_tasks(spark, wave).join(pending, "adata_id").repartition(n, "task")
+    cells = tasks.groupBy(F.spark_partition_id().alias("p")).agg(F.sum("n_obs").alias("n")).orderBy(F.desc("n"))
+    found = [row["n"] for row in cells.collect()]
+    assert len(found) == n and found[0] == 4000 and max(found[1:]) - min(found[1:]) <= 300
+
+
+def test_rows_of_a_sample_share_decisions_and_one_mean(spark, run, tmp_path, model, golden, pbmc3k):
+    embedder = load_embedder(golden / "checkpoint_flash")
+    known = [name for name in pbmc3k.var_names if name in embedder.vocabulary]
+    cells = pbmc3k[:90, known].copy()
+    parts = [
+        to_row(cells[part]) | {"adata_id": f"part-{i}", "sample_id": "donor"}
+        for i, part in enumerate(np.array_split(np.arange(90), 3))
+    ]
+    alone = to_row(pbmc3k[90:120, known].copy()) | {"adata_id": "alone", "sample_id": None}
+    table, out = f"delta.`{tmp_path}/samples`", f"delta.`{tmp_path}/out`"
+    write_rows(spark, [*parts, alone], table)
+    choice = {"mode": "contextual", "data_is_raw": True, "hvg_flavor": "seurat_v3", "subset_hvg": 30}
+    words = ["embed", "--model-uri", model, "--input-table", table, "--output-table", out]
+    words += ["--mode", "contextual", "--data-is-raw", "true", "--hvg-flavor", "seurat_v3", "--subset-hvg", "30"]
+    code, told, err = run(*words)
+    assert (code, told["rows_ok"], told["rows_failed"]) == (OK, 4, 0), err
+    joined = to_row(ad.AnnData(cells.X, obs=cells.obs, var=cells.var))
+    for key, row in {"donor": joined, "alone": alone}.items():
+        wanted = embedder.embed(row, Parameters(**choice))
+        lines = spark.table(out).where(F.col("adata_id") == key).toPandas().set_index("gene")
+        assert sorted(lines.index) == sorted(wanted.genes)
+        assert_close(np.stack(lines.loc[wanted.genes, "embedding"]), wanted.gene_embeddings, atol=1e-5)
+        assert lines.loc[wanted.genes, "n_cells"].tolist() == wanted.n_cells.tolist()
+    assert spark.table(out).select("adata_id").distinct().count() == 2
+    assert run(*words)[1]["rows_skipped"] == 4
+
+    write_rows(spark, [to_row(pbmc3k[120:130, known].copy()) | {"adata_id": "part-3", "sample_id": "donor"}], table)
+    assert (told := run(*words)[1])["rows_ok"] == 4 and told["rows_skipped"] == 1
+    lines = spark.table(out).where("adata_id = 'donor'")
+    assert lines.count() == lines.select("gene").distinct().count()
+
+
+def test_deadly_rows_fail_alone():
+    """In processes of their own: rows that raise, segfault, hang and exhaust memory, among 24."""
+    path = Path(__file__).parent / "faults" / "run.py"
+    spec = importlib.util.spec_from_file_location("faults_run", path)
+    faults = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(faults)
+    result = faults.with_bench(lambda bench: faults.poison(bench, 1, rows_in=24))
+    assert (result.failed, result.lost, result.duplicates, result.notes) == (4, 0, 0, [])
