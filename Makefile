@@ -2,6 +2,7 @@
 # make test    sets everything up, passes checks and tests
 # make check   lint, format, types, import direction
 # make parity  compares live with the real scgpt 0.2.4, in an environment of its own
+# make bench   every benchmark against upstream and the machine's limit
 # make bench-blog   the blog's wrapper against this job, side by side
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ UPSTREAM := .venv-upstream
 export SPARK_LOCAL_IP ?= 127.0.0.1
 export PYTHONUNBUFFERED = 1
 
-.PHONY: setup java demo test check parity bench-blog clean
+.PHONY: setup java demo test check parity bench bench-blog clean
 
 setup: $(VENV)/.ready java
 
@@ -76,6 +77,9 @@ test: check
 
 parity: setup $(UPSTREAM)/.ready
 	$(UPSTREAM)/bin/python -m pytest tests/upstream -o addopts= -o filterwarnings=ignore -q -p no:cacheprovider
+
+bench: setup $(UPSTREAM)/.ready
+	$(VENV)/bin/python benchmarks/bench.py
 
 bench-blog: setup $(UPSTREAM)/.ready
 	$(VENV)/bin/python benchmarks/blog.py

@@ -11,6 +11,7 @@ import scipy.sparse as sp
 import torch
 
 from scgpt_batch.errors import NonFiniteOutput, RowError
+from scgpt_batch.model import send
 from scgpt_batch.prepare import PreparedRow, RowReport
 from scgpt_batch.preprocess import Tokens, tokenize
 
@@ -232,7 +233,7 @@ class ContextualWork(RowWork):
         if self._sums is None:
             self._start_turn(output)
         tokens, counts, places = (
-            torch.from_numpy(x).to(output.device) for x in (piece.plan.tokens, piece.plan.counts, piece.plan.places)
+            send(torch.from_numpy(x), output.device) for x in (piece.plan.tokens, piece.plan.counts, piece.plan.places)
         )
         sums = torch.segment_reduce(output[tokens], "sum", lengths=counts, axis=0, unsafe=True)
         self._sums.index_add_(0, places, sums)  # type: ignore[union-attr]

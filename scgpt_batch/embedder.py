@@ -29,7 +29,9 @@ logger = logging.getLogger(__name__)
 
 __all__ = ["Answer", "Embedder", "RowReport", "check_model_parameters", "load_embedder", "loads_in_this_process"]
 
-BATCH_TOKENS = 16_384  # tokens that run through the model at once: some 200 MB of activations at d 512
+CPU_TOKENS = 16_384  # in a batch: some 200 MB of activations at d 512; larger ones are no faster
+GPU_TOKENS = 131_072  # likewise, where memory allows
+GPU_SHARE = 0.5  # of the free memory that a batch may take
 
 
 class Embedder:
@@ -47,6 +49,7 @@ class Embedder:
         self.reader = RowReader(checkpoint.vocabulary, roots)
         self._checkpoint = checkpoint
         self._models: dict[str, ScGPT] = {}
+        self._budget: int | None = None  # tokens of a batch; known once a model is on the device
         self._lock = threading.Lock()
 
     @cached_property
@@ -106,7 +109,7 @@ class Embedder:
 
     def _answers(self, works: Iterator[RowWork | Answered], parameters: Parameters) -> Generator[Answer, None, None]:
         waiting: deque[RowWork | Answered] = deque()
-        with closing(prefetched(batches(works, lambda: BATCH_TOKENS))) as ready:
+        with closing(prefetched(batches(works, lambda: self._tokens_a_batch(parameters.dtype)))) as ready:
             for batch in ready:
                 waiting.extend(batch.works)
                 if batch.pieces:
@@ -153,17 +156,32 @@ class Embedder:
         cells = parameters.mode == "cell"
         with self._lock:
             output = self._forward(batch.tokens, parameters)
-            if cells:
-                starts = np.concatenate([[0], np.cumsum(batch.tokens.lengths)[:-1]])
-                output = output[torch.from_numpy(starts).to(self.device)]
             sizes = [piece.last - piece.first if cells else len(piece.tokens.genes) for piece in batch.pieces]
             for piece, part in zip(batch.pieces, output.split(sizes), strict=True):
                 piece.work.add(piece, part)
 
     def _forward(self, tokens: Tokens, parameters: Parameters) -> torch.Tensor:
+        """Run the model; where memory does not suffice, run both halves of the cells and ask for half from now on."""
         model = self._model(parameters.dtype)
-        genes, values = (torch.from_numpy(x).to(self.device) for x in (tokens.genes, tokens.values))
-        return model(genes, values, tokens.lengths.tolist())
+        genes, values = torch.from_numpy(tokens.genes), torch.from_numpy(tokens.values)
+        try:
+            return model(genes, values, tokens.lengths.tolist(), cls_only=parameters.mode == "cell")
+        except RuntimeError as exc:  # torch.OutOfMemoryError is one, and the CPU's has no class of its own
+            if len(tokens.lengths) == 1 or not _is_out_of_memory(exc):
+                raise
+        self._budget = max(1, len(tokens.genes) // 2)
+        logger.warning("out of memory with %d tokens: %d a batch from now on", len(tokens.genes), self._budget)
+        if self.device != "cpu":
+            torch.cuda.empty_cache()
+        return torch.cat([self._forward(half, parameters) for half in tokens.halves()])
+
+    def _tokens_a_batch(self, dtype: str) -> int:
+        if self._budget is None:
+            with self._lock:
+                self._model(dtype)  # what it takes is not free
+                self._budget = token_budget(torch.device(self.device), self.config)
+                logger.info("%d tokens a batch on %s", self._budget, self.device)
+        return self._budget
 
     def _model(self, dtype: str) -> ScGPT:
         if dtype not in self._models:
@@ -171,6 +189,16 @@ class Embedder:
                 self._checkpoint, device=self.device, dtype=getattr(torch, dtype)
             )
         return self._models[dtype]
+
+
+def token_budget(device: torch.device, config: ModelConfig) -> int:
+    """Return how many tokens to run at once: a number that suffices to be fast, if so much memory is free."""
+    if device.type != "cuda":
+        return CPU_TOKENS
+    free, _ = torch.cuda.mem_get_info(device)
+    # at the peak of a layer: x, its sum and norm, q, k, v and what they attend to, the feed-forward layer's inside
+    bytes_a_token = 4 * (8 * config.embsize + 2 * config.d_hid)
+    return max(1, min(GPU_TOKENS, int(free * GPU_SHARE) // bytes_a_token))
 
 
 def check_model_parameters(parameters: Parameters, config: ModelConfig) -> None:
@@ -218,3 +246,7 @@ def loads_in_this_process() -> int:
 def _wanted(genes: np.ndarray, parameters: Parameters) -> np.ndarray:
     """Mask the genes that the caller wants answered."""
     return np.isin(genes, parameters.genes) if parameters.genes else np.ones(len(genes), bool)
+
+
+def _is_out_of_memory(exc: RuntimeError) -> bool:
+    return "out of memory" in str(exc) or "can't allocate memory" in str(exc) or "not enough memory" in str(exc)

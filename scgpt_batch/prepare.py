@@ -175,14 +175,14 @@ class RowReader:
         if parameters.mode != "static":
             matrix = binned_layer(adata, parameters) if parameters.need_preprocess else adata.X
             if parameters.need_preprocess:
-                matrix = _binned(matrix, names, parameters, parameters.binning)
+                matrix = bin_matrix(matrix, names, parameters, parameters.binning)
         columns, extra_warning = _one_column_a_token(ids, _totals(adata, decisions))
         if not len(columns):
             raise PreprocessError("no gene that survives preprocessing is in the vocabulary")
         if parameters.mode != "static":
             binned = sp.csr_matrix(matrix[:, columns])
             if not (parameters.need_preprocess or parameters.data_is_binned):
-                binned = _binned(binned, names[columns], parameters, COLLATOR_BINS)
+                binned = bin_matrix(binned, names[columns], parameters, COLLATOR_BINS)
         told = (extra_warning, _empty_cells_warning(binned), decisions and decisions.warning)
         extra = [w for w in told if w]
         return PreparedRow(
@@ -271,11 +271,12 @@ def _empty_cells_warning(binned: sp.csr_matrix | None) -> str | None:
     return f"{empty} cells carry no gene of the vocabulary: what they give is that of <cls> alone" if empty else None
 
 
-def _binned(matrix: sp.csr_matrix, names: np.ndarray, parameters: Parameters, n_bins: int) -> sp.csr_matrix:
+def bin_matrix(matrix: sp.csr_matrix, names: np.ndarray, parameters: Parameters, n_bins: int) -> sp.csr_matrix:
+    """Put bins in the place of values, cells × genes; `names` are the genes', by which ties are drawn."""
     matrix = sp.csr_matrix(matrix)
     hashes = gene_hash(names)[matrix.indices]
     bins = bin_values(matrix.data, matrix.indptr, hashes, parameters, n_bins=n_bins)
-    return sp.csr_matrix((bins.astype(np.float32), matrix.indices, matrix.indptr), matrix.shape)
+    return sp.csr_matrix((bins, matrix.indices, matrix.indptr), matrix.shape)
 
 
 def _sampled(binned: sp.csr_matrix, names: np.ndarray, parameters: Parameters) -> sp.csr_matrix:

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+import torch
 from helpers import assert_close, random_adata
 
 from scgpt_batch import answers as answers_module
@@ -21,7 +22,7 @@ from scgpt_batch import embedder as embedder_module
 from scgpt_batch import prepare as prepare_module
 from scgpt_batch.anndata_rows import to_row
 from scgpt_batch.demo import write_demo_checkpoint
-from scgpt_batch.embedder import Embedder, load_embedder, loads_in_this_process
+from scgpt_batch.embedder import Embedder, load_embedder, loads_in_this_process, token_budget
 from scgpt_batch.errors import (
     CheckpointError,
     ConfigError,
@@ -30,7 +31,7 @@ from scgpt_batch.errors import (
     PayloadError,
     PreprocessError,
 )
-from scgpt_batch.model import Checkpoint, Vocabulary, load_checkpoint
+from scgpt_batch.model import Checkpoint, ScGPT, Vocabulary, load_checkpoint
 from scgpt_batch.parameters import Parameters
 from scgpt_batch.prepare import RowReader, allowed_path
 from scgpt_batch.preprocess import tokenize
@@ -222,9 +223,9 @@ def test_order_of_cells_and_genes_does_not_change_cell_vectors(embed):
     assert_close(embed(shuffled, **CELLS).cell_embeddings, embed(adata, **CELLS).cell_embeddings[cells], atol=1e-5)
 
 
-def test_batch_size_does_not_change_cell_vectors(embed, monkeypatch):
+def test_batch_size_does_not_change_cell_vectors(embed, embedder, monkeypatch):
     whole = embed(small(40), **CELLS).cell_embeddings
-    monkeypatch.setattr(embedder_module, "BATCH_TOKENS", 500)
+    monkeypatch.setattr(embedder, "_budget", 500)
     assert_close(embed(small(40), **CELLS).cell_embeddings, whole, atol=1e-5)
 
 
@@ -262,7 +263,7 @@ def mixed_rows():
 def test_rows_are_answered_in_order_and_as_if_each_were_alone(embedder, monkeypatch, mode, budget):
     parameters = Parameters(**UNPROCESSED, mode=mode)
     alone = [embedder.embed(row, parameters) for row in mixed_rows()]
-    monkeypatch.setattr(embedder_module, "BATCH_TOKENS", budget)
+    monkeypatch.setattr(embedder, "_budget", budget)
     for found, wanted in zip(embedder.embed_rows(mixed_rows(), parameters), alone, strict=True):
         assert (found.genes, found.cell_ids, found.report) == (wanted.genes, wanted.cell_ids, wanted.report)
         if wanted.error:
@@ -300,6 +301,44 @@ def test_several_threads_may_ask_at_once(embedder):
     assert all(np.array_equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
+@pytest.mark.parametrize(
+    "message", ["CUDA out of memory. Tried to allocate", "DefaultCPUAllocator: can't allocate memory"]
+)
+@pytest.mark.parametrize("mode", ["contextual", "cell"])
+def test_a_batch_that_needs_too_much_memory_runs_in_halves(embedder, monkeypatch, caplog, message, mode):
+    parameters, whole_forward = Parameters(**UNPROCESSED, mode=mode), ScGPT.forward
+    wanted = embedder.embed(to_row(small(30)), parameters).embeddings
+
+    def forward(model, genes, values, lengths, **options):
+        if sum(lengths) > 700:
+            raise RuntimeError(message)
+        return whole_forward(model, genes, values, lengths, **options)
+
+    monkeypatch.setattr(ScGPT, "forward", forward)
+    monkeypatch.setattr(embedder, "_budget", 10**6)
+    assert_close(embedder.embed(to_row(small(30)), parameters).embeddings, wanted, atol=1e-5)
+    assert embedder._budget <= 700
+    assert "out of memory with" in caplog.text
+
+
+def test_a_model_that_fails_otherwise_is_not_tried_again(embedder, monkeypatch):
+    def forward(*_, **__):
+        raise RuntimeError("expected scalar type Float")
+
+    monkeypatch.setattr(ScGPT, "forward", forward)
+    with pytest.raises(RuntimeError, match="expected scalar type"):
+        embedder.embed(to_row(small(3)), Parameters(**CELLS))
+
+
+def test_a_gpus_batch_is_what_half_of_its_free_memory_holds(monkeypatch, embedder):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * 2**20, 0))
+    few = token_budget(torch.device("cuda"), embedder.config)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20 * 2**20, 0))
+    assert 0 < token_budget(torch.device("cuda"), embedder.config) - 2 * few < 2
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**12, 0))
+    assert token_budget(torch.device("cuda"), embedder.config) == embedder_module.GPU_TOKENS
+
+
 # What a caller may ask for
 
 
@@ -330,6 +369,34 @@ def test_groups_that_take_turns_give_what_they_give_at_once(embed, monkeypatch):
 def test_contextual_means_are_the_same_bits_from_run_to_run(embed):
     first, second = (embed(small(60), **UNPROCESSED, mode="contextual").gene_embeddings for _ in range(2))
     assert np.array_equal(first, second)
+
+
+def peak_mb_of(call):
+    """What a call needs on top of what the process holds, at its peak, in MB."""
+    Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back to what is held now
+
+    def held(name):
+        return int(next(line for line in Path("/proc/self/status").open() if line.startswith(name)).split()[1]) / 1000
+
+    before = held("VmRSS")
+    call()
+    return held("VmHWM") - before
+
+
+@pytest.mark.parametrize("mode", ["contextual", "cell"])
+def test_a_row_of_many_cells_takes_no_more_memory_than_its_cells(embed, mode):
+    n_cells, n_genes = 100_000, 4  # 500,000 tokens, of which one layer's activations alone take 1,000 MB
+    x = sp.random(n_cells, len(known_genes()), density=n_genes / 400, format="csr", dtype=np.float32, random_state=0)
+    obs = pd.DataFrame({"donor": np.arange(n_cells) % 300}, index=[str(i) for i in range(n_cells)])
+    adata = ad.AnnData(x, obs=obs, var=pd.DataFrame(index=known_genes()))
+    grouped = {"group_by": "donor"} if mode == "contextual" else {}
+    embed(adata[:1000].copy(), **UNPROCESSED, mode=mode)
+    answers = []
+    peak = peak_mb_of(lambda: answers.append(embed(adata, **UNPROCESSED, mode=mode, **grouped)))
+    assert answers[0].report.cells == n_cells
+    carried = np.unique(obs["donor"].to_numpy()[x.nonzero()[0]] * 400 + x.indices)
+    assert len(answers[0].embeddings) == (n_cells if mode == "cell" else len(carried))
+    assert peak < 400
 
 
 def test_genes_without_vectors_need_no_weights(tmp_path, embed):

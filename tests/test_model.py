@@ -1,5 +1,6 @@
 """The model against the published package's golden outputs, and packing against padding."""
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,10 @@ import torch.nn.functional as F
 from helpers import assert_close
 from torch import nn
 
+from scgpt_batch.errors import ConfigError
 from scgpt_batch.model import ScGPT, load_checkpoint
-from scgpt_batch.model.attention import attention
+from scgpt_batch.model import attention as attention_module
+from scgpt_batch.model.attention import LONG, Packing, attention, choose_backend
 from scgpt_batch.model.transformer import SelfAttention
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
@@ -43,7 +46,7 @@ def encode(model, cells):
     """Run cells packed, and give each cell's output."""
     lengths = [len(genes) for genes, _ in cells]
     genes, values = (torch.cat(parts) for parts in zip(*cells, strict=True))
-    return [part.numpy() for part in model(genes, values, lengths).split(lengths)]
+    return [part.cpu().numpy() for part in model(genes, values, lengths).split(lengths)]
 
 
 def cosine(a, b):
@@ -135,7 +138,94 @@ def test_packed_attention_equals_padded_attention_with_a_mask(lengths):
         padded.append(torch.full((*real.shape, 2, 8), 7.0))  # what stands in the padding must not show
         padded[-1][real] = x
     wanted = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in padded), attn_mask=real[:, None, None, :])
-    assert_close(attention(q, k, v, lengths), wanted.transpose(1, 2)[real], atol=1e-6)
+    assert_close(attention(q, k, v, Packing(lengths, q.device, "sdpa")), wanted.transpose(1, 2)[real], atol=1e-6)
+
+
+@pytest.mark.parametrize("lengths", [[1], [3, 3, 3], [9, 1, 5, 5, 1]], ids=["one token", "equal", "mixed"])
+def test_attention_from_the_first_token_alone_is_that_of_all(lengths):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(sum(lengths), 2, 8, generator=generator) for _ in range(3))
+    cells = Packing(lengths, q.device, "sdpa")
+    assert_close(attention(q[cells.starts], k, v, cells), attention(q, k, v, cells)[cells.starts], atol=1e-6)
+
+
+def test_bfloat16_head_by_head_is_the_fused_attention():
+    lengths = [LONG, LONG, LONG + 50]
+    q, k, v = torch.randn(3, sum(lengths), 2, 16, generator=torch.Generator().manual_seed(0))
+    cells = Packing(lengths, q.device, "sdpa")
+    found = attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), cells)
+    assert_close(found.float(), attention(q, k, v, cells), atol=0.01)
+
+
+def test_cls_alone_is_that_of_the_whole_output(model, cells):
+    lengths = [len(genes) for genes, _ in cells]
+    genes, values = (torch.cat(parts) for parts in zip(*cells, strict=True))
+    found = model(genes, values, lengths, cls_only=True)
+    assert_close(found, np.stack([output[0] for output in encode(model, cells)]), atol=1e-5)
+
+
+# Which attention runs
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+def test_the_cpu_runs_sdpa_and_the_log_says_so(caplog):
+    with caplog.at_level(logging.INFO):
+        assert choose_backend(CPU, torch.float32) == "sdpa"
+    assert "attention: sdpa (chosen) for torch.float32 on cpu" in caplog.text
+
+
+@pytest.mark.parametrize("backend", ["flash", "varlen"])
+def test_a_named_backend_that_cannot_run_is_refused_with_the_reason(monkeypatch, backend):
+    monkeypatch.setenv("SCGPT_BATCH_ATTENTION", backend)
+    with pytest.raises(ConfigError, match=f"is '{backend}', which needs a CUDA GPU, not cpu"):
+        choose_backend(CPU, torch.bfloat16)
+    with pytest.raises(ConfigError, match="needs half precision"):
+        choose_backend(GPU, torch.float32)
+
+
+def test_a_backend_that_does_not_exist_is_refused(monkeypatch, checkpoint):
+    monkeypatch.setenv("SCGPT_BATCH_ATTENTION", "fast")
+    with pytest.raises(ConfigError, match="'fast', none of auto, flash, varlen, sdpa"):
+        ScGPT.from_checkpoint(checkpoint)
+
+
+def test_an_old_gpu_runs_float32_and_refuses_bfloat16(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert choose_backend(GPU, torch.float32) == "sdpa"
+    with pytest.raises(
+        ConfigError, match=r"bfloat16 needs a GPU of compute capability 8\.0 or more, this one has 7\.5"
+    ):
+        choose_backend(GPU, torch.bfloat16)
+
+
+def test_a_new_gpu_runs_packed_attention_in_bfloat16_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert choose_backend(GPU, torch.bfloat16) in ("flash", "varlen")
+    assert choose_backend(GPU, torch.float32) == "sdpa"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("backend", ["flash", "varlen", "sdpa"])
+def test_every_backend_of_a_gpu_gives_upstreams_output(monkeypatch, checkpoint, cells, backend):
+    if attention_module._obstacle(backend, GPU, torch.bfloat16):
+        pytest.skip("this machine does not have it")
+    monkeypatch.setenv("SCGPT_BATCH_ATTENTION", backend)
+    wanted = golden("transformer")
+    wanted = wanted["output"][~wanted["key_padding_mask"]]
+    model = ScGPT.from_checkpoint(checkpoint, device="cuda", dtype=torch.bfloat16)
+    found = np.concatenate(encode(model, cells))
+    assert_close(found, wanted, atol=0.02)
+    assert cosine(found, wanted).min() > 0.9999
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_float32_on_a_gpu_gives_upstreams_output(checkpoint, cells):
+    wanted = golden("transformer")
+    found = np.concatenate(encode(ScGPT.from_checkpoint(checkpoint, device="cuda"), cells))
+    assert_close(found, wanted["output"][~wanted["key_padding_mask"]], atol=1e-4)
 
 
 def test_self_attention_is_torchs_multihead_attention():
@@ -145,7 +235,7 @@ def test_self_attention_is_torchs_multihead_attention():
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(1, 6, 16)
     with torch.no_grad():
-        assert_close(ours(x[0], [6]), theirs(x, x, x, need_weights=False)[0][0], atol=1e-6)
+        assert_close(ours(x[0], Packing([6], x.device, "sdpa")), theirs(x, x, x, need_weights=False)[0][0], atol=1e-6)
 
 
 def test_weights_want_no_gradient_and_no_dropout(model):

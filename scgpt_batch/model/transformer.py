@@ -4,13 +4,13 @@ Numbers are those of upstream's `TransformerModel._encode` in evaluation mode: p
 Cells are packed: B cells of different lengths lie one after the other in T tokens.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from scgpt_batch.model.attention import attention
+from scgpt_batch.model.attention import Packing, attention, choose_backend, send
 from scgpt_batch.model.checkpoint import Checkpoint, ModelConfig
 
 MAX_VALUE = 512  # upstream's ContinuousValueEncoder clamps there; it has no lower bound
@@ -45,7 +45,7 @@ class ValueEncoder(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
-        x = values.clamp(max=MAX_VALUE).unsqueeze(-1)  # (T, 1)
+        x = values.clamp(max=MAX_VALUE).unsqueeze(-1)  # (n,) -> (n, 1)
         return self.norm(self.linear2(F.relu(self.linear1(x))))
 
 
@@ -59,10 +59,20 @@ class SelfAttention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
         self.out_proj = Linear(width, width)
 
-    def forward(self, x: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-        qkv = F.linear(x.to(self.in_proj_weight.dtype), self.in_proj_weight, self.in_proj_bias)
-        q, k, v = qkv.unflatten(-1, (3, self.n_heads, -1)).unbind(1)  # each (T, H, D)
-        return self.out_proj(attention(q, k, v, lengths).flatten(1))
+    def forward(self, x: torch.Tensor, cells: Packing) -> torch.Tensor:
+        q, k, v = self._project(x, slice(None)).chunk(3, dim=1)  # each (T, H, D)
+        return self.out_proj(attention(q, k, v, cells).flatten(1))
+
+    def first_token(self, x: torch.Tensor, cells: Packing) -> torch.Tensor:
+        """Attend from the first token of each cell alone: (T, d) -> (B, d)."""
+        d = x.shape[1]
+        q = self._project(x[cells.starts], slice(d))
+        k, v = self._project(x, slice(d, None)).chunk(2, dim=1)
+        return self.out_proj(attention(q, k, v, cells).flatten(1))
+
+    def _project(self, x: torch.Tensor, part: slice) -> torch.Tensor:
+        x = F.linear(x.to(self.in_proj_weight.dtype), self.in_proj_weight[part], self.in_proj_bias[part])
+        return x.unflatten(1, (-1, self.out_proj.in_features // self.n_heads))  # (T, heads of all parts, D)
 
 
 class Layer(nn.Module):
@@ -76,10 +86,18 @@ class Layer(nn.Module):
         self.norm1 = nn.LayerNorm(config.embsize)
         self.norm2 = nn.LayerNorm(config.embsize)
 
-    def forward(self, x: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-        # sums and norms stay in float32 while the matrices may work in bfloat16
-        x = self.norm1(x + self.self_attn(x, lengths))
-        return self.norm2(x + self.linear2(F.relu(self.linear1(x))))
+    def forward(self, x: torch.Tensor, cells: Packing) -> torch.Tensor:
+        return self._after_attention(x, self.self_attn(x, cells))
+
+    def first_token(self, x: torch.Tensor, cells: Packing) -> torch.Tensor:
+        """Give the output of each cell's first token alone: (T, d) -> (B, d)."""
+        return self._after_attention(x[cells.starts], self.self_attn.first_token(x, cells))
+
+    def _after_attention(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        # sums and norms stay in float32 while the matrices may work in bfloat16; sums take the place of `x`, which
+        # nobody needs any more, because fresh memory costs more than the sum
+        x = self.norm1(x.add_(attended))
+        return self.norm2(x.add_(self.linear2(self.linear1(x).relu_())))
 
 
 class ScGPT(nn.Module):
@@ -96,6 +114,7 @@ class ScGPT(nn.Module):
         self.transformer_encoder = nn.ModuleDict(
             {"layers": nn.ModuleList(Layer(config) for _ in range(config.nlayers))}
         )
+        self.backend = "sdpa"
 
     @classmethod
     def from_checkpoint(
@@ -108,6 +127,7 @@ class ScGPT(nn.Module):
         with torch.device("meta"):
             model = cls(checkpoint.config, len(checkpoint.vocabulary))
         model.load_state_dict(_matrices_as(checkpoint.tensors, dtype), strict=True, assign=True)
+        model.backend = choose_backend(torch.device(device), dtype)
         return model.to(device).eval().requires_grad_(False)
 
     @torch.inference_mode()
@@ -116,26 +136,36 @@ class ScGPT(nn.Module):
         return self.encoder(genes)
 
     @torch.inference_mode()
-    def forward(self, genes: torch.Tensor, values: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    def forward(
+        self, genes: torch.Tensor, values: torch.Tensor, lengths: Sequence[int], *, cls_only: bool = False
+    ) -> torch.Tensor:
         """Encode packed cells.
 
         Parameters
         ----------
         genes
-            Token ids, int64, (T,); each cell starts with `<cls>`.
+            Token ids, int64, (T,); each cell starts with `<cls>`. Like `values` best on the CPU.
         values
             Binned expression, float32, (T,).
         lengths
             Tokens of each cell, in order; their sum is T. Sorted lengths run fastest.
+        cls_only
+            Give the output of each cell's first token alone, which saves most of the last layer.
 
         Returns
         -------
-        The transformer's output for each token, float32, (T, d).
+        The transformer's output, float32, for each token, (T, d), or with `cls_only` for each cell, (B, d).
         """
-        x = self.encoder(genes) + self.value_encoder(values)
-        for layer in self.transformer_encoder["layers"]:
-            x = layer(x, lengths)
-        return x
+        device = self.encoder.embedding.weight.device
+        cells = Packing(lengths, device, self.backend)
+        # bins take some 50 values: each is encoded once; found before the device is asked to do anything, so that it
+        # needs not be waited for
+        bins, bin_of = (send(x, device) for x in torch.unique(values, return_inverse=True))
+        x = self.encoder(send(genes, device)).add_(self.value_encoder(bins)[bin_of])
+        *layers, last = self.transformer_encoder["layers"]
+        for layer in layers:
+            x = layer(x, cells)
+        return last.first_token(x, cells) if cls_only else last(x, cells)
 
 
 def _matrices_as(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
