@@ -285,7 +285,8 @@ def _fail(exc: Exception, code: int, debug: bool) -> int:
         logging.getLogger(__name__).exception("%s", exc)
     expected = isinstance(exc, ScgptBatchError)
     told = str(exc) if expected else f"{type(exc).__name__}: {str(exc).strip()}"
-    first = told.strip().splitlines()[0] if told.strip() else type(exc).__name__
+    lines = [line for line in told.strip().splitlines() if "An error occurred while calling" not in line]
+    first = lines[0].removeprefix(": ") if lines else type(exc).__name__  # py4j tells its own call first
     more = "" if expected or debug else " (--debug shows all of it)"
     print(f"scgpt-batch: {first}{more}", file=sys.stderr)
     return code

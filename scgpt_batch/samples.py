@@ -212,7 +212,7 @@ def exact_sums(columns: np.ndarray, values: np.ndarray, n_columns: int) -> dict[
 def _contribution(
     reader: RowReader, row: Mapping[str, Any], p: Parameters, min_coverage: float, decisions: Decisions | None
 ) -> Statistics:
-    with row_errors():
+    with row_errors(), np.errstate(over="ignore", invalid="ignore"):  # values too large for scanpy: `decide` tells
         adata, _ = reader.open(row, p, min_coverage)
         check_columns(adata, p)
         if decisions is None:

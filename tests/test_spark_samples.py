@@ -1,6 +1,5 @@
 """Samples of several rows on Spark: what the rows' tasks and the driver do gives what one AnnData would."""
 
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -53,13 +52,17 @@ def rows(spark, samples):
     return spark.createDataFrame(table, ROWS).repartition(4, "adata_id").cache()
 
 
-def embed_sums(ref, parameters, batches):
-    """Answer rows by sums, as a worker does."""
-    embedder = ref.load()
-    for batch in batches:
-        for row in arrow_rows(batch):
-            (answer,) = embedder.embed_rows([row], parameters, sums=True)
-            yield from answer_batches({name: row[name] for name in ROW_KEY}, answer)
+def embed_sums(ref, parameters):
+    """Answer rows by sums, as a worker does. (A closure: workers cannot import tests.)"""
+
+    def run(batches):
+        embedder = ref.load()
+        for batch in batches:
+            for row in arrow_rows(batch):
+                (answer,) = embedder.embed_rows([row], parameters, sums=True)
+                yield from answer_batches({name: row[name] for name in ROW_KEY}, answer)
+
+    return run
 
 
 def test_the_means_of_larger_samples_are_those_of_the_joined_cells(spark, rows, samples, embedder, ref):
@@ -71,7 +74,7 @@ def test_the_means_of_larger_samples_are_those_of_the_joined_cells(spark, rows, 
     keys = rows.select("adata_id", "sample_id")
     sums = (
         rows.join(F.broadcast(decided), "sample_id")
-        .mapInArrow(partial(embed_sums, ref, parameters), ANSWERS_DDL)
+        .mapInArrow(embed_sums(ref, parameters), ANSWERS_DDL)
         .where("report IS NULL")
         .join(keys, "adata_id")
     )

@@ -63,7 +63,11 @@ IDENTITY = {
 _VECTOR_LENGTH = "delta.constraints.vector_length"
 
 COMMIT_TRIES = 12  # over some four minutes
-_CONFLICTS = ("DELTA_CONCURRENT", "DELTA_METADATA_CHANGED", "DELTA_PROTOCOL_CHANGED")
+# how Delta says that another writer was faster, also in making the table
+_CONFLICTS = (
+    "DELTA_CONCURRENT", "DELTA_METADATA_CHANGED", "DELTA_PROTOCOL_CHANGED", "ALREADY_EXISTS", "FileAlreadyExists",
+    "DELTA_TABLE_ID_MISMATCH",
+)  # fmt: skip
 
 _PATH = re.compile(r"delta\.`(?P<path>[^`]+)`")
 _NAME = re.compile(r"(`[^`]+`|\w+)(\.(`[^`]+`|\w+)){0,2}")
@@ -157,7 +161,7 @@ def create(spark: SparkSession, table: str, columns: str, *, vector_length: int 
     if schema:
         spark.sql(f"CREATE SCHEMA IF NOT EXISTS {schema}")
     promises = "" if vector_length is None else f"TBLPROPERTIES ({_promises(vector_length)})"
-    spark.sql(f"CREATE TABLE IF NOT EXISTS {table} ({columns}) USING delta {promises}")
+    _retried(table, lambda: spark.sql(f"CREATE TABLE IF NOT EXISTS {table} ({columns}) USING delta {promises}"))
     return True
 
 
