@@ -3,6 +3,7 @@
 # make check   lint, format, types, import direction
 # make parity  compares live with the real scgpt 0.2.4, in an environment of its own
 # make bench   every benchmark against upstream and the machine's limit
+# make faults  break the nightly run for real, and count what is lost or doubled
 # make bench-blog   the blog's wrapper against this job, side by side
 # make bench-serving  the blog's wrapper under mlflow models serve against scgpt-batch serve; 20,000 requests; 10,000 rows
 # make fault-serving  the endpoint killed 20 times under load, and 5,000 requests of nonsense
@@ -101,6 +102,9 @@ bench-serving: setup $(UPSTREAM)/.ready
 	$(VENV)/bin/python benchmarks/serving.py
 	$(VENV)/bin/python benchmarks/serving.py --soak memory
 	$(VENV)/bin/python benchmarks/serving.py --soak log
+
+faults: setup
+	$(VENV)/bin/python tests/faults/run.py
 
 fault-serving: setup
 	SCGPT_BATCH_KILLS=20 SCGPT_BATCH_FUZZ=5000 $(VENV)/bin/pytest tests/test_serving.py tests/test_serving_log.py \
