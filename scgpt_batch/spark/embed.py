@@ -239,8 +239,7 @@ def _missing(job: Job, rows: DataFrame) -> Missing:
 
 def _embed_wave(job: Job, rows: DataFrame, wave: pd.DataFrame) -> None:
     """Compute the answers once, then commit the embeddings, then the ledger."""
-    rivals = _rivals(job)
-    wave = _still_missing(job, wave, rivals)
+    wave = _still_missing(job, wave)
     if wave.empty:
         return
     answers, ledger = _answers(job, rows, wave)
@@ -248,7 +247,7 @@ def _embed_wave(job: Job, rows: DataFrame, wave: pd.DataFrame) -> None:
         lines = answers.where("report IS NULL")
         if _summed(job, wave):
             lines = _sample_means(job, lines, wave, ledger)
-        tables.replace(_embeddings(job, lines), job.output, _replaceable(job, wave, rivals))
+        tables.replace(_embeddings(job, lines), job.output, lambda: _replaceable(job, wave))
         tables.upsert(job.spark, job.ledger, _ledger_lines(job, answers), LEDGER_KEY)
     finally:
         answers.unpersist()
@@ -272,9 +271,9 @@ def _rivals(job: Job) -> list[str]:
     return [row["run_id"] for row in open_runs.select("run_id").distinct().collect()]
 
 
-def _still_missing(job: Job, wave: pd.DataFrame, rivals: list[str]) -> pd.DataFrame:
+def _still_missing(job: Job, wave: pd.DataFrame) -> pd.DataFrame:
     """Leave out what a run beside this one has done since we looked."""
-    others = [run for run in rivals if run != job.run_id]
+    others = [run for run in _rivals(job) if run != job.run_id]
     if not others or _samples(wave):  # a sample is done as a whole
         return wave
     lines = job.spark.table(job.ledger).where(job.stamped).where(F.col("run_id").isin(others))
@@ -284,16 +283,17 @@ def _still_missing(job: Job, wave: pd.DataFrame, rivals: list[str]) -> pd.DataFr
     return wave[~wave["adata_id"].isin(done)]
 
 
-def _replaceable(job: Job, wave: pd.DataFrame, rivals: list[str]) -> str:
+def _replaceable(job: Job, wave: pd.DataFrame) -> str:
     """What the wave's embeddings are written in place of: the condition that they meet themselves.
 
-    A key that is new can have lines of rivals alone; naming these lets Delta pass over all other files.
+    A key that is new can have lines of rivals alone; naming these lets Delta pass over all other files. Ask at each
+    try to commit: a run that has begun since is a rival too.
     """
     ids = ", ".join(map(tables.literal, {*wave["adata_id"], *_samples(wave)}))
     condition = f"{job.stamped} AND adata_id IN ({ids})"
     if wave["known"].any():
         return condition
-    return f"{condition} AND run_id IN ({', '.join(map(tables.literal, rivals))})"
+    return f"{condition} AND run_id IN ({', '.join(map(tables.literal, _rivals(job)))})"
 
 
 def _answers(job: Job, rows: DataFrame, wave: pd.DataFrame) -> tuple[DataFrame, pd.DataFrame]:

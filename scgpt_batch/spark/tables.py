@@ -170,14 +170,14 @@ def append(rows: DataFrame, table: str) -> None:
     rows.write.format("delta").mode("append").option("compression", "zstd").saveAsTable(table)
 
 
-def replace(rows: DataFrame, table: str, condition: str) -> None:
+def replace(rows: DataFrame, table: str, condition: Callable[[], str]) -> None:
     """Write rows in place of those that meet `condition`, in one commit; the rows must all meet it.
 
     Writing the same again changes nothing. Of two at once on one table the later to commit is refused by Delta and
-    tries again, so it sees what the first has written.
+    tries again, so it sees what the first has written; `condition` is asked anew for each try.
     """
-    writer = rows.write.format("delta").mode("overwrite").option("replaceWhere", condition)
-    _retried(table, lambda: writer.option("compression", "zstd").saveAsTable(table))
+    writer = rows.write.format("delta").mode("overwrite").option("compression", "zstd")
+    _retried(table, lambda: writer.option("replaceWhere", condition()).saveAsTable(table))
 
 
 def upsert(spark: SparkSession, table: str, rows: DataFrame, keys: Sequence[str]) -> None:
