@@ -198,7 +198,10 @@ def _write_run(job: Job, status: str, seconds: float | None = None) -> None:
     }  # fmt: skip
     schema = job.spark.table(job.runs).schema
     row = job.spark.createDataFrame([tuple(told.get(f.name) for f in schema)], schema)
-    tables.upsert(job.spark, job.runs, row, ["run_id"])
+    if status == "running":
+        tables.append(row, job.runs)
+    else:
+        tables.upsert(job.spark, job.runs, row, ["run_id"])
 
 
 def _embed_stream(job: Job, clock: float) -> None:
@@ -223,8 +226,8 @@ def _embed_missing(job: Job, rows: DataFrame, clock: float) -> None:
     job.counts["rows_in"] += missing.rows_in
     job.counts["rows_skipped"] += missing.rows_in - len(missing.pending)
     cells, done = int(missing.pending["cells"].sum()), 0
-    for wave in missing.waves(job.settings.wave_cells):
-        _embed_wave(job, rows, wave)
+    for number, wave in enumerate(missing.waves(job.settings.wave_cells)):
+        _embed_wave(job, rows, _still_missing(job, wave) if number else wave)
         done += int(wave["cells"].sum())
         _show_progress(job, len(missing.pending), done, cells, time.monotonic() - clock)
 
@@ -239,7 +242,6 @@ def _missing(job: Job, rows: DataFrame) -> Missing:
 
 def _embed_wave(job: Job, rows: DataFrame, wave: pd.DataFrame) -> None:
     """Compute the answers once, then commit the embeddings, then the ledger."""
-    wave = _still_missing(job, wave)
     if wave.empty:
         return
     answers, ledger = _answers(job, rows, wave)

@@ -63,7 +63,9 @@ class Bench:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.environment = os.environ | {
+        # the caller's own experiment and store are not ours
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+        self.environment = inherited | {
             "SPARK_LOCAL_IP": "127.0.0.1",
             "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
         }
