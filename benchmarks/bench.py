@@ -1,6 +1,6 @@
 """Every regime side by side in one run: ours, upstream, the ceiling.
 
-    .venv/bin/python benchmarks/bench.py [--only engine,tokens,...]
+    .venv/bin/python benchmarks/bench.py [--only engine,tokenize,...]
 
 Each regime is a module of this folder whose `run()` prints its figures as it goes (ceiling first, on standard error)
 and returns them. The last line is one JSON document with a key a regime; in each `ours`, `upstream`, `ratio` and
@@ -21,7 +21,7 @@ from figures import CannotRun, say
 
 REGIMES = {
     "engine": "cells/s of the model against upstream's embed_data, and of the matrix rate",
-    "tokens": "cells/s of binning and tokenising, and of preprocessing, against upstream's",
+    "tokenize": "cells/s of binning and tokenising, and of preprocessing, against upstream's",
     "job": "cells/s of the job, Delta to Delta, against the model alone",
     "output": "MB/s of vectors into Delta, against Parquet alone",
     "growth": "seconds and peak memory over 1, 4 and 16 times the cells",
@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in wanted:
         say(f"--- {name}: {REGIMES[name]}")
         try:
-            figures[name] = importlib.import_module(name).run()
+            # a module `tokenize` would stand in the standard library's way
+            figures[name] = importlib.import_module("tokens" if name == "tokenize" else name).run()
         except CannotRun as exc:
             say(f"{name} is left out: {exc}")
     print(json.dumps(figures))
