@@ -201,7 +201,7 @@ def _begin_run(job: Job) -> None:
 
 
 def _end_run(job: Job, status: str, seconds: float) -> None:
-    told = {
+    told: dict[str, str | float | datetime] = {
         "status": status, "finished_at": datetime.now(UTC), **job.counts, "seconds": seconds,
         "output_version": tables.version(job.spark, job.output),
     }  # fmt: skip
