@@ -102,7 +102,7 @@ def _failed_rows(runs: Sequence[Row], limits: MonitorSettings, now: datetime) ->
     for run in newest.values():
         failed = run["rows_failed"] / (run["rows_ok"] + run["rows_failed"])
         if failed > limits.max_failed_fraction and _hours(run["finished_at"], now) <= limits.max_run_age_hours:
-            told = f"run {run['run_id']} ({run['mode']}): {run['rows_failed']} rows failed, {failed:.0%} of those it took"
+            told = f"run {run['run_id']} ({run['mode']}): {failed:.0%} of its rows failed ({run['rows_failed']})"
             alerts.append(Alert("rows_failed", "critical", told, failed, limits.max_failed_fraction))
     return alerts
 

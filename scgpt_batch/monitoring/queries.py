@@ -32,6 +32,12 @@ def text(name: str) -> str:
     return resources.files("scgpt_batch.monitoring").joinpath("sql", f"{name}.sql").read_text(encoding="utf-8")
 
 
+def parameters(name: str) -> list[str]:
+    """List a question's parameters, as the SQL (not its comments) names them."""
+    sql = "\n".join(line for line in text(name).splitlines() if not line.startswith("--"))
+    return list(dict.fromkeys(re.findall(r":(\w+)", sql)))
+
+
 def filled(name: str, **parameters: str) -> str:
     """Return the SQL of a question with SQL in place of each parameter, for views and alerts, which take none."""
     spelt = r"identifier\(:(\w+)\)|:(\w+)"
