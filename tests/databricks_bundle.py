@@ -1,4 +1,4 @@
-"""The bundle of conf/databricks as the Databricks CLI reads it: files included, a target chosen, references resolved."""
+"""The bundle of conf/databricks as the Databricks CLI reads it: files included, references of a target resolved."""
 
 import re
 from pathlib import Path
