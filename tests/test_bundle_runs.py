@@ -52,7 +52,7 @@ def workspace(spark, home, golden, pbmc3k):
     main(["register", "--checkpoint", checkpoint, "--name", f"{CATALOG}.scgpt.scgpt", "--alias", "champion"])
     for name, cells in (("one", pbmc3k[:200]), ("two", pbmc3k[200:400])):
         cells.write_h5ad(home / f"{name}.h5ad")
-    lines = inference_tables.requests(8000, until=datetime.now(UTC), days=8)
+    lines = inference_tables.requests(16_000, until=datetime.now(UTC), days=8).assign(sampling_fraction=1.0)
     lines["status_code"], lines["execution_duration_ms"], lines["served_entity_id"] = 200, 100, "scgpt-1"
     inference_tables.write(spark, lines, "scgpt.scgpt_payload")
     return resources
