@@ -149,8 +149,9 @@ def job(name: str) -> None:
 
 
 def entry_point() -> None:
-    """Run the console script."""
-    sys.exit(main())
+    """Run the console script, and a Databricks wheel task: which takes any SystemExit for a failure, 0 too."""
+    if code := main():
+        sys.exit(code)
 
 
 def _run(command: Command, *settings: BaseModel) -> Summary:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ import pandas as pd
 import yaml
 from mlflow.exceptions import MlflowException
 from mlflow.models import convert_input_example_to_serving_input, validate_serving_input
+from mlflow.utils.file_utils import get_or_create_nfs_tmp_dir
+from mlflow.utils.nfs_on_spark import get_nfs_cache_root_dir
 
 import scgpt_batch
 from scgpt_batch import pyfunc
@@ -129,7 +132,7 @@ def resolve(model_uri: str) -> ResolvedModel:
     try:
         name, version = _name_and_version(model_uri)
         uri = f"models:/{name}/{version}" if version else model_uri
-        folder = Path(mlflow.artifacts.download_artifacts(uri) if version else _existing_folder(model_uri))
+        folder = Path(_fetched(uri) if version else _existing_folder(model_uri))
         flavor = mlflow.models.Model.load(str(folder)).flavors["python_function"]
         checkpoint = folder / flavor["artifacts"]["checkpoint"]["path"]
         digest = flavor["config"]["checkpoint_digest"]
@@ -139,6 +142,19 @@ def resolve(model_uri: str) -> ResolvedModel:
         why = " ".join(str(exc).split())  # YAML's complaints have several lines
         raise ConfigError(f"{model_uri} is no model that scgpt-batch register made: {why}") from exc
     return ResolvedModel(uri, name or folder.name, version or digest[:12], folder, checkpoint, digest)
+
+
+def _fetched(uri: str) -> str:
+    """Fetch a version's files: to the folder that all machines of the cluster share, where there is one.
+
+    There `mlflow.pyfunc.spark_udf` puts them too: Databricks has one on each classic cluster, and gives Spark's workers
+    no credentials to fetch for themselves; other clusters name theirs by `spark.mlflow.nfs.rootDir`.
+    """
+    if not get_nfs_cache_root_dir():
+        return mlflow.artifacts.download_artifacts(uri)
+    folder = Path(tempfile.mkdtemp(dir=get_or_create_nfs_tmp_dir()))
+    folder.chmod(0o755)  # workers may be another user
+    return mlflow.artifacts.download_artifacts(uri, dst_path=str(folder))
 
 
 def load(model: ResolvedModel | str) -> Embedder:

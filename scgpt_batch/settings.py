@@ -85,6 +85,9 @@ class MonitorSettings(Settings):
     """Judge the health of an endpoint and of the batch job, from their tables."""
 
     inference_table: str = Field("", description="the endpoint's inference table, of any generation")
+    requests_view: str = Field(
+        "", description="view of its requests to make anew, which dashboard and alerts read; empty: none that stays"
+    )
     output_table: str = Field("", description="the batch job's embeddings; empty: those of the last run")
     runs_table: str = Field("", description="its runs; empty: output table + _runs")
     ledger_table: str = Field("", description="its ledger; empty: output table + _ledger")
@@ -99,7 +102,14 @@ class MonitorSettings(Settings):
     min_volume: float = Field(0.5, ge=0, description="least requests of an hour, as share of the same hour's usual")
     min_usual_requests: float = Field(20, ge=0, description="hours with fewer usual requests are not judged by volume")
     max_run_age_hours: float = Field(26, gt=0, description="since the batch job last finished")
+    max_failed_fraction: float = Field(0.1, ge=0, le=1, description="share of a run's rows that may fail")
     max_cosine: float = Field(0.999, gt=0, le=1, description="mean cosine of a run's vectors, above it they are alike")
+
+    @model_validator(mode="after")
+    def _works(self) -> Self:
+        if self.requests_view and not self.inference_table:
+            raise ValueError("requests_view needs inference_table: a view of which table's requests?")
+        return self
 
 
 class MaintainSettings(Settings):

@@ -132,6 +132,17 @@ def test_an_alias_is_resolved_to_its_version(registered):
     assert (found.config.embsize, found.config.nlayers) == (64, 3)
 
 
+def test_the_files_go_where_all_machines_of_the_cluster_see_them(registered, spark, tmp_path):
+    spark.conf.set("spark.mlflow.nfs.rootDir", str(tmp_path))
+    try:
+        shared = registry.resolve("models:/scgpt@champion")
+    finally:
+        spark.conf.unset("spark.mlflow.nfs.rootDir")
+    assert shared.folder.is_relative_to(tmp_path) and shared.folder.stat().st_mode & 0o055 == 0o055
+    assert load_checkpoint(shared.checkpoint).digest == DIGEST
+    assert not registry.resolve("models:/scgpt@champion").folder.is_relative_to(tmp_path)
+
+
 def test_a_path_is_a_model_too(registered):
     found = registry.resolve(str(registered.folder))
     assert found.digest == DIGEST

@@ -86,7 +86,7 @@ def monitor(spark: SparkSession, settings: MonitorSettings, *, now: datetime | N
 
 def _endpoint(findings: Findings) -> Summary:
     settings = findings.settings
-    view = requests_view(findings.spark, settings.inference_table)
+    view = requests_view(findings.spark, settings.inference_table, settings.requests_view)
     (window,) = findings.ask("endpoint_health", requests=view, since=findings.window)
     # rows come late: an hour counts when the table can hold all of it
     arrived = findings.now - timedelta(minutes=settings.delay_minutes)
