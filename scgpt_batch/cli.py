@@ -28,9 +28,11 @@ from scgpt_batch.settings import (
     IngestSettings,
     MaintainSettings,
     MonitorSettings,
+    PromoteSettings,
     RegisterSettings,
     ServeSettings,
     Settings,
+    StatusSettings,
     Summary,
     SummarySettings,
 )
@@ -118,6 +120,19 @@ def _deploy(settings: DeploySettings) -> Summary:
     return deploy(settings)
 
 
+def _promote(settings: PromoteSettings) -> Summary:
+    from scgpt_batch.promotion import promote
+
+    return promote(settings)
+
+
+def _status(settings: StatusSettings) -> Summary:
+    with _needs("status", "databricks"):
+        from scgpt_batch.monitoring.status import status
+
+    return status(settings)
+
+
 COMMANDS = {
     "demo-checkpoint": Command(DemoCheckpointSettings, _demo_checkpoint),
     "ingest": Command(IngestSettings, _ingest),
@@ -127,7 +142,9 @@ COMMANDS = {
     "summary": Command(SummarySettings, _summary),
     "monitor": Command(MonitorSettings, _monitor),
     "maintain": Command(MaintainSettings, _maintain),
+    "promote": Command(PromoteSettings, _promote),
     "deploy": Command(DeploySettings, _deploy),
+    "status": Command(StatusSettings, _status),
 }
 
 
@@ -312,6 +329,8 @@ def _fail(exc: Exception, code: int, debug: bool) -> int:
 def _exit_code(settings: BaseModel, summary: Summary) -> int:
     if isinstance(settings, MonitorSettings):
         return ALERTS if summary["status"] in ("critical", settings.fail_on) else OK
+    if isinstance(settings, PromoteSettings):
+        return FAILED if summary["refused"] else OK
     if not isinstance(settings, EmbedSettings):
         return OK
     failed = summary.get("rows_failed", 0)  # --plan has none

@@ -134,6 +134,20 @@ class ServeSettings(Settings):
     batch_wait_ms: float = Field(5.0, ge=0, description="how long a request waits for others to share the device with")
 
 
+class PromoteSettings(Settings):
+    """Make the challenger champion, if it answers right, fast and like the champion."""
+
+    name: str = Field(description="registered model: name, or catalog.schema.name")
+    challenger: str = Field("challenger", description="alias or version number of the version to promote")
+    champion: str = Field("champion", description="alias to move to it")
+    rows: str = Field("", description="adata_rows table, .parquet or .json to compare on; empty: what register stored")
+    max_rows: int = Field(20, ge=1, description="of these rows, the first by adata_id (of a file: the first)")
+    tolerance: float = Field(1e-3, ge=0, description="of a number in the answers stored when it was registered")
+    max_slowdown: float = Field(1.5, gt=0, description="time for the rows, as multiple of the champion's")
+    min_cosine: float = Field(0.95, ge=-1, le=1, description="mean cosine with the champion's vectors; -1: any")
+    plan: bool = Field(False, description="check, and promote nothing")
+
+
 class WorkspaceSettings(Settings):
     """What a command takes that asks a Databricks workspace; who it asks as is Databricks' unified authentication."""
 
@@ -190,6 +204,14 @@ class DeploySettings(WorkspaceSettings):
     def new_share(self) -> int:
         """Percent of the traffic that the new version gets."""
         return self._shares()["new"] if self.traffic else 100
+
+
+class StatusSettings(WorkspaceSettings):
+    """Say how a Databricks endpoint is: state, versions, traffic, logs, metrics, its tables and the nightly run."""
+
+    inference_table: str = Field("", description="the endpoint's inference table, to judge it too (reads by Spark)")
+    output_table: str = Field("", description="the batch job's embeddings, to judge the last run too (reads by Spark)")
+    runs_table: str = Field("", description="its runs; empty: output table + _runs")
 
 
 Summary = dict[str, Any]

@@ -1,10 +1,22 @@
 """`deploy` by the real SDK over real HTTP, against a stand-in workspace: what becomes of it, and what is said."""
 
+import json
 import os
+import re
+import shlex
+import subprocess
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
+import inference_tables
+import mlflow
+import numpy as np
 import pytest
 from databricks_workspace import Fault, Workspace, serve
+from helpers import assert_close, small_rows
+from mlflow.pyfunc import scoring_server
 
+from scgpt_batch.anndata_rows import from_row
 from scgpt_batch.cli import FAILED, OK, WRONG_USAGE
 
 MODEL = "main.lab.scgpt"
@@ -334,3 +346,112 @@ def test_a_version_that_is_not_registered_to_its_end_is_refused(deploy, workspac
     workspace.models[MODEL]["versions"]["3"] = "FAILED_REGISTRATION"
     code, _, err = deploy()
     assert code == WRONG_USAGE and "FAILED_REGISTRATION" in err
+
+
+# Status
+
+
+def test_status_tells_state_versions_logs_and_metrics(run, deploy, deployed, workspace):
+    deploy("@challenger", "--traffic", "old=90,new=10")
+    workspace.failing = {"5"}
+    deploy("/5")
+    workspace.requests.clear()
+    code, told, err = run("status", "--endpoint", "scgpt")
+    assert (code, told["state"], told["inference_table"]) == (OK, "UPDATE_FAILED", TABLE)
+    assert [(line["version"], line["traffic"], line["state"]) for line in told["served"]] == [
+        ("3", 90, "ready"), ("4", 10, "ready")]  # fmt: skip
+    assert [(line["version"], line["state"]) for line in told["pending"]] == [("5", "failed (Container build failed)")]
+    assert told["build_log"]["scgpt-5"].startswith("ERROR") and told["build_log"]["scgpt-3"] == "#2 done"
+    assert told["server_log"]["scgpt-3"] == "INFO model opened on cuda"
+    assert told["metrics"]["request_count_total"] == {"scgpt-3": 120}
+    assert told["metrics"]["request_latency_ms_sum"] == {"scgpt-3": 15600}
+    assert not any("bucket" in name for name in told["metrics"])
+    assert "scgpt-3: 90 %, GPU_SMALL Small, ready" in err and workspace.changes == []
+
+
+def test_status_says_what_is_not_there(run, workspace):
+    code, _, err = run("status", "--endpoint", "nobody")
+    assert code == WRONG_USAGE and "no endpoint 'nobody'" in err
+
+
+def test_status_needs_no_metrics_and_no_logs(run, deployed, workspace):
+    workspace.faults = [Fault("GET", "/metrics$", 404, "RESOURCE_DOES_NOT_EXIST"),
+                        Fault("GET", "logs$", 404, "RESOURCE_DOES_NOT_EXIST", times=2)]  # fmt: skip
+    code, told, _ = run("status", "--endpoint", "scgpt")
+    assert (code, told["metrics"], told["build_log"], told["server_log"]) == (OK, {}, {"scgpt-3": ""}, {"scgpt-3": ""})
+
+
+def test_status_judges_the_inference_table_and_the_last_run(run, spark, deployed, tmp_path, monkeypatch):
+    from scgpt_batch.spark import tables
+
+    until = datetime.now(UTC) - timedelta(hours=2)
+    lines = inference_tables.requests(400, until=until, days=2)
+    table = inference_tables.write(spark, lines, f"delta.`{tmp_path}/payload`")
+    tables.create(spark, f"delta.`{tmp_path}/runs`", tables.RUNS)
+    spark.sql(f"insert into delta.`{tmp_path}/runs` (run_id, started_at, finished_at, status, output_table) "
+              f"values ('run-1', now(), now(), 'failed', '')")  # fmt: skip
+    monkeypatch.setenv("SCGPT_BATCH_WEBHOOK_URL", "http://127.0.0.1:9/nothing-may-be-posted")
+    flags = ("--inference-table", table, "--runs-table", f"delta.`{tmp_path}/runs`")
+    code, told, _ = run("status", "--endpoint", "scgpt", *flags)
+    assert (code, told["health"]["status"], told["health"]["last_run"]) == (OK, "critical", "run-1")
+    rules = {alert["rule"] for alert in told["health"]["alerts"]}
+    assert {"error_rate", "run_failed"} <= rules and "webhook" not in rules
+
+
+# docs/databricks.md
+
+
+def sections(*titles):
+    """Code blocks of the document's sections: (language, text), in order."""
+    text = (Path(__file__).parents[1] / "docs/databricks.md").read_text()
+    chosen = [part for part in re.split(r"^## ", text, flags=re.MULTILINE) if part.split("\n")[0] in titles]
+    assert len(chosen) == len(titles)
+    return [block for part in chosen for block in re.findall(r"^```(\w+)\n(.*?)^```", part, re.MULTILINE | re.DOTALL)]
+
+
+def bash(script, folder):
+    done = subprocess.run(["bash", "-ec", script], cwd=folder, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout)
+
+
+def test_the_commands_of_the_document_do_what_it_says(run, workspace, monkeypatch):
+    monkeypatch.setenv("SCGPT_BATCH_POLL_SECONDS", "0.01")
+    blocks = sections("Deploy, swap, canary, roll back", "Status")
+    lines = [line for _, text in blocks for line in text.splitlines()]
+    told = [run(*shlex.split(line)[1:]) for line in lines]
+    assert [code for code, _, _ in told] == [OK] * 6
+    assert [list(summary["traffic"].values()) for _, summary, _ in told[:5]] == [[100], [100], [90, 10], [100], [100]]
+    assert told[5][1]["served"][0]["version"] == "3"
+
+
+@pytest.mark.parametrize(("language", "text"), sections("Other ways to create an endpoint"), ids=lambda text: text[:20])
+def test_an_endpoint_made_in_another_way_is_one_that_deploy_goes_on_from(deploy, workspace, tmp_path, language, text):
+    exec(text, {}) if language == "python" else bash(text, tmp_path)
+    workspace.requests.clear()
+    code, told, _ = deploy("/3")
+    assert (code, told["state"], told["changes"], told["inference_table"]) == (OK, "READY", [], TABLE)
+
+
+def test_every_way_to_ask_gives_the_same_answer(deploy, deployed, workspace, model, golden, tmp_path, monkeypatch):
+    served = mlflow.pyfunc.load_model(model)
+    schema = served.metadata.get_input_schema()
+
+    def predict(body):
+        return json.loads(scoring_server.invocations(json.dumps(body), "application/json", served, schema).response)
+
+    workspace.predict = predict
+    monkeypatch.chdir(tmp_path)
+    names = {"adata": from_row(next(small_rows(1, golden)))}
+    answers = []
+    for language, text in sections("Ways to ask"):
+        if language == "python":
+            exec(text, names)
+            answers.append(names.pop("answer", None))
+        elif language == "sh":
+            answers.append(bash(text, tmp_path)["predictions"])
+    given = [answer[0]["cell_embeddings"] for answer in answers if answer]
+    assert len(given) == 4
+    for vectors in [*given, np.stack(names["cells"]["embedding"])]:
+        assert_close(vectors, given[0], atol=1e-6)
+    assert np.shape(given[0]) == (3, 64)

@@ -223,7 +223,7 @@ def _table(
     workspace: WorkspaceClient, settings: DeploySettings, endpoint: ServingEndpointDetailed | None, model: str
 ) -> str | None:
     """Name the inference table: the endpoint's own, else one that is not there yet, for Databricks makes it itself."""
-    given, has = settings.inference_table, _gateway_table(endpoint)
+    given, has = settings.inference_table, ws.gateway_table(endpoint)
     if given == "none":
         return None
     if has and given in ("", has):
@@ -238,13 +238,6 @@ def _table(
         f"table {candidates[-1]} exists, and Databricks logs to tables that it makes itself: name another one with "
         "--inference-table catalog.schema.NAME_payload"
     )
-
-
-def _gateway_table(endpoint: ServingEndpointDetailed | None) -> str | None:
-    config = endpoint.ai_gateway.inference_table_config if endpoint and endpoint.ai_gateway else None
-    if config is None or not config.enabled:
-        return None
-    return f"{config.catalog_name}.{config.schema_name}.{config.table_name_prefix}_payload"
 
 
 # The way there
@@ -350,7 +343,7 @@ def _compute(entity: ServedEntityInput) -> str:
 def _gateway_changes(
     workspace: WorkspaceClient, settings: DeploySettings, endpoint: ServingEndpointDetailed, goal: Goal
 ) -> list[Change]:
-    has, kept = _gateway_table(endpoint), endpoint.ai_gateway or AiGatewayConfig()
+    has, kept = ws.gateway_table(endpoint), endpoint.ai_gateway or AiGatewayConfig()
     tracked = bool(kept.usage_tracking_config and kept.usage_tracking_config.enabled)
     told = []
     if has != goal.table:

@@ -160,18 +160,32 @@ def deployment(entity: ServedEntityOutput) -> str:
 def served(endpoint: ServingEndpointDetailed) -> list[dict[str, Any]]:
     """List what an endpoint serves: name, model, version, percent of the traffic, compute and state of each."""
     shares = traffic(endpoint)
-    return [
-        {
-            "name": entity.name,
-            "model": entity.entity_name,
-            "version": entity.entity_version,
-            "traffic": shares.get(entity.name or "", 0),
-            "workload": " ".join(filter(None, [kind.value if (kind := entity.workload_type) else "CPU",
-                                               entity.workload_size])),
-            "state": deployment(entity),
-        }
-        for entity in entities(endpoint)
-    ]  # fmt: skip
+    return [_described(entity) | {"traffic": shares.get(entity.name or "", 0)} for entity in entities(endpoint)]
+
+
+def pending(endpoint: ServingEndpointDetailed) -> list[dict[str, Any]]:
+    """List what an update under way, or one that failed, wants to serve."""
+    coming = endpoint.pending_config.served_entities if endpoint.pending_config else None
+    return [_described(entity) for entity in coming or []]
+
+
+def _described(entity: ServedEntityOutput) -> dict[str, Any]:
+    kind = entity.workload_type.value if entity.workload_type else "CPU"
+    return {
+        "name": entity.name,
+        "model": entity.entity_name,
+        "version": entity.entity_version,
+        "workload": f"{kind} {entity.workload_size or ''}".strip(),
+        "state": deployment(entity),
+    }
+
+
+def gateway_table(endpoint: ServingEndpointDetailed | None) -> str | None:
+    """Name the inference table that AI Gateway fills; None while it fills none."""
+    config = endpoint.ai_gateway.inference_table_config if endpoint and endpoint.ai_gateway else None
+    if config is None or not config.enabled:
+        return None
+    return f"{config.catalog_name}.{config.schema_name}.{config.table_name_prefix}_payload"
 
 
 def entities(endpoint: ServingEndpointDetailed) -> list[ServedEntityOutput]:
