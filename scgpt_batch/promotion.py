@@ -165,8 +165,8 @@ def _cell_drift(settings: PromoteSettings, ours: list[dict[str, Any]], theirs: l
     pairs = [(_vectors(a), _vectors(b)) for a, b in zip(ours, theirs, strict=True) if not (a["error"] or b["error"])]
     if not pairs:
         return Check("cell_drift", False, "no row of the sample is answered by both: give other --rows")
-    if pairs[0][0].shape[1] != pairs[0][1].shape[1]:
-        return Check("cell_drift", False, "vectors of another length")
+    if any(a.shape != b.shape or not np.isfinite(a).all() for a, b in pairs):
+        return Check("cell_drift", False, "vectors of another number or length, or not finite")
     cosine = np.concatenate([_cosines(a, b) for a, b in pairs])
     mean = float(cosine.mean())
     message = f"mean cosine of {len(cosine)} cells {mean:.4f}, least {cosine.min():.4f}"
@@ -174,7 +174,10 @@ def _cell_drift(settings: PromoteSettings, ours: list[dict[str, Any]], theirs: l
 
 
 def _cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
+    """Cosine of each pair of rows; 0 where one is zero."""
+    a, b = a.astype(np.float64), b.astype(np.float64)  # squares of whatever a broken version answers fit
+    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    return (a * b).sum(1) / np.maximum(lengths, np.finfo(np.float64).tiny)
 
 
 def _vectors(answer: dict[str, Any]) -> np.ndarray:

@@ -5,9 +5,11 @@ import os
 import re
 import shlex
 import subprocess
+from copy import deepcopy
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import databricks_workspace
 import inference_tables
 import mlflow
 import numpy as np
@@ -236,6 +238,18 @@ def test_a_busy_workspace_is_asked_again(deploy, workspace, fault):
     workspace.faults = [fault]
     assert deploy()[0] == OK and serving(workspace) == {"3": 100} and fault.times == 0
     assert deploy()[1]["changes"] == []
+
+
+def test_an_endpoint_that_somebody_makes_at_the_same_time_becomes_what_was_asked_for(deploy, workspace, monkeypatch):
+    def create_second(held, body):
+        theirs = deepcopy(body)
+        theirs["config"]["served_entities"][0]["entity_version"] = "2"
+        held.create(theirs)
+        return held.create(body)
+
+    routes = [(m, p, create_second if h is Workspace.create else h) for m, p, h in databricks_workspace.ROUTES]
+    monkeypatch.setattr(databricks_workspace, "ROUTES", routes)
+    assert deploy()[0] == OK and serving(workspace) == {"3": 100}
 
 
 def test_a_workspace_that_stays_busy_is_said_and_a_rerun_finishes(deploy, deployed, workspace):

@@ -68,8 +68,8 @@ def _health(settings: StatusSettings) -> dict[str, Any]:
     from scgpt_batch.monitoring.monitor import Findings, judge  # Spark, which the rest of `status` does without
     from scgpt_batch.spark.session import get_spark
 
-    shared = ("inference_table", "output_table", "runs_table")
-    asked = MonitorSettings.model_validate(settings.model_dump(include=set(shared)))
+    named = settings.model_dump(include={"inference_table", "output_table", "runs_table"})
+    asked = MonitorSettings.model_validate(named)
     return judge(Findings(get_spark(settings.spark_conf), asked, datetime.now(UTC)))
 
 

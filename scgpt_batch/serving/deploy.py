@@ -74,12 +74,11 @@ def deploy(settings: DeploySettings) -> Summary:
     """
     started = time.monotonic()
     workspace = ws.connect(settings.retry_seconds)
-    kind = _workload_type(settings.workload_type)
     endpoint = ws.find_endpoint(workspace, settings.endpoint)
     if endpoint and ws.is_updating(endpoint) and not settings.plan:
         logger.info("endpoint %s is being updated already: waiting for that first", settings.endpoint)
         endpoint = _waited(workspace, settings, lambda now: not ws.is_updating(now))
-    goal = _goal(workspace, settings, endpoint, kind)
+    goal = _goal(workspace, settings, endpoint)
     changes = _changes(workspace, settings, endpoint, goal)
     made = [change.told for change in changes]
     for told in made:
@@ -105,33 +104,28 @@ def deploy(settings: DeploySettings) -> Summary:
 # The goal
 
 
-def _goal(
-    workspace: WorkspaceClient,
-    settings: DeploySettings,
-    endpoint: ServingEndpointDetailed | None,
-    kind: ServingModelWorkloadType,
-) -> Goal:
+def _goal(workspace: WorkspaceClient, settings: DeploySettings, endpoint: ServingEndpointDetailed | None) -> Goal:
     model, version = _rolled_back(settings, endpoint) if settings.rollback else _asked_for(workspace, settings)
     _check_version(workspace, model, version)
-    inputs = [ServedEntityInput.from_dict(entity.as_dict()) for entity in ws.entities(endpoint)] if endpoint else []
     _check_model(settings.endpoint, endpoint, model)
+    outputs = ws.entities(endpoint) if endpoint else []
+    served = {entity.entity_version: ServedEntityInput.from_dict(entity.as_dict()) for entity in outputs}
     old = _before(endpoint, version)
-    base = next((entity for entity in inputs if entity.entity_version == version), None)
-    new = base or replace(
-        next((entity for entity in inputs if entity.entity_version == old), ServedEntityInput()),
+    new = served.get(version) or replace(
+        served.get(old) or ServedEntityInput(),  # what others set on it, such as environment variables, stays
         name=_entity_name(model, version),
         entity_name=model,
         entity_version=version,
     )
-    if not (settings.rollback and inputs):  # a roll-back keeps the compute that is there
-        new = _sized(new, settings, kind)
+    if not (settings.rollback and served):  # a roll-back keeps the compute that is there
+        new = _sized(new, settings)
     entities, traffic = [new], {new.name or "": 100}
     if settings.traffic:
-        if old is None:
+        kept = served.get(old)
+        if kept is None:
             raise ConfigError(
                 f"endpoint {settings.endpoint!r} serves no other version than {version}: no --traffic yet"
             )
-        kept = next(entity for entity in inputs if entity.entity_version == old)
         entities = [kept, new]
         traffic = {kept.name or "": 100 - settings.new_share, new.name or "": settings.new_share}
     return Goal(model, version, old, entities, traffic, _table(workspace, settings, endpoint, model))
@@ -184,9 +178,9 @@ def _found(read: Callable[[], ModelVersionInfo], missing: str) -> ModelVersionIn
 
 def _check_model(name: str, endpoint: ServingEndpointDetailed | None, model: str) -> None:
     """Refuse to take an endpoint away from another model."""
-    for entity in ws.entities(endpoint) if endpoint else []:
-        if entity.entity_name != model:
-            other = entity.entity_name or entity.name
+    for line in [*ws.served(endpoint), *ws.pending(endpoint)] if endpoint else []:
+        if line["model"] != model:
+            other = line["model"] or line["name"]
             raise ConfigError(f"endpoint {name!r} serves {other}, not {model}: name another --endpoint, or delete it")
 
 
@@ -208,10 +202,10 @@ def _workload_type(name: str) -> ServingModelWorkloadType:
         raise ConfigError(f"no workload type {name!r}: {known}") from exc
 
 
-def _sized(entity: ServedEntityInput, settings: DeploySettings, kind: ServingModelWorkloadType) -> ServedEntityInput:
+def _sized(entity: ServedEntityInput, settings: DeploySettings) -> ServedEntityInput:
     return replace(
         entity,
-        workload_type=kind,
+        workload_type=_workload_type(settings.workload_type),
         workload_size=settings.workload_size,
         scale_to_zero_enabled=settings.scale_to_zero,
         min_provisioned_concurrency=None,  # the API takes these or a size
@@ -252,30 +246,46 @@ def _changes(
             told.append(f"log requests and answers to {goal.table}")
         changes = [Change("; ".join(told), lambda: _create(workspace, settings, goal))]
     else:
-        changes = [
-            *_config_change(workspace, settings, endpoint, goal),
-            *_gateway_changes(workspace, settings, endpoint, goal),
-        ]
+        changes = _updates(workspace, settings, endpoint, goal)
     return changes + _grants(workspace, settings, endpoint)
 
 
+def _updates(
+    workspace: WorkspaceClient, settings: DeploySettings, endpoint: ServingEndpointDetailed, goal: Goal
+) -> list[Change]:
+    return [
+        *_config_change(workspace, settings, endpoint, goal),
+        *_gateway_changes(workspace, settings, endpoint, goal),
+    ]
+
+
 def _create(workspace: WorkspaceClient, settings: DeploySettings, goal: Goal) -> None:
+    table = _table_config(goal.table, enabled=True) if goal.table else None
     tracking = AiGatewayUsageTrackingConfig(enabled=True) if settings.usage_tracking else None
-    gateway = AiGatewayConfig(
-        inference_table_config=_table_config(goal.table, enabled=True) if goal.table else None,
-        usage_tracking_config=tracking,
-    )
     core = EndpointCoreConfigInput(
         name=settings.endpoint, served_entities=goal.entities, traffic_config=_routes(goal.traffic)
     )
-    with explained(f"create endpoint {settings.endpoint!r}", right="the entitlement to create serving endpoints, "
-                   "EXECUTE on the model, and CREATE TABLE on the schema of the inference table"):  # fmt: skip
+    right = (
+        "the entitlement to create serving endpoints, EXECUTE on the model, "
+        "and CREATE TABLE on the schema of the inference table"
+    )
+    with explained(f"create endpoint {settings.endpoint!r}", right=right):
         try:
-            workspace.serving_endpoints.create(settings.endpoint, config=core, ai_gateway=gateway)
+            workspace.serving_endpoints.create(
+                settings.endpoint,
+                config=core,
+                ai_gateway=AiGatewayConfig(inference_table_config=table, usage_tracking_config=tracking)
+                if table or tracking
+                else None,
+            )
         except ResourceConflict as exc:  # an answer was lost and the call repeated, or somebody was faster
             if ws.find_endpoint(workspace, settings.endpoint) is None:
                 raise
             logger.info("endpoint %s is there meanwhile: %s", settings.endpoint, exc)
+            endpoint = _waited(workspace, settings, lambda now: not ws.is_updating(now))
+            _check_model(settings.endpoint, endpoint, goal.model)
+            for change in _updates(workspace, settings, endpoint, goal):
+                change.make()
     _serving(workspace, settings, goal)
 
 
