@@ -365,12 +365,13 @@ def test_a_version_that_is_not_registered_to_its_end_is_refused(deploy, workspac
 # Status
 
 
-def test_status_tells_state_versions_logs_and_metrics(run, deploy, deployed, workspace):
+def test_status_tells_state_versions_logs_and_metrics(run, deploy, deployed, workspace, caplog):
     deploy("@challenger", "--traffic", "old=90,new=10")
     workspace.failing = {"5"}
     deploy("/5")
     workspace.requests.clear()
-    code, told, err = run("status", "--endpoint", "scgpt")
+    with caplog.at_level("INFO"):
+        code, told, _ = run("status", "--endpoint", "scgpt")
     assert (code, told["state"], told["inference_table"]) == (OK, "UPDATE_FAILED", TABLE)
     assert [(line["version"], line["traffic"], line["state"]) for line in told["served"]] == [
         ("3", 90, "ready"), ("4", 10, "ready")]  # fmt: skip
@@ -380,7 +381,7 @@ def test_status_tells_state_versions_logs_and_metrics(run, deploy, deployed, wor
     assert told["metrics"]["request_count_total"] == {"scgpt-3": 120}
     assert told["metrics"]["request_latency_ms_sum"] == {"scgpt-3": 15600}
     assert not any("bucket" in name for name in told["metrics"])
-    assert "scgpt-3: 90 %, GPU_SMALL Small, ready" in err and workspace.changes == []
+    assert "scgpt-3: 90 %, GPU_SMALL Small, ready" in caplog.text and workspace.changes == []
 
 
 def test_status_says_what_is_not_there(run, workspace):
