@@ -165,7 +165,7 @@ def test_without_an_earlier_version_there_is_no_roll_back_and_no_canary(deploy, 
     code, _, err = deploy("", "--rollback")
     assert code == WRONG_USAGE and "remembers no earlier version" in err
     code, _, err = deploy("@champion", "--traffic", "old=90,new=10")
-    assert code == WRONG_USAGE and "serves no version but 3" in err
+    assert code == WRONG_USAGE and "serves no other version than 3" in err
     assert workspace.changes == []
 
 

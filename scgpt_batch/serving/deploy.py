@@ -333,7 +333,7 @@ def _told(goal: Goal, endpoint: ServingEndpointDetailed | None) -> list[str]:
     told = []
     for entity in goal.entities:
         wanted = _compute(entity)
-        if entity.name not in has:
+        if entity.name not in has or has[entity.name].entity_version != entity.entity_version:
             told.append(f"serve {entity.name}: version {entity.entity_version} of {goal.model} on {wanted}")
         elif (now := _compute(has[entity.name])) != wanted:
             told.append(f"serve {entity.name} on {wanted} instead of {now}")
