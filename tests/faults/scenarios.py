@@ -32,7 +32,7 @@ from tests.faults.fuzz import fuzzed_payloads
 POISON = Path(__file__).parent / "poison"
 AT_WORK = " INFO run "  # the first line that the job logs: Spark is up, the tables are there
 TICK = 0.02  # seconds between two looks at a process or folder
-TRY_ROWS = 3 * WAVE
+WAVES = 3  # of a run
 
 
 def until(seen: Callable[[], Any], running: Callable[[], bool]) -> Any:
@@ -51,12 +51,20 @@ def whole_run(bench: Bench, driver: Driver, table: Path) -> float:
     return ended.told["seconds"]
 
 
+def random_moment(out: Path, running: Callable[[], bool], whole: float) -> None:
+    """Wait for a random wave of a run that takes `whole` seconds, then for a random time of it."""
+    done = random.randrange(WAVES)
+    log = beside(out, "_ledger") / "_delta_log"  # its first commit makes the table, the others are a wave each
+    until((log / f"{done:020}.json").exists, running)
+    time.sleep(random.uniform(0, whole / WAVES))
+
+
 # --- processes that die ---------------------------------------------------------------------------
 
 
 def driver_killed(bench: Bench, tries: int) -> Result:
     """kill -9 of driver, JVM and workers at a random moment of its work, then run again."""
-    rows = small_rows(TRY_ROWS)
+    rows = small_rows(WAVES * WAVE)
     table = bench.rows("driver", rows)
 
     def at_work(out: Path) -> subprocess.Popen:
@@ -72,7 +80,7 @@ def driver_killed(bench: Bench, tries: int) -> Result:
 
     def killed(out: Path, seen: Counter[str]) -> Iterator[str]:
         process = at_work(out)
-        time.sleep(random.uniform(0, whole))
+        random_moment(out, lambda: process.poll() is None, whole)
         seen["killed at work" if process.poll() is None else "had ended"] += 1
         kill(process)
         written = set(held(out, "adata_id")["adata_id"])
@@ -89,54 +97,70 @@ def driver_killed(bench: Bench, tries: int) -> Result:
 
 
 def worker_killed(bench: Bench, tries: int) -> Result:
-    """kill -9 of a Python worker that is computing: the run goes on."""
+    """kill -9 of a Python worker that is computing (each row keeps it busy for half a second): the run goes on."""
+    driver = bench.driver(path=POISON)
 
     def attack() -> bool:
-        computing = busy(python_workers(bench.warm.process))
+        computing = busy(python_workers(driver.process))
         if computing:
             if_alive(random.choice(computing).kill)
         return bool(computing)
 
-    return part_killed(bench, tries, "worker-killed", bench.warm, attack, lambda: None)
+    rows = [small_row(f"slow:{i}") for i in range(WAVES * WAVE)]
+    return part_killed(bench, tries, "worker-killed", driver, rows, attack)
 
 
 def executor_killed(bench: Bench, tries: int) -> Result:
     """kill -9 of an executor of a standalone cluster of two: the run goes on."""
-    with standalone(bench.folder) as two:
 
-        def attack() -> bool:
-            found = executors(two)
-            if found:
-                if_alive(random.choice(found).kill)
-            return bool(found)
+    def attack(two: Standalone) -> bool:
+        found = executors(two)
+        if found:
+            if_alive(random.choice(found).kill)
+        return bool(found)
 
-        return part_killed(bench, tries, "executor-killed", driver_on(bench, two), attack, lambda: complete(two))
+    return on_cluster(bench, tries, "executor-killed", attack)
 
 
 def host_lost(bench: Bench, tries: int) -> Result:
     """kill -9 of a worker of a standalone cluster of two, with its executor: the run goes on with the other."""
-    with standalone(bench.folder) as two:
 
-        def attack() -> bool:
-            kill(two.workers.pop(random.randrange(2)))
-            return True
+    def attack(two: Standalone) -> bool:
+        kill(two.workers.pop(random.randrange(2)))
+        return True
 
-        return part_killed(bench, tries, "host-lost", driver_on(bench, two), attack, lambda: complete(two))
+    return on_cluster(bench, tries, "host-lost", attack)
+
+
+def on_cluster(bench: Bench, tries: int, name: str, attack: Callable[[Standalone], bool]) -> Result:
+    folder = bench.folder / f"{name}-cluster"
+    folder.mkdir()
+    with standalone(folder) as two:
+        conf = (f"spark.master={two.url}", "spark.executor.memory=600m", f"spark.executorEnv.PYTHONPATH={REPO}")
+        driver, rows = bench.driver(*conf), small_rows(WAVES * WAVE)
+        return part_killed(bench, tries, name, driver, rows, lambda: attack(two), lambda: complete(two))
 
 
 def part_killed(
-    bench: Bench, tries: int, name: str, driver: Driver, attack: Callable[[], bool], mend: Callable[[], None]
+    bench: Bench,
+    tries: int,
+    name: str,
+    driver: Driver,
+    rows: list[dict[str, Any]],
+    attack: Callable[[], bool],
+    mend: Callable[[], None] = lambda: None,
 ) -> Result:
-    """Attack a part of the driver's run at a random moment; `attack` tells whether it found something to kill."""
-    rows = small_rows(TRY_ROWS)
+    """Attack a part of the driver's run at a random moment; `attack` tells whether it found something to kill.
+
+    `mend` puts the part back before each try.
+    """
     table = bench.rows(name, rows)
     whole = whole_run(bench, driver, table)
 
     def killed(out: Path, seen: Counter[str]) -> Iterator[str]:
         mend()
         driver.start(bench.embed(table, out))
-        until(lambda: AT_WORK in driver.said(), driver.running)
-        time.sleep(random.uniform(0, 0.9 * whole))
+        random_moment(out, driver.running, whole)
         hit = driver.running() and until(attack, driver.running)
         ended = driver.end()
         seen["killed at work" if hit else "nothing to kill"] += 1
@@ -156,7 +180,7 @@ def python_workers(process: subprocess.Popen) -> list[psutil.Process]:
 def busy(processes: list[psutil.Process]) -> list[psutil.Process]:
     """Those that use a CPU at this moment."""
     before = {p: if_alive(p.cpu_times) for p in processes}
-    time.sleep(3 * TICK)
+    time.sleep(0.1)
     return [p for p, then in before.items() if then and (now := if_alive(p.cpu_times)) and now.user > then.user]
 
 
@@ -174,17 +198,12 @@ def complete(cluster: Standalone) -> None:
     until(lambda: len(executors(cluster)) == 2, lambda: time.monotonic() < deadline)
 
 
-def driver_on(bench: Bench, cluster: Standalone) -> Driver:
-    conf = (f"spark.master={cluster.url}", "spark.executor.memory=600m", f"spark.executorEnv.PYTHONPATH={REPO}")
-    return bench.driver(*conf)
-
-
 # --- drivers, rows and disks ----------------------------------------------------------------------
 
 
 def two_drivers(bench: Bench, tries: int) -> Result:
     """Two runs at once over the same tables leave what one leaves."""
-    rows = small_rows(TRY_ROWS)
+    rows = small_rows(WAVES * WAVE)
     table = bench.rows("two", rows)
     drivers = (bench.warm, bench.driver())
     whole = min([whole_run(bench, driver, table) for driver in drivers])
@@ -228,7 +247,7 @@ def poison(bench: Bench, tries: int, rows_in: int = 1000) -> Result:
 
 def disk_full(bench: Bench, tries: int) -> Result:
     """The output's file system is full while a wave is committed; after that it has room."""
-    rows = small_rows(TRY_ROWS)
+    rows = small_rows(WAVES * WAVE)
     table = bench.rows("full", rows)
     bench.disk(roomy := bench.folder / "roomy")
     ended = bench.warm.run(bench.embed(table, roomy / "out"))
@@ -250,7 +269,7 @@ def read_only(bench: Bench, tries: int) -> Result:
 
     (Root, as who this runs, writes where folders are read-only; a file system stops it.)
     """
-    rows = small_rows(TRY_ROWS)
+    rows = small_rows(WAVES * WAVE)
     table = bench.rows("readonly", rows)
 
     def protected(out: Path, seen: Counter[str]) -> Iterator[str]:
@@ -281,14 +300,14 @@ def remount(place: Path, options: str) -> bool:
 
 def input_changes(bench: Bench, tries: int) -> Result:
     """The input table is appended to, rewritten or compacted, and vacuumed, during the run: it reads one snapshot."""
-    rows = small_rows(TRY_ROWS)
+    rows = small_rows(WAVES * WAVE)
     whole = whole_run(bench, bench.warm, bench.rows("unchanged", rows))
 
     def changed(out: Path, seen: Counter[str]) -> Iterator[str]:
         table = bench.rows(f"{out.parent.name}/rows", rows)
         bench.warm.start(bench.embed(table, out))
         until(lambda: AT_WORK in bench.warm.said(), bench.warm.running)
-        time.sleep(random.uniform(0, 0.7 * whole))
+        random_moment(out, bench.warm.running, whole)
         way = random.choice([append, rewrite, compact])
         way(table)
         DeltaTable(table).vacuum(dry_run=False)
@@ -305,7 +324,7 @@ def append(table: Path) -> None:
 def rewrite(table: Path) -> None:
     """Other contents under half of the keys, the other half gone."""
     write_deltalake(
-        table, arrow([small_row(f"row-{i:04}", salt="new") for i in range(TRY_ROWS // 2)]), mode="overwrite"
+        table, arrow([small_row(f"row-{i:04}", salt="new") for i in range(WAVES * WAVE // 2)]), mode="overwrite"
     )
 
 
