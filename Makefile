@@ -1,6 +1,7 @@
 # make demo    sets everything up, runs the main job on real cells, shows the result
 # make test    sets everything up, passes checks and tests
 # make check   lint, format, types, import direction
+# make bundle  writes the dashboard and alerts of conf/databricks anew, from the SQL and conf/monitor.yml
 # make parity  compares live with the real scgpt 0.2.4, in an environment of its own
 # make bench   every benchmark against upstream and the machine's limit
 # make faults  break the nightly run for real, and count what is lost or doubled
@@ -14,7 +15,7 @@ UPSTREAM := .venv-upstream
 export SPARK_LOCAL_IP ?= 127.0.0.1
 export PYTHONUNBUFFERED = 1
 
-.PHONY: setup java chromium demo test check parity bench bench-blog bench-serving faults fault-serving clean
+.PHONY: setup java chromium demo test check bundle parity bench bench-blog bench-serving faults fault-serving clean
 
 setup: $(VENV)/.ready java
 
@@ -88,6 +89,9 @@ check: setup
 
 test: check chromium
 	$(VENV)/bin/pytest
+
+bundle: setup
+	$(VENV)/bin/python -m scgpt_batch.monitoring.bundle conf
 
 parity: setup $(UPSTREAM)/.ready
 	$(UPSTREAM)/bin/python -m pytest tests/upstream -o addopts= -o filterwarnings=ignore -q -p no:cacheprovider

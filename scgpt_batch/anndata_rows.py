@@ -7,6 +7,7 @@ and `var` as JSON, `orient="split"`. All that arrives is checked before it is us
 import json
 from collections.abc import Iterator, Mapping
 from decimal import Decimal
+from functools import lru_cache
 from typing import Any, Literal
 
 import anndata as ad
@@ -19,6 +20,10 @@ from scgpt_batch.errors import PayloadError
 
 MATRIX_COLUMNS = ("adata_sparsematrix", "x_data", "x_indices", "x_indptr")
 PAYLOAD_COLUMNS = (*MATRIX_COLUMNS, "adata_obs", "adata_var")
+# The genes of a file or sample come with each of its rows; so many of these tables are kept, of JSON up to so many
+# characters. A character takes 7 bytes (a 10x file's 33,000 genes and two columns: 9 MB) to 15 (short texts alone):
+# 500 MB at most.
+SHARED_TABLES, SHARED_LENGTH = 4, 8_000_000
 _CSR = ("x_data", "x_indices", "x_indptr")
 _NUMBER_TYPES = (
     "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float32", "float64",
@@ -197,12 +202,24 @@ def _table(row: Mapping[str, Any], column: str, what: str) -> pd.DataFrame:
         table = given.copy()
         table.index = pd.Index([str(name) for name in table.index], dtype=object)
     elif isinstance(given, str):
-        table = table_from_json(given, column)
+        shared = column == "adata_var" and len(given) <= SHARED_LENGTH
+        table = _shared_genes(given).copy() if shared else table_from_json(given, column)
     else:
         raise PayloadError(f"{column} must be a JSON string, not {type(given).__name__}")
     if table.index.has_duplicates:
         twice = table.index[table.index.duplicated()]
         raise PayloadError(f"{column} names {len(twice)} {what}s twice, first {twice[0]!r}")
+    return table
+
+
+@lru_cache(maxsize=SHARED_TABLES)
+def _shared_genes(text: str) -> pd.DataFrame:
+    """Read `adata_var` once for the rows that share it; a copy is for the caller, the index is one for all.
+
+    A text that cannot be read is not kept: each row with it is told so.
+    """
+    table = table_from_json(text, "adata_var")
+    table.index.is_unique  # noqa: B018  # builds the index's hash table before several threads look names up in it
     return table
 
 

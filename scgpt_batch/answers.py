@@ -12,6 +12,7 @@ import torch
 
 from scgpt_batch.errors import NonFiniteOutput, RowError
 from scgpt_batch.model import send
+from scgpt_batch.parameters import PACKED_TYPES
 from scgpt_batch.prepare import PreparedRow, RowReport
 from scgpt_batch.preprocess import Tokens, tokenize
 
@@ -49,9 +50,8 @@ class Answer:
 
     def base64(self, encoding: str) -> str:
         """The vectors as one little-endian, row-major base64 string."""
-        dtype = {"float32_base64": "<f4", "float16_base64": "<f2"}[encoding]
         vectors = self.embeddings
-        return "" if vectors is None else base64.b64encode(vectors.astype(dtype).tobytes()).decode()
+        return "" if vectors is None else base64.b64encode(vectors.astype(PACKED_TYPES[encoding]).tobytes()).decode()
 
     def checked(self) -> "Answer":
         """Return the answer, or its error where a vector is not finite."""

@@ -9,7 +9,8 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -22,13 +23,16 @@ from scgpt_batch.errors import ConfigError, ScgptBatchError
 from scgpt_batch.parameters import Parameters, validation_message
 from scgpt_batch.settings import (
     DemoCheckpointSettings,
+    DeploySettings,
     EmbedSettings,
     IngestSettings,
     MaintainSettings,
     MonitorSettings,
+    PromoteSettings,
     RegisterSettings,
     ServeSettings,
     Settings,
+    StatusSettings,
     Summary,
     SummarySettings,
 )
@@ -82,10 +86,8 @@ def _embed(settings: EmbedSettings, parameters: Parameters) -> Summary:
 
 
 def _serve(settings: ServeSettings) -> Summary:
-    try:
+    with _needs("serve", "serving"):
         from scgpt_batch.serving.endpoint import serve
-    except ModuleNotFoundError as exc:
-        raise ConfigError(f"serve needs {exc.name}: pip install 'scgpt_batch[serving]'") from exc
 
     return serve(settings)
 
@@ -111,6 +113,26 @@ def _maintain(settings: MaintainSettings) -> Summary:
     return maintain(get_spark(settings.spark_conf), settings)
 
 
+def _deploy(settings: DeploySettings) -> Summary:
+    with _needs("deploy", "databricks"):
+        from scgpt_batch.serving.deploy import deploy
+
+    return deploy(settings)
+
+
+def _promote(settings: PromoteSettings) -> Summary:
+    from scgpt_batch.promotion import promote
+
+    return promote(settings)
+
+
+def _status(settings: StatusSettings) -> Summary:
+    with _needs("status", "databricks"):
+        from scgpt_batch.monitoring.status import status
+
+    return status(settings)
+
+
 COMMANDS = {
     "demo-checkpoint": Command(DemoCheckpointSettings, _demo_checkpoint),
     "ingest": Command(IngestSettings, _ingest),
@@ -120,7 +142,19 @@ COMMANDS = {
     "summary": Command(SummarySettings, _summary),
     "monitor": Command(MonitorSettings, _monitor),
     "maintain": Command(MaintainSettings, _maintain),
+    "promote": Command(PromoteSettings, _promote),
+    "deploy": Command(DeploySettings, _deploy),
+    "status": Command(StatusSettings, _status),
 }
+
+
+@contextmanager
+def _needs(command: str, extra: str) -> Iterator[None]:
+    """Name the extra to install where a package is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as exc:
+        raise ConfigError(f"{command} needs {exc.name}: pip install 'scgpt_batch[{extra}]'") from exc
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -128,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = vars(_parser().parse_args(argv))
     name, config, debug = args.pop("command"), args.pop("config"), args.pop("debug")
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    for noisy in ("py4j", "alembic", "mlflow"):
+    for noisy in ("py4j", "alembic", "mlflow", "databricks"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     try:
@@ -149,8 +183,9 @@ def job(name: str) -> None:
 
 
 def entry_point() -> None:
-    """Run the console script."""
-    sys.exit(main())
+    """Run the console script, and a Databricks wheel task: which takes any SystemExit for a failure, 0 too."""
+    if code := main():
+        sys.exit(code)
 
 
 def _run(command: Command, *settings: BaseModel) -> Summary:
@@ -297,6 +332,8 @@ def _fail(exc: Exception, code: int, debug: bool) -> int:
 def _exit_code(settings: BaseModel, summary: Summary) -> int:
     if isinstance(settings, MonitorSettings):
         return ALERTS if summary["status"] in ("critical", settings.fail_on) else OK
+    if isinstance(settings, PromoteSettings):
+        return FAILED if summary["refused"] else OK
     if not isinstance(settings, EmbedSettings):
         return OK
     failed = summary.get("rows_failed", 0)  # --plan has none

@@ -13,10 +13,12 @@ import numpy as np
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from scgpt_batch.errors import ConfigError
+from scgpt_batch.errors import ConfigError, RowError
 
 # These change how an answer travels, not what it says; or they repeat what the checkpoint says.
 _NOT_IN_HASH = {"on_error", "encoding", "embsize", "nhead", "d_hid", "nlayers", "n_layers_cls"}
+
+PACKED_TYPES = {"float32_base64": "<f4", "float16_base64": "<f2"}  # of the numbers in each packed `encoding`
 
 
 class Parameters(BaseModel):
@@ -95,10 +97,29 @@ class Parameters(BaseModel):
         except ValidationError as exc:
             raise ConfigError(validation_message(exc, "parameter")) from exc
 
+    @classmethod
+    def of_row(cls, row: Mapping[str, Any], params: Mapping[str, Any] | None) -> Self:
+        """Build a row's parameters: those in its columns win over the request's `params`; a ConfigError as `create`."""
+        return cls.create(params, {name: row[name] for name in cls.model_fields if name in row})
+
     def params_hash(self) -> str:
         """Return 16 hexadecimal digits that stand for everything here that changes a number."""
         told = json.dumps(self.model_dump(exclude=_NOT_IN_HASH), sort_keys=True)
         return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+def told_in_row(exc: ConfigError, position: int, params: Mapping[str, Any] | None) -> tuple[Parameters, RowError]:
+    """Answer a ConfigError of a row's own parameters: the request's alone, by which it is told, and the row's error.
+
+    Raises
+    ------
+    ConfigError
+        It concerns the whole request: it lies in `params`, or their `on_error` is "raise".
+    """
+    parameters = Parameters.create(params)
+    if parameters.on_error == "raise":
+        raise type(exc)(f"row {position}: {exc}") from exc
+    return parameters, RowError(str(exc))
 
 
 def validation_message(exc: ValidationError, what: str) -> str:

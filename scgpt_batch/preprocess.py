@@ -21,7 +21,7 @@ import torch
 
 from scgpt_batch.decisions import Decisions
 from scgpt_batch.errors import PayloadError, PreprocessError
-from scgpt_batch.model import Vocabulary
+from scgpt_batch.model import SPECIAL_TOKENS, Vocabulary
 from scgpt_batch.parameters import Parameters
 
 COLLATOR_BINS = 51  # upstream's data collator takes this number whatever args.json says
@@ -223,8 +223,9 @@ def gene_names(var: pd.DataFrame, vocabulary: Vocabulary) -> tuple[np.ndarray, s
     Names, one per gene, and a warning or None.
     """
     names = var.index.to_numpy(dtype=object)
-    looks_ensembl = sum(_ENSEMBL.fullmatch(name) is not None for name in names) > len(names) / 2
-    if not looks_ensembl or (vocabulary.ids(names) >= 0).any():
+    if any(name in vocabulary for name in names if name not in SPECIAL_TOKENS):  # ends at the first that is known
+        return names, None
+    if sum(_ENSEMBL.fullmatch(name) is not None for name in names) <= len(names) / 2:
         return names, None
     for column in SYMBOL_COLUMNS:
         if column in var:

@@ -15,8 +15,8 @@ from mlflow.types.schema import Array
 
 from scgpt_batch.anndata_rows import PAYLOAD_COLUMNS
 from scgpt_batch.embedder import Answer, Embedder, load_embedder
-from scgpt_batch.errors import ConfigError, RowError
-from scgpt_batch.parameters import Parameters
+from scgpt_batch.errors import ConfigError
+from scgpt_batch.parameters import Parameters, told_in_row
 
 PARAMETER_NAMES = tuple(Parameters.model_fields)
 
@@ -51,16 +51,12 @@ class ScgptModel(PythonModel):
         return answers_frame([self._answer(i, row, params) for i, row in enumerate(rows)])
 
     def _answer(self, position: int, row: Mapping[str, Any], params: Mapping[str, Any] | None) -> dict[str, Any]:
-        columns = {name: row[name] for name in PARAMETER_NAMES if name in row}
         try:
-            parameters = Parameters.create(params, columns)
+            parameters = Parameters.of_row(row, params)
             answer = self.embedder.embed(row, parameters)
         except ConfigError as exc:
-            # a parameter in a column concerns its row alone; one in `params` the whole request
-            parameters = Parameters.create(params)
-            if parameters.on_error == "raise":
-                raise type(exc)(f"row {position}: {exc}") from exc
-            return answer_columns(Answer(error=RowError(str(exc))), parameters, self.embedder.config.embsize)
+            parameters, error = told_in_row(exc, position, params)
+            answer = Answer(error=error)
         if answer.error is not None and parameters.on_error == "raise":
             raise type(answer.error)(f"row {position}: {answer.error}")
         return answer_columns(answer, parameters, self.embedder.config.embsize)

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import re
+import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import numpy as np
 import pandas as pd
 import yaml
 from mlflow.exceptions import MlflowException
 from mlflow.models import convert_input_example_to_serving_input, validate_serving_input
+from mlflow.utils.file_utils import get_or_create_nfs_tmp_dir
+from mlflow.utils.nfs_on_spark import get_nfs_cache_root_dir
 
 import scgpt_batch
 from scgpt_batch import pyfunc
@@ -21,6 +26,7 @@ from scgpt_batch.anndata_rows import PAYLOAD_COLUMNS, table_to_json
 from scgpt_batch.embedder import Embedder
 from scgpt_batch.errors import ConfigError
 from scgpt_batch.model import SPECIAL_TOKENS, Checkpoint, ModelConfig, load_checkpoint
+from scgpt_batch.parameters import Parameters
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +35,16 @@ REQUIREMENTS = (
     "anndata", "mlflow", "numpy", "pandas", "pyarrow", "pydantic", "safetensors", "scanpy", "scikit-misc", "scipy",
     "torch",
 )  # fmt: skip
+
+
+SAMPLE = "sample.json"
+# What the sample is asked when a version is registered, and again when it is promoted: every mode, and preprocessing.
+_BINS_ONLY = {"need_preprocess": False, "encoding": "float32_base64"}
+_PREPROCESSED = {"data_is_raw": True, "log1p": True, "subset_hvg": 0, "encoding": "float32_base64"}
+SAMPLE_CASES: tuple[dict[str, Any], ...] = (
+    *({"mode": mode, **_BINS_ONLY} for mode in ("static", "contextual", "cell")),
+    {"mode": "cell", **_PREPROCESSED},
+)
 
 
 @dataclass(frozen=True)
@@ -79,21 +95,24 @@ def register(checkpoint: str, name: str, *, alias: str = "", input_roots: Sequen
     CheckpointError
         The checkpoint cannot be used; nothing is logged.
     ConfigError
-        MLflow refuses the name or cannot be reached.
+        The name or alias is none that the registry takes, and nothing is logged; or MLflow cannot be reached.
     """
+    _check_name(name, alias)
     loaded = load_checkpoint(checkpoint)
     folder = Path(checkpoint).resolve()
     example = (_example_rows(loaded), {"need_preprocess": False})
     card = model_card(loaded, folder.name)
     facts = _facts(loaded)
     try:
-        with mlflow.start_run(run_name=f"register {name}", tags=facts) as run:
+        with mlflow.start_run(run_name=f"register {name}", tags=facts) as run, tempfile.TemporaryDirectory() as here:
+            sample = Path(here) / SAMPLE
+            sample.write_text(json.dumps(_stored_answers(loaded)), encoding="utf-8")
             mlflow.log_text(card, "model_card.md")
             mlflow.log_params({k: v for k, v in facts.items() if k != "checkpoint_digest"})
             info = mlflow.pyfunc.log_model(
                 name="model",
                 python_model=pyfunc.__file__,
-                artifacts={"checkpoint": str(folder)},
+                artifacts={"checkpoint": str(folder), "sample": str(sample)},
                 code_paths=[str(Path(scgpt_batch.__file__).parent)],
                 signature=pyfunc.signature(),
                 input_example=example,
@@ -129,7 +148,7 @@ def resolve(model_uri: str) -> ResolvedModel:
     try:
         name, version = _name_and_version(model_uri)
         uri = f"models:/{name}/{version}" if version else model_uri
-        folder = Path(mlflow.artifacts.download_artifacts(uri) if version else _existing_folder(model_uri))
+        folder = Path(_fetched(uri) if version else _existing_folder(model_uri))
         flavor = mlflow.models.Model.load(str(folder)).flavors["python_function"]
         checkpoint = folder / flavor["artifacts"]["checkpoint"]["path"]
         digest = flavor["config"]["checkpoint_digest"]
@@ -141,11 +160,31 @@ def resolve(model_uri: str) -> ResolvedModel:
     return ResolvedModel(uri, name or folder.name, version or digest[:12], folder, checkpoint, digest)
 
 
+def _fetched(uri: str) -> str:
+    """Fetch a version's files: to the folder that all machines of the cluster share, where there is one.
+
+    There `mlflow.pyfunc.spark_udf` puts them too: Databricks has one on each classic cluster, and gives Spark's workers
+    no credentials to fetch for themselves; other clusters name theirs by `spark.mlflow.nfs.rootDir`.
+    """
+    if not get_nfs_cache_root_dir():
+        return mlflow.artifacts.download_artifacts(uri)
+    folder = Path(tempfile.mkdtemp(dir=get_or_create_nfs_tmp_dir()))
+    folder.chmod(0o755)  # workers may be another user
+    return mlflow.artifacts.download_artifacts(uri, dst_path=str(folder))
+
+
 def load(model: ResolvedModel | str) -> Embedder:
     """Load a model through MLflow and return its embedder; the weights are loaded once per process."""
     place = model if isinstance(model, str) else str(model.folder)
     python_model: Any = mlflow.pyfunc.load_model(place).unwrap_python_model()
     return python_model.embedder
+
+
+def sample_path(model: ResolvedModel) -> Path | None:
+    """Return the file of rows and answers that were stored with a version; None where an earlier package made it."""
+    flavor = mlflow.models.Model.load(str(model.folder)).flavors["python_function"]
+    entry = flavor["artifacts"].get("sample")
+    return model.folder / entry["path"] if entry else None
 
 
 def model_card(checkpoint: Checkpoint, source: str) -> str:
@@ -193,6 +232,36 @@ def _example_rows(checkpoint: Checkpoint) -> pd.DataFrame:
     rows: list[dict[str, Any]] = [{"adata_sparsematrix": dense}, csr]
     frame = pd.DataFrame([dict.fromkeys(PAYLOAD_COLUMNS) | row | {"adata_obs": obs, "adata_var": var} for row in rows])
     return frame.astype(object).where(frame.notna(), None)
+
+
+def _stored_answers(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Make a row of three cells with up to 32 genes, and what this model answers to it here and now."""
+    genes = [token for token in checkpoint.vocabulary.tokens if token not in SPECIAL_TOKENS][:32]
+    counts = np.random.default_rng(0).poisson(2.0, (3, len(genes))).astype(np.float64) + 1.0
+    row = dict.fromkeys(PAYLOAD_COLUMNS) | {
+        "adata_sparsematrix": counts.tolist(),
+        "adata_obs": table_to_json(pd.DataFrame(index=["cell1", "cell2", "cell3"])),
+        "adata_var": table_to_json(pd.DataFrame(index=genes)),
+    }
+    embedder, cases = Embedder(checkpoint), []
+    for params in SAMPLE_CASES:
+        parameters = Parameters.create(params)
+        answer = pyfunc.answer_columns(embedder.embed(row, parameters), parameters, checkpoint.config.embsize)
+        cases.append({"params": params, "answers": [answer]})
+    return {"rows": [row], "cases": cases}
+
+
+def _check_name(name: str, alias: str) -> None:
+    """Refuse what the registry would refuse, before anything is logged (ConfigError)."""
+    where = mlflow.get_registry_uri()
+    if where.startswith("databricks-uc"):
+        if not re.fullmatch(r"[^./\s]+\.[^./\s]+\.[^./\s]+", name):
+            raise ConfigError(f"{name!r} cannot be registered in Unity Catalog: give catalog.schema.name")
+    elif not name.strip(" .") or set(name) & set("/:"):
+        raise ConfigError(f"{name!r} cannot be the name of a registered model in {where}: no /, no :, not empty")
+    reserved = alias.lower() == "latest" or re.fullmatch(r"[vV]\d+", alias)
+    if alias and (reserved or not re.fullmatch(r"[\w-]+", alias, re.ASCII)):
+        raise ConfigError(f"{alias!r} cannot be an alias: letters, digits, - and _; not latest, nor v and a number")
 
 
 def _name_and_version(model_uri: str) -> tuple[str | None, str | None]:

@@ -3,6 +3,7 @@
 A flag wins over the environment (`SCGPT_BATCH_` and the name in capitals), the environment over the file.
 """
 
+import re
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -85,6 +86,9 @@ class MonitorSettings(Settings):
     """Judge the health of an endpoint and of the batch job, from their tables."""
 
     inference_table: str = Field("", description="the endpoint's inference table, of any generation")
+    requests_view: str = Field(
+        "", description="view of its requests to make anew, which dashboard and alerts read; empty: none that stays"
+    )
     output_table: str = Field("", description="the batch job's embeddings; empty: those of the last run")
     runs_table: str = Field("", description="its runs; empty: output table + _runs")
     ledger_table: str = Field("", description="its ledger; empty: output table + _ledger")
@@ -99,7 +103,14 @@ class MonitorSettings(Settings):
     min_volume: float = Field(0.5, ge=0, description="least requests of an hour, as share of the same hour's usual")
     min_usual_requests: float = Field(20, ge=0, description="hours with fewer usual requests are not judged by volume")
     max_run_age_hours: float = Field(26, gt=0, description="since the batch job last finished")
+    max_failed_fraction: float = Field(0.1, ge=0, le=1, description="share of a run's rows that may fail")
     max_cosine: float = Field(0.999, gt=0, le=1, description="mean cosine of a run's vectors, above it they are alike")
+
+    @model_validator(mode="after")
+    def _works(self) -> Self:
+        if self.requests_view and not self.inference_table:
+            raise ValueError("requests_view needs inference_table: a view of which table's requests?")
+        return self
 
 
 class MaintainSettings(Settings):
@@ -131,6 +142,86 @@ class ServeSettings(Settings):
     timeout_seconds: float = Field(297.0, gt=0, description="for one request")
     max_concurrent: int = Field(64, ge=1, description="requests at once; more are told to wait (429)")
     batch_wait_ms: float = Field(5.0, ge=0, description="how long a request waits for others to share the device with")
+
+
+class PromoteSettings(Settings):
+    """Make the challenger champion, if it answers right, fast and like the champion."""
+
+    name: str = Field(description="registered model: name, or catalog.schema.name")
+    challenger: str = Field("challenger", description="alias or version number of the version to promote")
+    champion: str = Field("champion", description="alias to move to it")
+    rows: str = Field("", description="adata_rows table, .parquet or .json to compare on; empty: what register stored")
+    max_rows: int = Field(20, ge=1, description="of these rows, the first by adata_id (of a file: the first)")
+    tolerance: float = Field(1e-3, ge=0, description="of a number in the answers stored when it was registered")
+    max_slowdown: float = Field(1.5, gt=0, description="time for the rows, as multiple of the champion's")
+    min_cosine: float = Field(0.95, ge=-1, le=1, description="mean cosine with the champion's vectors; -1: any")
+    plan: bool = Field(False, description="check, and promote nothing")
+
+
+class WorkspaceSettings(Settings):
+    """What a command takes that asks a Databricks workspace; who it asks as is Databricks' unified authentication."""
+
+    endpoint: str = Field(description="name of the serving endpoint")
+    retry_seconds: int = Field(300, ge=1, description="how long a busy workspace (429, 503, no answer) is asked again")
+
+    @model_validator(mode="after")
+    def _is_a_name(self) -> Self:
+        if not re.fullmatch(r"[A-Za-z0-9][\w-]{0,62}", self.endpoint, re.ASCII):
+            raise ValueError(f"no endpoint can be called {self.endpoint!r}: letters, digits, - and _ only, at most 63")
+        return self
+
+
+class DeploySettings(WorkspaceSettings):
+    """Create or update a Databricks serving endpoint and wait until it serves; twice changes nothing."""
+
+    model_uri: str = Field("", description="models:/catalog.schema.name@alias or models:/catalog.schema.name/version")
+    rollback: bool = Field(False, description="serve again the version that served before, instead of model_uri")
+    traffic: str = Field("", description="canary in percent, such as old=90,new=10; empty: all to the new version")
+    workload_type: str = Field("GPU_SMALL", description="CPU, GPU_SMALL, GPU_MEDIUM, ... of the new version")
+    workload_size: str = Field("Small", description="Small (4 requests at once), Medium (16) or Large (64)")
+    scale_to_zero: bool = Field(True, description="cost nothing without requests; the first one then waits minutes")
+    inference_table: str = Field(
+        "",
+        description="catalog.schema.PREFIX_payload, new, for requests and answers; empty: beside the model; none: off",
+    )
+    usage_tracking: bool = Field(False, description="count use in system tables, where the workspace can for models")
+    can_query: tuple[str, ...] = Field((), description="groups, user@mail or service principal ids that may ask it")
+    poll_seconds: float = Field(10.0, gt=0, description="between two looks at the endpoint while it is updated")
+    timeout_minutes: float = Field(60.0, gt=0, description="how long to wait for an update; it goes on without us")
+    plan: bool = Field(False, description="say what would change, and change nothing")
+
+    @model_validator(mode="after")
+    def _works(self) -> Self:
+        if self.rollback == bool(self.model_uri):
+            raise ValueError("deploy needs either --model-uri or --rollback")
+        if self.rollback and self.traffic:
+            raise ValueError("--rollback gives all traffic to the earlier version: leave --traffic out")
+        if self.traffic and not self._shares():
+            raise ValueError(f"traffic {self.traffic!r} must be percentages that add to 100, such as old=90,new=10")
+        table = self.inference_table
+        if table not in ("", "none") and not re.fullmatch(r"[^.\s]+\.[^.\s]+\.[^.\s]+_payload", table):
+            raise ValueError(f"inference table {table!r} must be catalog.schema.NAME_payload: Databricks adds _payload")
+        return self
+
+    def _shares(self) -> dict[str, int]:
+        match = re.fullmatch(r"old=(\d+),\s*new=(\d+)|new=(\d+),\s*old=(\d+)", self.traffic)
+        if match is None:
+            return {}
+        old, new = (int(match[i] or match[5 - i]) for i in (1, 2))
+        return {"old": old, "new": new} if old + new == 100 else {}
+
+    @property
+    def new_share(self) -> int:
+        """Percent of the traffic that the new version gets."""
+        return self._shares()["new"] if self.traffic else 100
+
+
+class StatusSettings(WorkspaceSettings):
+    """Say how a Databricks endpoint is: state, versions, traffic, logs, metrics, its tables and the nightly run."""
+
+    inference_table: str = Field("", description="the endpoint's inference table, to judge it too (reads by Spark)")
+    output_table: str = Field("", description="the batch job's embeddings, to judge the last run too (reads by Spark)")
+    runs_table: str = Field("", description="its runs; empty: output table + _runs")
 
 
 Summary = dict[str, Any]

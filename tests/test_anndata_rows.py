@@ -399,6 +399,25 @@ def test_nulls_in_arrow_matrix_are_named(cells):
         from_row(row)
 
 
+def test_rows_with_the_same_genes_read_them_once_and_share_no_change(monkeypatch):
+    genes = table(["s0", "s1", "s2"], symbol=["A", "B", "C"])
+    read = []
+    monkeypatch.setattr(json, "loads", lambda text, loads=json.loads: read.append(text) or loads(text))
+    first = from_row(small_row(adata_var=genes))
+    first.var.loc["s0", "symbol"] = "changed"
+    first.var["mine"] = 1
+    first.var_names = ["x", "y", "z"]
+    second = from_row(small_row(adata_var=genes))
+    assert read.count(genes) == 1
+    assert second.var.to_dict() == {"symbol": {"s0": "A", "s1": "B", "s2": "C"}}
+
+
+def test_each_row_with_unreadable_genes_is_told_so():
+    for _ in range(2):
+        with pytest.raises(PayloadError, match="adata_var is not JSON"):
+            from_row(small_row(adata_var="{"))
+
+
 # Random damage
 
 

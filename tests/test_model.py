@@ -13,7 +13,7 @@ from torch import nn
 from scgpt_batch.errors import ConfigError
 from scgpt_batch.model import ScGPT, load_checkpoint
 from scgpt_batch.model import attention as attention_module
-from scgpt_batch.model.attention import LONG, Packing, attention, choose_backend
+from scgpt_batch.model.attention import BACKENDS, LONG, Packing, attention, choose_backend
 from scgpt_batch.model.transformer import SelfAttention
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
@@ -205,12 +205,19 @@ def test_a_new_gpu_runs_packed_attention_in_bfloat16_alone(monkeypatch):
     assert choose_backend(GPU, torch.float32) == "sdpa"
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("backend", ["flash", "varlen", "sdpa"])
+def on_gpu(test):
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")(test))
+
+
+def backends_of_this_gpu():
+    """Those that can run in bfloat16; all names where there is no GPU, for which the tests are skipped."""
+    found = torch.cuda.is_available()
+    return [name for name in BACKENDS if not (found and attention_module._obstacle(name, GPU, torch.bfloat16))]
+
+
+@on_gpu
+@pytest.mark.parametrize("backend", backends_of_this_gpu())
 def test_every_backend_of_a_gpu_gives_upstreams_output(monkeypatch, checkpoint, cells, backend):
-    if attention_module._obstacle(backend, GPU, torch.bfloat16):
-        pytest.skip("this machine does not have it")
     monkeypatch.setenv("SCGPT_BATCH_ATTENTION", backend)
     wanted = golden("transformer")
     wanted = wanted["output"][~wanted["key_padding_mask"]]
@@ -220,8 +227,7 @@ def test_every_backend_of_a_gpu_gives_upstreams_output(monkeypatch, checkpoint, 
     assert cosine(found, wanted).min() > 0.9999
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@on_gpu
 def test_float32_on_a_gpu_gives_upstreams_output(checkpoint, cells):
     wanted = golden("transformer")
     found = np.concatenate(encode(ScGPT.from_checkpoint(checkpoint, device="cuda"), cells))

@@ -75,8 +75,11 @@ def test_each_rule_of_the_endpoint_fires_and_does_not(judged, fault, rules):
     assert judged(**fault) == rules
 
 
-def run(hours_ago, status="finished", run_id="r"):
-    return {"run_id": run_id, "status": status, "finished_at": NOW - timedelta(hours=hours_ago)}
+def run(hours_ago, status="finished", ok=9, failed=1, mode="static"):
+    """A run that took an hour."""
+    ended = NOW - timedelta(hours=hours_ago)
+    return {"run_id": "r", "mode": mode, "status": status, "started_at": ended - timedelta(hours=1),
+            "finished_at": None if status == "running" else ended, "rows_ok": ok, "rows_failed": failed}  # fmt: skip
 
 
 def vectors(sampled, distinct, cosine):
@@ -92,6 +95,14 @@ def vectors(sampled, distinct, cosine):
         ([run(1, "failed"), run(25)], [], ["run_failed"]),
         ([run(1), run(2, "failed")], [], []),
         ([run(1, "failed"), run(30)], [], ["run_late", "run_failed"]),
+        ([run(0, "running"), run(20)], [], []),
+        ([run(0, "running"), run(1, "failed"), run(20)], [], ["run_failed"]),
+        ([run(27, "running"), run(20)], [], ["run_failed"]),  # it was killed
+        ([run(1, ok=8, failed=2)], [], ["rows_failed"]),
+        ([run(1, ok=8, failed=2), run(2, mode="cell"), run(3)], [], ["rows_failed"]),
+        ([run(1, ok=0, failed=0), run(2, ok=0, failed=3)], [], ["rows_failed"]),  # tried again, with nothing to do
+        ([run(1, ok=3, failed=0), run(2, ok=0, failed=3)], [], []),
+        ([run(1, mode="cell"), run(30, ok=0, failed=3)], [], []),
         ([run(1)], [vectors(1000, 1, 1.0)], ["collapse"]),
         ([run(1)], [vectors(1000, 1000, 0.9999)], ["collapse"]),
         ([run(1)], [vectors(1000, 1000, 0.99)], []),

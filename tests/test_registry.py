@@ -116,10 +116,24 @@ def test_a_bad_checkpoint_logs_nothing(registered, tmp_path):
     assert not mlflow.MlflowClient().search_registered_models("name = 'broken'")
 
 
-@pytest.mark.parametrize("name", ["", "with/slash", "with:colon"])
-def test_a_name_that_mlflow_refuses_is_a_config_error(registered, name):
-    with pytest.raises(ConfigError, match="did not register"):
+@pytest.mark.parametrize(
+    ("name", "alias"),
+    [("", ""), ("with/slash", ""), ("with:colon", ""), ("..", ""), ("x", "latest"), ("x", "v2"), ("x", "a b")],
+)
+def test_a_name_that_mlflow_refuses_is_refused_before_anything_is_logged(registered, name, alias):
+    before = len(runs())
+    with pytest.raises(ConfigError, match="cannot be"):
+        registry.register(str(GOLDEN / "checkpoint_flash"), name, alias=alias)
+    assert len(runs()) == before
+
+
+@pytest.mark.parametrize("name", ["scgpt", "lab.scgpt", "main.lab.", "main.lab.sc gpt", "a.b.c.d"])
+def test_unity_catalog_takes_names_of_three_parts_only(registered, name, monkeypatch):
+    before = len(runs())
+    monkeypatch.setattr(mlflow, "get_registry_uri", lambda: "databricks-uc")
+    with pytest.raises(ConfigError, match=r"catalog\.schema\.name"):
         registry.register(str(GOLDEN / "checkpoint_flash"), name)
+    assert len(runs()) == before
 
 
 # Finding it again
@@ -130,6 +144,17 @@ def test_an_alias_is_resolved_to_its_version(registered):
     assert (found.uri, found.name, found.version) == (f"models:/scgpt/{registered.version}", "scgpt", "1")
     assert found == registered
     assert (found.config.embsize, found.config.nlayers) == (64, 3)
+
+
+def test_the_files_go_where_all_machines_of_the_cluster_see_them(registered, spark, tmp_path):
+    spark.conf.set("spark.mlflow.nfs.rootDir", str(tmp_path))
+    try:
+        shared = registry.resolve("models:/scgpt@champion")
+    finally:
+        spark.conf.unset("spark.mlflow.nfs.rootDir")
+    assert shared.folder.is_relative_to(tmp_path) and shared.folder.stat().st_mode & 0o055 == 0o055
+    assert load_checkpoint(shared.checkpoint).digest == DIGEST
+    assert not registry.resolve("models:/scgpt@champion").folder.is_relative_to(tmp_path)
 
 
 def test_a_path_is_a_model_too(registered):

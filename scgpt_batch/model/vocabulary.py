@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -69,7 +70,6 @@ class Vocabulary:
 
         Names are matched exactly and with their case, as upstream does. A special token is no gene.
         """
-        ids = self._ids
-        found = np.fromiter((ids.get(name, -1) for name in names), dtype=np.int64)
-        found[np.isin(found, [ids[token] for token in SPECIAL_TOKENS])] = -1
+        found = np.fromiter(map(self._ids.get, names, repeat(-1)), dtype=np.int64)
+        found[np.isin(found, [self._ids[token] for token in SPECIAL_TOKENS])] = -1
         return found

@@ -61,9 +61,11 @@ def _volume(last_hour: Row, limits: MonitorSettings) -> list[Alert]:
 def batch_alerts(runs: Sequence[Row], collapse: Iterable[Row], limits: MonitorSettings, now: datetime) -> list[Alert]:
     """Judge the batch job by the answers of `last_runs` (newest first) and `collapse_cells` or `collapse_genes`."""
     alerts = _late(runs, limits, now)
-    if runs and runs[0]["status"] != "finished":
-        told = f"the last run, {runs[0]['run_id']}, ended as {runs[0]['status']!r}"
-        alerts.append(Alert("run_failed", "critical", told, runs[0]["status"]))
+    ended = [run for run in runs if not _at_work(run, limits, now)]
+    if ended and ended[0]["status"] != "finished":
+        told = f"the last run, {ended[0]['run_id']}, ended as {ended[0]['status']!r}"
+        alerts.append(Alert("run_failed", "critical", told, ended[0]["status"]))
+    alerts += _failed_rows(runs, limits, now)
     for run in collapse:
         if _collapsed(run, limits):
             told = (
@@ -78,11 +80,35 @@ def _late(runs: Sequence[Row], limits: MonitorSettings, now: datetime) -> list[A
     finished = [run["finished_at"] for run in runs if run["status"] == "finished"]
     if not finished:
         return [Alert("run_late", "warning", "no run of the batch job has finished", None, limits.max_run_age_hours)]
-    age = (now - max(finished)).total_seconds() / 3600
+    age = _hours(max(finished), now)
     if age <= limits.max_run_age_hours:
         return []
     told = f"the last run that finished did so {age:.0f} h ago, more than {limits.max_run_age_hours:g} h"
     return [Alert("run_late", "warning", told, age, limits.max_run_age_hours)]
+
+
+def _at_work(run: Row, limits: MonitorSettings, now: datetime) -> bool:
+    """Tell whether a run is not over; one that began longer ago than runs are apart was killed."""
+    return run["status"] == "running" and _hours(run["started_at"], now) <= limits.max_run_age_hours
+
+
+def _failed_rows(runs: Sequence[Row], limits: MonitorSettings, now: datetime) -> list[Alert]:
+    """Judge the newest run of each mode that had rows to embed; a run after it that had none mended nothing."""
+    newest: dict[str, Row] = {}
+    for run in runs:
+        if run["status"] == "finished" and run["rows_ok"] + run["rows_failed"] > 0:
+            newest.setdefault(run["mode"], run)
+    alerts = []
+    for run in newest.values():
+        failed = run["rows_failed"] / (run["rows_ok"] + run["rows_failed"])
+        if failed > limits.max_failed_fraction and _hours(run["finished_at"], now) <= limits.max_run_age_hours:
+            told = f"run {run['run_id']} ({run['mode']}): {failed:.0%} of its rows failed ({run['rows_failed']})"
+            alerts.append(Alert("rows_failed", "critical", told, failed, limits.max_failed_fraction))
+    return alerts
+
+
+def _hours(since: datetime, now: datetime) -> float:
+    return (now - since).total_seconds() / 3600
 
 
 def _collapsed(run: Row, limits: MonitorSettings) -> bool:

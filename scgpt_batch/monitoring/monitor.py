@@ -68,11 +68,7 @@ def monitor(spark: SparkSession, settings: MonitorSettings, *, now: datetime | N
         raise ConfigError("monitor needs --inference-table, --output-table or --runs-table")
     page.check(settings.report)
     findings = Findings(spark, settings, now or datetime.now(UTC))
-    told: Summary = {}
-    if settings.inference_table:
-        told |= _endpoint(findings)
-    if settings.output_table or settings.runs_table:
-        told |= _batch(findings)
+    told = judge(findings)
     if findings.alerts and (url := os.environ.get(WEBHOOK)):
         findings.alerts += _post(url, settings, findings.alerts)
     for alert in findings.alerts:
@@ -80,13 +76,26 @@ def monitor(spark: SparkSession, settings: MonitorSettings, *, now: datetime | N
     if settings.report:
         page.write(settings, findings.answers, findings.alerts, findings.now)
         told["report"] = settings.report
-    alerts = [asdict(alert) for alert in findings.alerts]
-    return {"status": health.status(findings.alerts), "alerts": alerts, **told}
+    return told | _verdict(findings)
+
+
+def judge(findings: Findings) -> Summary:
+    """Ask the tables that the settings name and judge the answers: status, alerts and the figures judged."""
+    told: Summary = {}
+    if findings.settings.inference_table:
+        told |= _endpoint(findings)
+    if findings.settings.output_table or findings.settings.runs_table:
+        told |= _batch(findings)
+    return _verdict(findings) | told
+
+
+def _verdict(findings: Findings) -> Summary:
+    return {"status": health.status(findings.alerts), "alerts": [asdict(alert) for alert in findings.alerts]}
 
 
 def _endpoint(findings: Findings) -> Summary:
     settings = findings.settings
-    view = requests_view(findings.spark, settings.inference_table)
+    view = requests_view(findings.spark, settings.inference_table, settings.requests_view)
     (window,) = findings.ask("endpoint_health", requests=view, since=findings.window)
     # rows come late: an hour counts when the table can hold all of it
     arrived = findings.now - timedelta(minutes=settings.delay_minutes)

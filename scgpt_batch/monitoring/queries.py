@@ -4,6 +4,7 @@ The files are for Databricks SQL and local Spark alike. Every question on reques
 `requests_view` makes from an inference table of any generation.
 """
 
+import re
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -29,6 +30,18 @@ CONSTANTS_ONLY = "spark.sql.legacy.parameterSubstitution.constantsOnly"
 def text(name: str) -> str:
     """Return the SQL of a question."""
     return resources.files("scgpt_batch.monitoring").joinpath("sql", f"{name}.sql").read_text(encoding="utf-8")
+
+
+def parameters(name: str) -> list[str]:
+    """List a question's parameters, as the SQL (not its comments) names them."""
+    sql = "\n".join(line for line in text(name).splitlines() if not line.startswith("--"))
+    return list(dict.fromkeys(re.findall(r":(\w+)", sql)))
+
+
+def filled(name: str, **parameters: str) -> str:
+    """Return the SQL of a question with SQL in place of each parameter, for views and alerts, which take none."""
+    spelt = r"identifier\(:(\w+)\)|:(\w+)"
+    return re.sub(spelt, lambda found: parameters.get(found[1] or found[2], found[0]), text(name))
 
 
 def question(name: str) -> str:
@@ -59,8 +72,10 @@ def ask(spark: SparkSession, name: str, **parameters: Any) -> DataFrame:
         raise ConfigError(f"this Spark session cannot bind SQL parameters: set {CONSTANTS_ONLY} to true") from exc
 
 
-def requests_view(spark: SparkSession, inference_table: str) -> str:
+def requests_view(spark: SparkSession, inference_table: str, view: str = "") -> str:
     """Make the normalising view of an inference table, whichever its generation; return the view's name.
+
+    Without a name it lasts as long as the session; a `view` of the catalog is there for others, and made anew.
 
     Raises
     ------
@@ -76,7 +91,11 @@ def requests_view(spark: SparkSession, inference_table: str) -> str:
         told = "; ".join(", ".join(sorted(needed)) for needed in GENERATIONS.values())
         raise ConfigError(f"{inference_table} is no inference table: it has none of these sets of columns: {told}")
     # spelt out, because a view's text takes no parameters (Spark Connect refuses them, and Databricks' DDL)
-    spark.sql(text(generation).replace("identifier(:inference_table)", table)).createOrReplaceTempView(REQUESTS)
+    requests = filled(generation, inference_table=table)
+    if view:
+        spark.sql(f"CREATE OR REPLACE VIEW {tables.table_name(view)} AS\n{requests}")
+        return view
+    spark.sql(requests).createOrReplaceTempView(REQUESTS)
     return REQUESTS
 
 

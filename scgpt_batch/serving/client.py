@@ -23,14 +23,13 @@ from urllib3.util import Retry
 
 from scgpt_batch.anndata_rows import PAYLOAD_COLUMNS, to_row
 from scgpt_batch.errors import ConfigError, PartsFailed, PayloadError
-from scgpt_batch.parameters import Parameters
+from scgpt_batch.parameters import PACKED_TYPES, Parameters
 from scgpt_batch.preprocess import SYMBOL_COLUMNS
 
 REQUEST_BYTES = 16_000_000  # of a request's body at Databricks, and at the local endpoint
 CELLS = 2_000  # of one request at most: their vectors in base64 take 6 MB at d 512
 TOO_LARGE = 413
 RETRIED = (429, 500, 502, 503, 504)
-DTYPES = {"float32_base64": "<f4", "float16_base64": "<f2"}
 
 
 @dataclass(frozen=True)
@@ -205,7 +204,7 @@ def _frame(prediction: dict[str, Any], asked: Parameters) -> pd.DataFrame:
         vectors = np.array(nested, np.float32).reshape(-1, prediction["embedding_dim"])
     else:
         packed = base64.b64decode(prediction["embeddings_base64"])
-        vectors = np.frombuffer(packed, DTYPES[asked.encoding]).reshape(-1, prediction["embedding_dim"])
+        vectors = np.frombuffer(packed, PACKED_TYPES[asked.encoding]).reshape(-1, prediction["embedding_dim"])
     if asked.mode == "cell":
         return pd.DataFrame({"cell_id": prediction["cell_ids"], "embedding": list(vectors)})
     genes = prediction["genes"]

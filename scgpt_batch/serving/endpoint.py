@@ -172,8 +172,8 @@ class Endpoint:
             return _error(exc.status, str(exc))
         except ClientDisconnect:
             raise
-        except Exception:
-            logger.exception("request %s failed", call.request_id)
+        except Exception:  # broad: model and libraries raise anything, and the client must hear whose fault it is
+            logger.exception("request %s failed", call.request_id)  # with the traceback, which the client does not get
             return _error(500, f"the model failed; the server's log says more under request {call.request_id}")
 
     async def _answer(self, request: Request, call: _Call) -> bytes:

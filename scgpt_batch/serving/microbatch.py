@@ -55,7 +55,7 @@ class MicroBatcher:
         together = [row for rows, _ in asked for row in rows]
         try:
             found = iter(await loop.run_in_executor(self._executor, self._embed_rows, together, parameters))
-        except Exception as exc:
+        except Exception as exc:  # whatever it is goes to the request that asked, which would wait for ever otherwise
             if len(asked) == 1:
                 _settle(asked[0][1], exc)
                 return

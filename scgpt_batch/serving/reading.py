@@ -21,7 +21,7 @@ from scgpt_batch.anndata_rows import is_empty
 from scgpt_batch.embedder import Embedder, check_model_parameters
 from scgpt_batch.errors import ConfigError, RequestRefused, RowError
 from scgpt_batch.model import Vocabulary
-from scgpt_batch.parameters import Parameters
+from scgpt_batch.parameters import Parameters, told_in_row
 
 FORMATS = ("dataframe_split", "dataframe_records", "inputs", "instances")
 MAX_ROWS, MAX_COLUMNS = 10_000, 1_000
@@ -103,20 +103,16 @@ class RequestReader:
         return (frame.to_dict("records") if len(frame.columns) else [{} for _ in given]), checked or {}
 
     def _with_parameters(self, position: int, row: dict[str, Any], params: dict[str, Any]) -> AskedRow:
-        """Set a row's parameters: those in its columns win; as the PyFunc does it."""
-        columns = {name: row[name] for name in self._parameters if name in row}
+        """Set a row's parameters, as the PyFunc does it."""
         try:
-            parameters = Parameters.create(params, columns)
+            parameters = Parameters.of_row(row, params)
             check_model_parameters(parameters, self._embedder.config)
             return AskedRow(row, parameters)
         except ConfigError as exc:
             try:
-                parameters = Parameters.create(params)
-            except ConfigError as in_params:
-                raise RequestRefused(400, str(in_params)) from in_params
-            if parameters.on_error == "raise":
-                raise RequestRefused(400, f"row {position}: {exc}") from exc
-            return AskedRow(row, parameters, RowError(str(exc)))
+                return AskedRow(row, *told_in_row(exc, position, params))
+            except ConfigError as of_request:
+                raise RequestRefused(400, str(of_request)) from exc
 
     def _refuse_large_answer(self, rows: Iterable[AskedRow]) -> None:
         d, total = self._embedder.config.embsize, 0.0

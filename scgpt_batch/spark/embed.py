@@ -13,6 +13,7 @@ import hashlib
 import logging
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -160,7 +161,7 @@ def _run(job: Job) -> Summary:
     clock, status = time.monotonic(), "failed"
     logger.info("run %s: %s, %s mode, %s -> %s", job.run_id, job.model.uri, job.parameters.mode, job.input, job.output)
     mlflow.log_params(job.parameters.model_dump() | {"model_uri": job.model.uri})
-    _write_run(job, "running")
+    _begin_run(job)
     try:
         if job.settings.trigger:
             _embed_stream(job, clock)
@@ -172,7 +173,7 @@ def _run(job: Job) -> Summary:
         status = "finished"
     finally:
         seconds = round(time.monotonic() - clock, 3)
-        _write_run(job, status, seconds)
+        _end_run(job, status, seconds)
     mlflow.log_metrics({**job.counts, "seconds": seconds})
     return {
         "run_id": job.run_id,
@@ -186,22 +187,25 @@ def _run(job: Job) -> Summary:
     }
 
 
-def _write_run(job: Job, status: str, seconds: float | None = None) -> None:
+def _begin_run(job: Job) -> None:
+    """Say that the run is at work: what it leaves, should it be killed, is a rival's from now on."""
     told: dict[str, Any] = {
-        "run_id": job.run_id, "started_at": job.started, "status": status,
-        "finished_at": None if status == "running" else datetime.now(UTC),
+        "run_id": job.run_id, "started_at": job.started, "status": "running",
         "mode": job.parameters.mode, "model_uri": job.model.uri, "model_version": job.model.version,
-        "params": job.parameters.model_dump_json(), **job.counts, "seconds": seconds,
-        "input_table": job.input, "input_version": job.input_version,
-        "output_table": job.output, "output_version": tables.version(job.spark, job.output),
+        "params": job.parameters.model_dump_json(), **job.counts,
+        "input_table": job.input, "input_version": job.input_version, "output_table": job.output,
         "package_version": scgpt_batch.__version__,
     }  # fmt: skip
     schema = job.spark.table(job.runs).schema
-    row = job.spark.createDataFrame([tuple(told.get(f.name) for f in schema)], schema)
-    if status == "running":
-        tables.append(row, job.runs)
-    else:
-        tables.upsert(job.spark, job.runs, row, ["run_id"])
+    tables.append(job.spark.createDataFrame([tuple(told.get(f.name) for f in schema)], schema), job.runs)
+
+
+def _end_run(job: Job, status: str, seconds: float) -> None:
+    told: dict[str, str | float | datetime] = {
+        "status": status, "finished_at": datetime.now(UTC), **job.counts, "seconds": seconds,
+        "output_version": tables.version(job.spark, job.output),
+    }  # fmt: skip
+    tables.update(job.spark, job.runs, told, f"run_id = {tables.literal(job.run_id)}")
 
 
 def _embed_stream(job: Job, clock: float) -> None:
@@ -270,7 +274,7 @@ def _rivals(job: Job) -> list[str]:
     runs = job.spark.table(job.runs).where(F.col("output_table") == job.output)
     since = F.lit(job.started - timedelta(hours=RIVAL_HOURS))
     open_runs = runs.where((F.col("status") != "finished") | (F.col("finished_at") > since))
-    return [row["run_id"] for row in open_runs.select("run_id").distinct().collect()]
+    return [row["run_id"] for row in open_runs.select("run_id").collect()]
 
 
 def _still_missing(job: Job, wave: pd.DataFrame) -> pd.DataFrame:
@@ -369,13 +373,23 @@ def _embeddings(job: Job, lines: DataFrame) -> DataFrame:
     else:
         columns, order = ["adata_id", "group", "gene", "embedding", "n_cells"], ["gene", "adata_id"]
     if job.parameters.mode == "static":
-        vectors = job.spark.range(1, numPartitions=1).mapInArrow(static_vectors(job.work.model), VECTORS_DDL)
-        # a merge join leaves both sides sorted by gene: equal vectors lie side by side and compress to nothing
-        lines = lines.drop("embedding").hint("merge").join(vectors.hint("merge"), "gene")
+        lines = _with_static_vectors(job, lines, order)
+    else:
+        lines = lines.sortWithinPartitions(*order)
     stamps = _stamps(job) | {"run_id": F.lit(job.run_id), "embedded_at": F.current_timestamp()}
     stamped = lines.select(*columns, "content_hash").withColumns(stamps)
-    names = [f.name for f in job.spark.table(job.output).schema if f.name in stamped.columns]
-    return stamped.select(*names).sortWithinPartitions(*order)
+    return stamped.select(*(f.name for f in job.spark.table(job.output).schema if f.name in stamped.columns))
+
+
+def _with_static_vectors(job: Job, lines: DataFrame, order: Sequence[str]) -> DataFrame:
+    """Join each gene's vector, computed once a wave.
+
+    Lines are put in order while they are small. A merge join by gene keeps it, so equal vectors lie side by side and
+    compress to nothing.
+    """
+    vectors = lines.select("gene").distinct().mapInArrow(static_vectors(job.work.model), VECTORS_DDL)
+    ordered = lines.drop("embedding").repartition("gene").sortWithinPartitions(*order)
+    return ordered.hint("merge").join(vectors.hint("merge"), "gene")
 
 
 def _ledger_lines(job: Job, answers: DataFrame) -> DataFrame:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pandas as pd
-from pyspark.sql import DataFrame, SparkSession, Window
+from pyspark.sql import DataFrame, Row, SparkSession, Window
 from pyspark.sql import functions as F
 
 from scgpt_batch.errors import ConfigError
@@ -75,26 +75,35 @@ def missing_rows(rows: DataFrame, ledger: DataFrame, *, retry_failed: bool, name
     if ledger.head(1) and rows.where("content_hash IS NULL").head(1):
         rows = rows.withColumn("content_hash", tables.row_hash())
     found = _found(rows, ledger, retry_failed)
-    if found.where("copies > 1 AND hashes < copies").head(1):
+    told = _told(found)
+    if told["undecided"]:
         found = _found(rows.withColumn("content_hash", tables.row_hash()), ledger, retry_failed)
-    differ = F.col("lowest") != F.col("content_hash")
-    told = found.select(
-        F.coalesce(F.sum("copies"), F.lit(0)).alias("rows"),
-        F.count_if(F.isnull("adata_id")).alias("nameless"),
-        F.count_if(differ).alias("ambiguous"),
-        F.min(F.when(differ, F.col("adata_id"))).alias("first"),
-    ).first()
-    assert told is not None  # an aggregate has one row
+        told = _told(found)
     if told["nameless"]:
         raise ConfigError(f"{name} has rows without adata_id: give each row a key")
     if told["ambiguous"]:
         raise ConfigError(f"{name} has {told['ambiguous']} adata_id with several contents, first {told['first']!r}")
-    if rows.where("sample_id IS NOT NULL").head(1):
+    if told["in_samples"]:
         found = _by_sample(found)
     columns = ("adata_id", "content_hash", "cells", "copies", "known", "sample")
     pending: pd.DataFrame = found.where("NOT done").select(*columns).toPandas()
     pending = pending.sort_values(["cells", "adata_id"], ascending=[False, True], ignore_index=True)
     return Missing(int(told["rows"]), pending)
+
+
+def _told(found: DataFrame) -> Row:
+    """Ask all at once what the keys are like: how many rows, and what is wrong with them."""
+    differ = F.col("lowest") != F.col("content_hash")
+    told = found.select(
+        F.coalesce(F.sum("copies"), F.lit(0)).alias("rows"),
+        F.count_if(F.isnull("adata_id")).alias("nameless"),
+        F.count_if((F.col("copies") > 1) & (F.col("hashes") < F.col("copies"))).alias("undecided"),
+        F.count_if(differ).alias("ambiguous"),
+        F.min(F.when(differ, F.col("adata_id"))).alias("first"),
+        F.count("sample_id").alias("in_samples"),
+    ).first()
+    assert told is not None  # an aggregate has one row
+    return told
 
 
 def _found(rows: DataFrame, ledger: DataFrame, retry_failed: bool) -> DataFrame:

@@ -7,7 +7,8 @@ import logging
 import random
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from uuid import uuid4
 
@@ -194,9 +195,19 @@ def upsert(spark: SparkSession, table: str, rows: DataFrame, keys: Sequence[str]
         spark.catalog.dropTempView(view)
 
 
-def literal(value: str) -> str:
-    """Spell a string as an SQL literal."""
-    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+def update(spark: SparkSession, table: str, values: Mapping[str, str | float | datetime], condition: str) -> None:
+    """Set columns of the rows that meet `condition`, in one commit."""
+    told = ", ".join(f"{name} = {literal(value)}" for name, value in values.items())
+    _retried(table, lambda: spark.sql(f"UPDATE {table} SET {told} WHERE {condition}"))
+
+
+def literal(value: str | float | datetime) -> str:
+    """Spell a string, a number or a time (with its zone) as an SQL literal."""
+    if isinstance(value, datetime):
+        return f"TIMESTAMP '{value.isoformat()}'"
+    if isinstance(value, str):
+        return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    return repr(value)
 
 
 def _retried(table: str, write: Callable[[], object]) -> None:

@@ -166,16 +166,14 @@ def _watched(answers: Iterable[Answer], seconds: float) -> Iterator[Answer]:
 
 
 def static_vectors(model: ModelRef) -> Callable[[Batches], Batches]:
-    """Return a function for `mapInArrow` that gives the vocabulary's vectors, whatever comes in."""
+    """Return a function for `mapInArrow` that answers names of the vocabulary with their static vectors."""
 
     def run(batches: Batches) -> Batches:
-        for _ in batches:
-            embedder = model.load()
-            table, tokens = embedder.gene_table, embedder.vocabulary.tokens
-            for first in range(0, len(tokens), LINES):
-                part = slice(first, first + LINES)
-                columns = [pa.array(tokens[part], pa.string()), list_array(table[part])]
-                yield pa.RecordBatch.from_arrays(columns, schema=VECTORS)
+        embedder = model.load()
+        for batch in batches:
+            names = batch.column("gene")
+            tokens = embedder.vocabulary.ids(names.to_numpy(zero_copy_only=False))
+            yield pa.RecordBatch.from_arrays([names, list_array(embedder.gene_table[tokens])], schema=VECTORS)
 
     return run
 

@@ -1,0 +1,374 @@
+"""A stand-in of a Databricks workspace: the REST API of serving endpoints and what of Unity Catalog they need.
+
+It keeps state, takes its time for updates, and refuses a body that the SDK's own classes do not give back as it came.
+"""
+
+import inspect
+import json
+import re
+import threading
+import traceback
+import typing
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass, field, is_dataclass
+from enum import Enum
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import unquote
+
+from databricks.sdk.service import serving
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
+API = serving.ServingEndpointsAPI
+Answer = Callable[[dict[str, Any], tuple[list[str], dict[str, Any]]], dict[str, Any]]
+
+
+class Refused(Exception):
+    """What the workspace answers instead."""
+
+    def __init__(self, status: int, code: str, message: str, headers: dict[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.status, self.code, self.headers = status, code, headers or {}
+
+
+@dataclass
+class Fault:
+    """An answer to give instead of the right one, `times` times; `after` the work was done: the answer got lost."""
+
+    method: str
+    path: str  # regular expression
+    status: int
+    code: str
+    message: str = "injected"
+    times: int = 1
+    after: bool = False
+
+
+@dataclass
+class Workspace:
+    """What the workspace holds; tests read and change it at will."""
+
+    models: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> {"versions": {...}, "aliases": {...}}
+    tables: set[str] = field(default_factory=set)
+    endpoints: dict[str, dict[str, Any]] = field(default_factory=dict)
+    permissions: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    polls: int = 2  # how often an update is seen under way before it is done
+    failing: set[str] = field(default_factory=set)  # versions that cannot be deployed
+    faults: list[Fault] = field(default_factory=list)
+    predict: Answer | None = None
+    requests: list[tuple[str, str, Any]] = field(default_factory=list)  # method, path, body
+    token: str = "secret"
+    url: str = ""
+
+    def add_model(self, name: str, *versions: int, **aliases: int) -> None:
+        """Register versions of a model, and set aliases."""
+        model = self.models.setdefault(name, {"versions": {}, "aliases": {}})
+        model["versions"] |= {str(v): "READY" for v in versions}
+        model["aliases"] |= aliases
+
+    @property
+    def changes(self) -> list[tuple[str, str]]:
+        """The requests that may change something, without those that ask a model."""
+        return [(m, p) for m, p, _ in self.requests if m != "GET" and not p.endswith("/invocations")]
+
+    def last_body(self, method: str, ending: str) -> Any:
+        """The body of the last request of this method whose path ends so."""
+        return next(b for m, p, b in reversed(self.requests) if m == method and p.endswith(ending))
+
+    # Requests
+
+    def answer(self, method: str, path: str, body: Any) -> Any:
+        self.requests.append((method, path, body))
+        fault = next((f for f in self.faults if f.method == method and f.times and re.search(f.path, path)), None)
+        if fault:
+            fault.times -= 1
+            if fault.after:
+                self._route(method, path, body)
+            raise Refused(fault.status, fault.code, fault.message, {"Retry-After": "0"})
+        return self._route(method, path, body)
+
+    def _route(self, method: str, path: str, body: Any) -> Any:
+        for wanted, pattern, handler in ROUTES:
+            match = re.fullmatch(pattern, path)
+            if match and wanted == method:
+                return handler(self, *map(unquote, match.groups()), *([] if method == "GET" else [body]))
+        raise Refused(404, "ENDPOINT_NOT_FOUND", f"no API for {method} {path}")
+
+    def known(self, _: Any = None) -> dict:
+        return {}
+
+    def get_version(self, name: str, version: str) -> dict:
+        status = self.models.get(name, {"versions": {}})["versions"].get(version)
+        if status is None:
+            raise Refused(404, "RESOURCE_DOES_NOT_EXIST", f"Model Version '{name}' version {version} does not exist.")
+        return {"model_name": name, "version": int(version), "status": status}
+
+    def get_alias(self, name: str, alias: str) -> dict:
+        found = self.models.get(name, {"aliases": {}})["aliases"].get(alias)
+        if found is None:
+            raise Refused(404, "RESOURCE_DOES_NOT_EXIST", f"Alias '{alias}' of '{name}' does not exist.")
+        return self.get_version(name, str(found))
+
+    def table_exists(self, name: str) -> dict:
+        return {"table_exists": name in self.tables}
+
+    def create(self, body: dict) -> dict:
+        check(API.create, body)
+        name = body["name"]
+        if not NAME.fullmatch(name):
+            raise Refused(400, "INVALID_PARAMETER_VALUE", f"Invalid endpoint name {name!r}")
+        if name in self.endpoints:
+            raise Refused(409, "RESOURCE_ALREADY_EXISTS", f"Endpoint with name '{name}' already exists.")
+        config = self._checked(body["config"])
+        endpoint = {"name": name, "id": f"id-of-{name}", "creator": "me@lab.org", "tags": body.get("tags", []),
+                    "permission_level": "CAN_MANAGE", "state": {"ready": "NOT_READY"}}  # fmt: skip
+        if "ai_gateway" in body:
+            self._set_gateway(endpoint, body["ai_gateway"])
+        self.endpoints[name] = endpoint
+        self._begin(endpoint, config)
+        return self._shown(endpoint)
+
+    def get(self, name: str) -> dict:
+        endpoint = self._endpoint(name)
+        if "left" in endpoint:
+            endpoint["left"] -= 1
+            if endpoint["left"] <= 0:
+                self._finish(endpoint)
+        return self._shown(endpoint)
+
+    def update_config(self, name: str, body: dict) -> dict:
+        check(API.update_config, body, path={"name": name})
+        endpoint = self._endpoint(name)
+        if endpoint["state"]["config_update"] == "IN_PROGRESS":
+            raise Refused(409, "RESOURCE_CONFLICT", f"Endpoint '{name}' is being updated")
+        capture = body.get("auto_capture_config") or {}
+        if capture.get("enabled"):
+            raise Refused(400, "INVALID_PARAMETER_VALUE", "Legacy inference tables can no longer be enabled.")
+        config = self._checked(body)
+        old = endpoint.get("config", {}).get("auto_capture_config")
+        if old:
+            config["auto_capture_config"] = old | {"enabled": capture.get("enabled", old["enabled"])}
+        self._begin(endpoint, config)
+        return self._shown(endpoint)
+
+    def put_gateway(self, name: str, body: dict) -> dict:
+        check(API.put_ai_gateway, body, path={"name": name})
+        self._set_gateway(self._endpoint(name), body)
+        return body
+
+    def patch_tags(self, name: str, body: dict) -> dict:
+        check(API.patch, body, path={"name": name})
+        endpoint = self._endpoint(name)
+        gone = {tag["key"] for tag in body.get("add_tags", [])} | set(body.get("delete_tags", []))
+        endpoint["tags"] = [t for t in endpoint["tags"] if t["key"] not in gone] + body.get("add_tags", [])
+        return {"tags": endpoint["tags"]}
+
+    def get_permissions(self, endpoint_id: str) -> dict:
+        return {"object_id": endpoint_id, "access_control_list": self.permissions.get(endpoint_id, [])}
+
+    def patch_permissions(self, endpoint_id: str, body: dict) -> dict:
+        check(API.update_permissions, body, path={"serving_endpoint_id": endpoint_id})
+        if endpoint_id not in {endpoint["id"] for endpoint in self.endpoints.values()}:
+            raise Refused(404, "RESOURCE_DOES_NOT_EXIST", f"no endpoint with id {endpoint_id}")
+        held = self.permissions.setdefault(endpoint_id, [])
+        for line in body["access_control_list"]:
+            level = {"permission_level": line.pop("permission_level"), "inherited": False}
+            held.append(line | {"all_permissions": [level]})
+        return self.get_permissions(endpoint_id)
+
+    def build_logs(self, name: str, entity: str) -> dict:
+        endpoint = self._endpoint(name)
+        configs = [endpoint[key] for key in ("config", "pending_config") if key in endpoint]
+        if entity not in [held["name"] for config in configs for held in config["served_entities"]]:
+            raise Refused(404, "RESOURCE_DOES_NOT_EXIST", f"no served model {entity}")
+        failed = entity.rsplit("-", 1)[-1] in self.failing
+        ends = "ERROR: no matching distribution for torch==0.0" if failed else "#2 done"
+        return {"logs": f"#1 building\n{ends}\n"}
+
+    def server_logs(self, name: str, entity: str) -> dict:
+        self.build_logs(name, entity)
+        return {"logs": f"INFO {entity} loads the model\nINFO model opened on cuda\n"}
+
+    def metrics(self, name: str) -> bytes:
+        self._endpoint(name)
+        return METRICS.encode()
+
+    def invoke(self, name: str, body: dict) -> Any:
+        endpoint = self._endpoint(name)
+        if endpoint["state"]["ready"] != "READY":
+            raise Refused(400, "BAD_REQUEST", f"endpoint {name} is not ready")
+        assert self.predict is not None
+        return self.predict(body)
+
+    # State
+
+    def _endpoint(self, name: str) -> dict[str, Any]:
+        if name not in self.endpoints:
+            raise Refused(404, "RESOURCE_DOES_NOT_EXIST", f"Endpoint with name '{name}' does not exist.")
+        return self.endpoints[name]
+
+    def _shown(self, endpoint: dict[str, Any]) -> dict[str, Any]:
+        return {key: deepcopy(value) for key, value in endpoint.items() if key != "left"}
+
+    def _checked(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Refuse what the service refuses; give the config as it shows it."""
+        entities = config.get("served_entities") or []
+        names = []
+        for entity in entities:
+            version = entity.get("entity_version", "")
+            if not version.isdigit():
+                raise Refused(400, "INVALID_PARAMETER_VALUE", f"entity_version must be a number, got {version!r}")
+            self.get_version(entity["entity_name"], version)
+            if bool(entity.get("workload_size")) == ("max_provisioned_concurrency" in entity):
+                raise Refused(400, "INVALID_PARAMETER_VALUE", "give workload_size or provisioned concurrency")
+            if entity.get("workload_size", "Small") not in ("Small", "Medium", "Large"):
+                raise Refused(400, "INVALID_PARAMETER_VALUE", f"Invalid workload size {entity['workload_size']!r}")
+            names.append(entity.get("name") or f"{entity['entity_name']}-{version}")
+        if not entities or not all(map(NAME.fullmatch, names)) or len(set(names)) < len(names):
+            raise Refused(400, "INVALID_PARAMETER_VALUE", f"Invalid served entity names {names}")
+        routes = (config.get("traffic_config") or {}).get("routes") or [
+            {"served_entity_name": names[0], "traffic_percentage": 100}
+        ]
+        shares = {route["served_entity_name"]: route["traffic_percentage"] for route in routes}
+        if sum(shares.values()) != 100 or set(shares) != set(names):
+            raise Refused(400, "INVALID_PARAMETER_VALUE", f"Invalid traffic {shares} for {names}")
+        shown = [entity | {"name": name, "creator": "me@lab.org", "creation_timestamp": 1}
+                 for entity, name in zip(entities, names, strict=True)]  # fmt: skip
+        return {"served_entities": shown, "traffic_config": {"routes": routes}}
+
+    def _set_gateway(self, endpoint: dict[str, Any], gateway: dict[str, Any]) -> None:
+        new, old = gateway.get("inference_table_config"), endpoint.get("ai_gateway", {}).get("inference_table_config")
+        if new and new["enabled"]:
+            if endpoint.get("config", {}).get("auto_capture_config", {}).get("enabled"):
+                raise Refused(400, "INVALID_PARAMETER_VALUE", "Disable the legacy inference table first.")
+            if old and old["enabled"] and new != old:
+                raise Refused(400, "INVALID_PARAMETER_VALUE", "Disable the inference table before changing its name.")
+            table = f"{new['catalog_name']}.{new['schema_name']}.{new['table_name_prefix']}_payload"
+            if table in self.tables and new != old:
+                raise Refused(400, "INVALID_PARAMETER_VALUE", f"Table {table} already exists.")
+            self.tables.add(table)
+        endpoint["ai_gateway"] = gateway
+
+    def _begin(self, endpoint: dict[str, Any], config: dict[str, Any]) -> None:
+        for entity in config["served_entities"]:
+            entity["state"] = deployment("CREATING", "Creating container")
+        endpoint["pending_config"], endpoint["left"] = config, self.polls
+        endpoint["state"]["config_update"] = "IN_PROGRESS"
+
+    def _finish(self, endpoint: dict[str, Any]) -> None:
+        del endpoint["left"]
+        pending = endpoint["pending_config"]
+        for entity in pending["served_entities"]:
+            if entity["entity_version"] in self.failing:
+                entity["state"] = {
+                    "deployment": "DEPLOYMENT_FAILED",
+                    "deployment_state_message": "Container build failed",
+                }
+                endpoint["state"]["config_update"] = "UPDATE_FAILED"
+        if endpoint["state"]["config_update"] == "IN_PROGRESS":
+            for entity in pending["served_entities"]:
+                entity["state"] = deployment("READY", "")
+            endpoint["config"] = endpoint.pop("pending_config")
+            endpoint["state"] = {"ready": "READY", "config_update": "NOT_UPDATING"}
+
+
+def deployment(state: str, message: str) -> dict[str, str]:
+    return {"deployment": f"DEPLOYMENT_{state}", "deployment_state_message": message}
+
+
+METRICS = """\
+# HELP request_count_total Requests
+# TYPE request_count_total counter
+request_count_total{endpoint_name="scgpt",served_model_name="scgpt-3"} 120
+request_4xx_count_total{endpoint_name="scgpt",served_model_name="scgpt-3"} 3
+# TYPE request_latency_ms histogram
+request_latency_ms_bucket{served_model_name="scgpt-3",le="100"} 80
+request_latency_ms_bucket{served_model_name="scgpt-3",le="+Inf"} 120
+request_latency_ms_sum{served_model_name="scgpt-3"} 15600
+request_latency_ms_count{served_model_name="scgpt-3"} 120
+# TYPE gpu_usage_percentage gauge
+gpu_usage_percentage{served_model_name="scgpt-3"} 41.5
+"""
+
+E20 = "/api/2.0/serving-endpoints"
+ROUTES = [
+    ("GET", r"/\.well-known/databricks-config", Workspace.known),
+    ("GET", r"/api/2.1/unity-catalog/models/([^/]+)/aliases/([^/]+)", Workspace.get_alias),
+    ("GET", r"/api/2.1/unity-catalog/models/([^/]+)/versions/([^/]+)", Workspace.get_version),
+    ("GET", r"/api/2.1/unity-catalog/tables/([^/]+)/exists", Workspace.table_exists),
+    ("POST", rf"{E20}/?", Workspace.create),
+    ("GET", rf"{E20}/([^/]+)", Workspace.get),
+    ("PUT", rf"{E20}/([^/]+)/config", Workspace.update_config),
+    ("PUT", rf"{E20}/([^/]+)/ai-gateway", Workspace.put_gateway),
+    ("PATCH", rf"{E20}/([^/]+)/tags", Workspace.patch_tags),
+    ("GET", rf"{E20}/([^/]+)/served-models/([^/]+)/build-logs", Workspace.build_logs),
+    ("GET", rf"{E20}/([^/]+)/served-models/([^/]+)/logs", Workspace.server_logs),
+    ("GET", rf"{E20}/([^/]+)/metrics", Workspace.metrics),
+    ("GET", r"/api/2.0/permissions/serving-endpoints/([^/]+)", Workspace.get_permissions),
+    ("PATCH", r"/api/2.0/permissions/serving-endpoints/([^/]+)", Workspace.patch_permissions),
+    ("POST", r"/serving-endpoints/([^/]+)/invocations", Workspace.invoke),
+]
+
+
+def check(method: Callable, body: dict[str, Any], path: dict[str, str] | None = None) -> None:
+    """Refuse a body whose keys are no arguments of the SDK's method, or whose values its classes do not give back."""
+    hints = typing.get_type_hints(method, vars(serving))
+    for key, value in body.items():
+        if key not in inspect.signature(method).parameters or key == "self" or key in (path or {}):
+            raise Refused(400, "MALFORMED_REQUEST", f"unknown field {key!r}")
+        if (back := returned(hints[key], value)) != value:
+            raise Refused(400, "MALFORMED_REQUEST", f"{key}: {json.dumps(value)} is read as {json.dumps(back)}")
+
+
+def returned(hint: Any, value: Any) -> Any:
+    """Read a value as a type of the SDK and write it again."""
+    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+    if typing.get_origin(hint) is list:
+        return [returned(kinds[0], item) for item in value]
+    if kinds:
+        return returned(kinds[0], value)
+    if is_dataclass(hint):
+        return hint.from_dict(value).as_dict()
+    return hint(value).value if issubclass(hint, Enum) else hint(value)
+
+
+def serve(workspace: Workspace) -> ThreadingHTTPServer:
+    """Answer on a free port of 127.0.0.1 until `shutdown`."""
+    lock = threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do(self) -> None:
+            length = int(self.headers.get("Content-Length") or 0)
+            told, status, headers = self.rfile.read(length), 200, {}
+            try:
+                path = self.path.split("?")[0]
+                if self.headers.get("Authorization") != f"Bearer {workspace.token}" and "well-known" not in path:
+                    raise Refused(401, "UNAUTHENTICATED", "Credential was not sent or was of an unsupported type")
+                with lock:
+                    answer = workspace.answer(self.command, path, json.loads(told) if told else None)
+            except Refused as exc:
+                status, headers = exc.status, exc.headers
+                answer = {"error_code": exc.code, "message": str(exc)}
+            except Exception:  # a fault of this stand-in: the test shall fail with it, and not wait for an answer
+                status, answer = 500, {"error_code": "STAND_IN", "message": traceback.format_exc()}
+            content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+            self.send_response(status)
+            for name, value in (
+                {"Content-Type": "application/json", "Content-Length": str(len(content))} | headers
+            ).items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(content)
+
+        do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    workspace.url = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    return server

@@ -1,0 +1,233 @@
+"""What Workflows and a SQL warehouse would run, run from the bundle's own files: the jobs, the dashboard, the alerts.
+
+The stand-in for Unity Catalog is Spark's own catalog (`spark_catalog.schema.table`) and MLflow on sqlite.
+"""
+
+import importlib
+import json
+import operator
+import sys
+import tomllib
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+
+import databricks_bundle as bundles
+import inference_tables
+import mlflow
+import pytest
+from pyspark.sql import functions as F
+
+from scgpt_batch.cli import main
+from scgpt_batch.monitoring.health import batch_alerts, endpoint_alerts
+from scgpt_batch.monitoring.monitor import SAMPLE, SHOWN, Findings
+from scgpt_batch.settings import MonitorSettings
+
+REPO = Path(__file__).parents[1]
+CATALOG = "spark_catalog"
+
+
+def run_job(job, **parameters):
+    """Run a job's wheel tasks in their order, each through its entry point; give each one's summary."""
+    scripts = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["scripts"]
+    told = {}
+    for task in bundles.in_order(job):
+        module, _, function = scripts[task["python_wheel_task"]["entry_point"]].partition(":")
+        entry_point = getattr(importlib.import_module(module), function)
+        with pytest.MonkeyPatch.context() as patch:
+            said = []
+            patch.setattr(sys, "argv", ["scgpt-batch", *bundles.task_words(job, task, **parameters)])
+            patch.setattr("builtins.print", lambda text="", said=said, **_: said.append(text))
+            entry_point()  # a failure is a SystemExit
+        told[task["task_key"]] = json.loads(said[-1])
+    return told
+
+
+@pytest.fixture(scope="module")
+def workspace(spark, home, golden, pbmc3k):
+    """The bundle in prod, with a model in its registry, cells in its volume, and a week of the endpoint's requests."""
+    resources = bundles.resolved("prod", catalog=CATALOG, schema="scgpt")
+    spark.sql("create schema scgpt")
+    mlflow.create_experiment(resources["experiments"]["runs"]["name"], artifact_location=str(home / "artifacts"))
+    checkpoint = str(golden / "checkpoint_flash")
+    main(["register", "--checkpoint", checkpoint, "--name", f"{CATALOG}.scgpt.scgpt", "--alias", "champion"])
+    for name, cells in (("one", pbmc3k[:200]), ("two", pbmc3k[200:400])):
+        cells.write_h5ad(home / f"{name}.h5ad")
+    lines = inference_tables.requests(16_000, until=datetime.now(UTC), days=8).assign(sampling_fraction=1.0)
+    lines["status_code"], lines["execution_duration_ms"], lines["served_entity_id"] = 200, 100, "scgpt-1"
+    inference_tables.write(spark, lines, "scgpt.scgpt_payload")
+    return resources
+
+
+@pytest.fixture(scope="module")
+def night(workspace, home):
+    """What each task of the nightly job said, in its order."""
+    return run_job(workspace["jobs"]["nightly"], input=str(home / "*.h5ad"))
+
+
+@pytest.fixture(scope="module")
+def hour(workspace, night):
+    """What the hourly job said, after the night."""
+    return run_job(workspace["jobs"]["monitor"])
+
+
+def test_the_nightly_job_goes_from_files_to_judged_embeddings(spark, night):
+    assert (night["ingest"]["rows"], night["ingest"]["cells"]) == (2, 400)
+    for mode in ("static", "contextual"):
+        told = night[f"embed_{mode}"]
+        assert (told["mode"], told["rows_ok"], told["rows_failed"], told["model_version"]) == (mode, 2, 0, "1")
+        lines = spark.table("scgpt.gene_embeddings").where(F.col("mode") == mode)
+        assert lines.count() == told["embeddings"] > 500
+    assert night["maintain"]["tables"] == [f"{CATALOG}.scgpt.gene_embeddings{end}" for end in ("", "_ledger", "_runs")]
+    assert (night["monitor"]["status"], night["monitor"]["last_run"]) == ("ok", night["embed_contextual"]["run_id"])
+    (detail,) = spark.sql("describe detail scgpt.gene_embeddings").collect()
+    assert detail["clusteringColumns"] == ["gene"]
+
+
+def test_the_hourly_job_judges_both_and_makes_the_view_that_others_read(spark, hour):
+    assert hour["monitor"]["status"] == "ok" and hour["monitor"]["requests"] > 500
+    assert hour["monitor"]["last_run_status"] == "finished"
+    payload = spark.table("scgpt.scgpt_payload").select("databricks_request_id").distinct().count()
+    assert spark.newSession().table("scgpt.requests").count() == payload
+
+
+# The dashboard
+
+DASHBOARD = json.loads((bundles.BUNDLE / "health.lvdash.json").read_text(encoding="utf-8"))
+WIDGETS = [placed["widget"] for page in DASHBOARD["pages"] for placed in page["layout"]]
+
+
+def chosen(parameter):
+    """The value that Lakeview passes by default."""
+    (one,) = parameter["defaultSelection"]["values"]["values"]
+    if parameter["dataType"] == "INTEGER":
+        return int(one["value"])
+    if parameter["dataType"] == "DATE":
+        days = one["value"].removeprefix("now").removesuffix("/d").removesuffix("d")
+        return date.today() + timedelta(days=int(days or 0))
+    return one["value"]
+
+
+@pytest.fixture
+def in_schema(spark):
+    """Names without a schema are looked up in the dashboard's."""
+    spark.sql("use scgpt")
+    yield
+    spark.sql("use default")
+
+
+@pytest.mark.parametrize("dataset", DASHBOARD["datasets"], ids=lambda one: one["name"])
+def test_a_data_set_answers_in_the_columns_that_its_widgets_show(spark, hour, in_schema, dataset):
+    values = {one["keyword"]: chosen(one) for one in dataset["parameters"]}
+    answer = spark.sql("".join(dataset["queryLines"]), args=values)
+    queries = [query["query"] for widget in WIDGETS for query in widget["queries"]]
+    fields = [
+        field for query in queries if query["datasetName"] == dataset["name"] for field in query.get("fields", [])
+    ]
+    assert fields and {field["name"] for field in fields} <= set(answer.columns)
+    assert all(field["expression"] == f"`{field['name']}`" for field in fields)
+    silent = {"errors", "slow_requests", "failed_rows", "gene_drift"}  # all is well, and there is one version
+    assert answer.isEmpty() == (dataset["name"] in silent)
+
+
+@pytest.mark.parametrize("widget", WIDGETS, ids=lambda one: one["name"])
+def test_a_widget_shows_what_it_asks_for(widget):
+    """Every field of its encodings stands in its query, or is a parameter of the data set."""
+    parameters = {one["name"]: {p["keyword"] for p in one["parameters"]} for one in DASHBOARD["datasets"]}
+    shown = set(names_of("fieldName", widget["spec"]["encodings"]))
+    asked = [query["query"] for query in widget["queries"]]
+    assert shown == {field["name"] for query in asked for field in query.get("fields", [])}
+    for query in asked:
+        assert {one["keyword"] for one in query.get("parameters", [])} <= parameters[query["datasetName"]]
+    assert shown or set(names_of("parameterName", widget["spec"]["encodings"])) == {"since"}
+
+
+def names_of(key, node):
+    """Every value of a key, however deep."""
+    if isinstance(node, list):
+        return [name for one in node for name in names_of(key, one)]
+    if not isinstance(node, dict):
+        return []
+    return [node[key]] * (key in node) + [name for one in node.values() for name in names_of(key, one)]
+
+
+# The alerts
+
+COMPARE = {"GREATER_THAN": operator.gt, "LESS_THAN": operator.lt, "EQUAL": operator.eq, "NOT_EQUAL": operator.ne}
+
+
+def firing(spark, schema):
+    """The names of the bundle's alerts that a warehouse would trigger."""
+    fired = set()
+    for name, alert in bundles.resolved("prod", catalog=CATALOG, schema=schema)["alerts"].items():
+        judged = alert["evaluation"]
+        rows = spark.sql(alert["query_text"]).select(judged["source"]["name"]).collect()
+        assert len(rows) <= 1 and (not rows or rows[0][0] is not None), name
+        (threshold,) = judged["threshold"]["value"].values()
+        if rows and COMPARE[judged["comparison_operator"]](rows[0][0], threshold):
+            fired.add(name)
+        if not rows and judged["empty_result_state"] == "TRIGGERED":
+            fired.add(name)
+    return fired
+
+
+def broken_rules(spark, schema):
+    """The names of the rules that `monitor` finds broken."""
+    limits, now = MonitorSettings(), datetime.now(UTC)
+    found, requests = Findings(spark, limits, now), f"{schema}.requests"
+    (window,) = found.ask("endpoint_health", requests=requests, since=found.window)
+    arrived = now - timedelta(minutes=limits.delay_minutes)
+    traffic = found.ask("traffic", requests=requests, since=found.history, until=arrived)
+    runs = found.ask("last_runs", runs=f"{schema}.gene_embeddings_runs", limit=SHOWN)
+    vectors = {"embeddings": f"{schema}.gene_embeddings", "since": found.history, "sample": SAMPLE}
+    collapse = found.ask("collapse_genes", **vectors)
+    alerts = [*endpoint_alerts(window, traffic[-1], limits), *batch_alerts(runs, collapse, limits, now)]
+    return {alert.rule for alert in alerts}
+
+
+IN_NINE = "pmod(xxhash64(request_id), 9) = 0"
+EARLIER = f"request_time < timestamp '{datetime.now(UTC) - timedelta(hours=3):%Y-%m-%d %H:%M:%S}'"
+RUNS = "from scgpt.gene_embeddings_runs"
+# What is changed in the healthy tables, and which rules that breaks.
+STATES = {
+    "healthy": (  # while a run is at work
+        {"gene_embeddings_runs": f"select * except (status), if(mode = 'static', status, 'running') as status {RUNS}"},
+        set(),
+    ),
+    "sick": (
+        {
+            "requests": f"""select * except (failed, duration_ms, served_entity), {IN_NINE} as failed,
+                20000 as duration_ms, if(pmod(xxhash64(request_id), 2) = 0, 'scgpt-1', 'scgpt-2') as served_entity
+                from scgpt.requests where {EARLIER} or {IN_NINE}""",
+            "gene_embeddings_runs": f"""select * except (rows_failed, status), 1 as rows_failed,
+                if(mode = 'static', status, 'failed') as status {RUNS}""",
+            "gene_embeddings": "select * except (embedding), array(1f, 2f) as embedding from scgpt.gene_embeddings",
+        },
+        {"error_rate", "p95", "versions", "volume", "run_failed", "rows_failed", "collapse"},
+    ),
+    "dead": (
+        {
+            "requests": "select * from scgpt.requests where false",
+            "gene_embeddings_runs": f"""select * except (started_at, finished_at),
+                started_at - interval 3 days as started_at, finished_at - interval 3 days as finished_at {RUNS}""",
+        },
+        {"no_requests", "run_late"},
+    ),
+    "new": (
+        {
+            "requests": "select * from scgpt.requests where false",
+            "gene_embeddings_runs": f"select * {RUNS} where false",
+            "gene_embeddings": "select * from scgpt.gene_embeddings where false",
+        },
+        {"no_requests", "run_late"},
+    ),
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_the_alerts_fire_when_the_rules_of_monitor_are_broken(spark, hour, state):
+    changes, broken = STATES[state]
+    spark.sql(f"create schema {state}")
+    for table in ("requests", "gene_embeddings_runs", "gene_embeddings"):
+        spark.sql(f"create view {state}.{table} as {changes.get(table, f'select * from scgpt.{table}')}")
+    assert firing(spark, state) == broken
+    assert broken_rules(spark, state) == broken

@@ -1,0 +1,472 @@
+"""`deploy` by the real SDK over real HTTP, against a stand-in workspace: what becomes of it, and what is said."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+from copy import deepcopy
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import databricks_workspace
+import inference_tables
+import mlflow
+import numpy as np
+import pytest
+from databricks_workspace import Fault, Workspace, serve
+from helpers import assert_close, small_rows
+from mlflow.pyfunc import scoring_server
+
+from scgpt_batch.anndata_rows import from_row
+from scgpt_batch.cli import FAILED, OK, WRONG_USAGE
+
+MODEL = "main.lab.scgpt"
+TABLE = "main.lab.scgpt_payload"
+ENDPOINTS = "/api/2.0/serving-endpoints"
+
+
+@pytest.fixture
+def workspace(monkeypatch, tmp_path):
+    """A workspace with versions 2 to 5 of a model, 3 of them champion; the environment logs in to it."""
+    held = Workspace()
+    held.add_model(MODEL, 2, 3, 4, 5, champion=3, challenger=4)
+    server = serve(held)
+    for name in list(os.environ):
+        if name.startswith("DATABRICKS_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))  # no profile of the machine's user
+    monkeypatch.setenv("DATABRICKS_HOST", held.url)
+    monkeypatch.setenv("DATABRICKS_TOKEN", held.token)
+    yield held
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def deploy(run, workspace):
+    """Deploy; give exit code, summary and the last line of standard error."""
+
+    def call(model="@champion", *flags):
+        given = ["--model-uri", f"models:/{MODEL}{model}"] if model else []
+        code, told, err = run(
+            "deploy", "--endpoint", "scgpt", "--poll-seconds", "0.01", "--retry-seconds", "20", *given, *flags
+        )
+        assert "Traceback" not in err
+        return code, told, err.strip().splitlines()[-1] if err else ""
+
+    return call
+
+
+@pytest.fixture
+def deployed(deploy, workspace):
+    """An endpoint that serves version 3."""
+    assert deploy("/3")[0] == OK
+    workspace.requests.clear()
+    return workspace.endpoints["scgpt"]
+
+
+def serving(workspace):
+    """Version -> percent of what is served now."""
+    config = workspace.endpoints["scgpt"]["config"]
+    shares = {r["served_entity_name"]: r["traffic_percentage"] for r in config["traffic_config"]["routes"]}
+    return {entity["entity_version"]: shares[entity["name"]] for entity in config["served_entities"]}
+
+
+def entity(workspace, version):
+    config = workspace.endpoints["scgpt"]["config"]
+    return next(e for e in config["served_entities"] if e["entity_version"] == version)
+
+
+# What it does
+
+
+def test_a_new_endpoint_serves_the_alias_as_a_version_with_an_inference_table(deploy, workspace):
+    code, told, _ = deploy()
+    assert (code, told["endpoint"], told["state"], told["version"]) == (OK, "scgpt", "READY", "3")
+    assert (told["traffic"], told["inference_table"]) == ({"scgpt-3": 100}, TABLE)
+    assert told["url"] == f"{workspace.url}/serving-endpoints/scgpt/invocations"
+    assert workspace.last_body("POST", ENDPOINTS) == {
+        "name": "scgpt",
+        "config": {
+            "name": "scgpt",
+            "served_entities": [
+                {"name": "scgpt-3", "entity_name": MODEL, "entity_version": "3", "workload_type": "GPU_SMALL",
+                 "workload_size": "Small", "scale_to_zero_enabled": True}
+            ],
+            "traffic_config": {"routes": [{"served_entity_name": "scgpt-3", "traffic_percentage": 100}]},
+        },
+        "ai_gateway": {
+            "inference_table_config": {
+                "catalog_name": "main", "schema_name": "lab", "table_name_prefix": "scgpt", "enabled": True}
+        },
+    }  # fmt: skip
+
+
+def test_a_second_run_changes_nothing(deploy, deployed, workspace):
+    code, told, _ = deploy()
+    assert (code, told["state"], told["changes"]) == (OK, "READY", [])
+    assert workspace.changes == []
+
+
+def test_plan_says_what_would_change_and_changes_nothing(deploy, workspace):
+    code, told, _ = deploy("@champion", "--plan")
+    assert (code, told["state"], workspace.endpoints, workspace.changes) == (OK, "NOT_THERE", {}, [])
+    assert "create endpoint scgpt" in told["changes"][0] and TABLE in told["changes"][0]
+    deploy()
+    workspace.requests.clear()
+    _, told, _ = deploy("@challenger", "--plan", "--workload-type", "CPU")
+    assert workspace.changes == [] and serving(workspace) == {"3": 100}
+    for said in ("serve scgpt-4: version 4", "on CPU Small", "stop serving scgpt-3", "traffic scgpt-4 100 %"):
+        assert said in told["changes"][0]
+
+
+def test_a_swap_serves_the_old_version_until_the_new_one_is_ready(deploy, deployed, workspace, caplog):
+    workspace.polls = 5
+    with caplog.at_level("INFO"):
+        code, told, _ = deploy("@challenger")
+    assert (code, told["traffic"], serving(workspace)) == (OK, {"scgpt-4": 100}, {"4": 100})
+    body = workspace.last_body("PUT", "/config")  # one call: the service itself swaps without a gap
+    assert [e["entity_version"] for e in body["served_entities"]] == ["4"]
+    assert workspace.changes == [("PATCH", f"{ENDPOINTS}/scgpt/tags"), ("PUT", f"{ENDPOINTS}/scgpt/config")]
+    assert "IN_PROGRESS, scgpt-4 creating (Creating container)" in caplog.text
+
+
+def test_what_others_set_on_the_version_stays_when_it_is_swapped(deploy, deployed, workspace):
+    kept = {"environment_vars": {"SCGPT_BATCH_ATTENTION": "sdpa"}, "instance_profile_arn": "arn:x"}
+    deployed["config"]["served_entities"][0] |= kept
+    deployed["ai_gateway"]["rate_limits"] = [{"calls": 5, "renewal_period": "minute"}]
+    deploy("@challenger", "--inference-table", "main.lab.other_payload")
+    assert {key: entity(workspace, "4")[key] for key in kept} == kept
+    assert deployed["ai_gateway"]["rate_limits"] == [{"calls": 5, "renewal_period": "minute"}]
+
+
+def test_a_canary_takes_its_share_and_then_all(deploy, deployed, workspace):
+    canary = ("@challenger", "--traffic", "old=90,new=10")
+    assert deploy(*canary)[1]["traffic"] == {"scgpt-3": 90, "scgpt-4": 10}
+    assert serving(workspace) == {"3": 90, "4": 10}
+    assert deploy(*canary)[1]["changes"] == []
+    assert deploy("@challenger", "--traffic", "new=50,old=50")[0] == OK and serving(workspace) == {"3": 50, "4": 50}
+    assert deploy("@challenger")[0] == OK and serving(workspace) == {"4": 100}
+
+
+@pytest.mark.parametrize("before", [("@challenger", "--traffic", "old=90,new=10"), ("@challenger",)],
+                         ids=["of a canary", "of a swap"])  # fmt: skip
+def test_a_roll_back_serves_what_served_before_on_the_same_compute(deploy, deployed, workspace, before):
+    deploy(*before, "--workload-size", "Medium")
+    size = entity(workspace, "3" if "--traffic" in before else "4")["workload_size"]
+    code, told, _ = deploy("", "--rollback")
+    assert (code, told["version"], serving(workspace)) == (OK, "3", {"3": 100})
+    assert entity(workspace, "3")["workload_size"] == size
+    assert deploy("", "--rollback")[1]["changes"] == []
+
+
+def test_without_an_earlier_version_there_is_no_roll_back_and_no_canary(deploy, deployed, workspace):
+    code, _, err = deploy("", "--rollback")
+    assert code == WRONG_USAGE and "remembers no earlier version" in err
+    code, _, err = deploy("@champion", "--traffic", "old=90,new=10")
+    assert code == WRONG_USAGE and "serves no version but 3" in err
+    assert workspace.changes == []
+
+
+def test_the_inference_table_is_changed_and_switched_off(deploy, deployed, workspace):
+    code, told, _ = deploy("@champion", "--inference-table", "main.logs.asked_payload")
+    assert (code, told["inference_table"]) == (OK, "main.logs.asked_payload")
+    assert deployed["ai_gateway"]["inference_table_config"]["table_name_prefix"] == "asked"
+    assert deploy()[1]["inference_table"] == "main.logs.asked_payload"  # kept where none is named
+    assert deploy("@champion", "--inference-table", "none")[1]["inference_table"] is None
+    assert deployed["ai_gateway"]["inference_table_config"]["enabled"] is False
+    assert deploy("@champion", "--inference-table", "none")[1]["changes"] == []
+
+
+def test_usage_is_tracked_only_where_asked_for(deploy, deployed):
+    assert "usage_tracking_config" not in deployed["ai_gateway"]
+    assert deploy("@champion", "--usage-tracking")[1]["changes"] == ["track usage"]
+    assert deployed["ai_gateway"]["usage_tracking_config"] == {"enabled": True}
+    assert deploy("@champion", "--usage-tracking")[1]["changes"] == []
+
+
+def test_a_table_that_is_there_is_not_taken(deploy, workspace):
+    workspace.tables = {"main.lab.mine_payload"}
+    code, _, err = deploy("@champion", "--inference-table", "main.lab.mine_payload")
+    assert code == WRONG_USAGE and "main.lab.mine_payload exists" in err and workspace.endpoints == {}
+
+
+def test_a_legacy_inference_table_is_told_of_and_replaced(deploy, deployed, workspace):
+    legacy = {"catalog_name": "main", "schema_name": "lab", "table_name_prefix": "scgpt", "enabled": True}
+    deployed["config"]["auto_capture_config"] = legacy
+    del deployed["ai_gateway"]
+    _, told, _ = deploy("@champion", "--plan")
+    assert "switch off the legacy inference table main.lab.scgpt_payload" in told["changes"][0]
+    assert "it stays" in told["changes"][0] and told["inference_table"] == "main.lab.scgpt_gateway_payload"
+    code, told, _ = deploy()
+    assert code == OK and deployed["config"]["auto_capture_config"]["enabled"] is False
+    assert deployed["ai_gateway"]["inference_table_config"]["table_name_prefix"] == "scgpt_gateway"
+    assert serving(workspace) == {"3": 100}
+    assert deploy()[1]["changes"] == []
+
+
+def test_others_may_be_let_ask(deploy, workspace):
+    who = ("--can-query", "analysts", "ann@lab.org", "01234567-89ab-cdef-0123-456789abcdef")
+    assert deploy("@champion", *who)[0] == OK
+    held = workspace.permissions["id-of-scgpt"]
+    assert [next(iter(line.items())) for line in held] == [
+        ("group_name", "analysts"), ("user_name", "ann@lab.org"),
+        ("service_principal_name", "01234567-89ab-cdef-0123-456789abcdef")]  # fmt: skip
+    assert {level["permission_level"] for line in held for level in line["all_permissions"]} == {"CAN_QUERY"}
+    assert deploy("@champion", *who)[1]["changes"] == []
+
+
+def test_an_update_of_somebody_else_is_waited_for(deploy, deployed, workspace):
+    workspace.polls = 3
+    body = {"served_entities": [{"entity_name": MODEL, "entity_version": "4", "workload_size": "Small"}]}
+    body["served_entities"][0]["name"] = "scgpt-4"
+    workspace.update_config("scgpt", body)
+    assert deploy("/5")[0] == OK and serving(workspace) == {"5": 100}
+
+
+# What goes wrong
+
+
+@pytest.mark.parametrize("fault", [
+    Fault("POST", f"{ENDPOINTS}$", 429, "RESOURCE_EXHAUSTED", times=2),
+    Fault("POST", f"{ENDPOINTS}$", 503, "TEMPORARILY_UNAVAILABLE"),
+    Fault("POST", f"{ENDPOINTS}$", 503, "TEMPORARILY_UNAVAILABLE", after=True),
+    Fault("GET", f"{ENDPOINTS}/scgpt$", 429, "RESOURCE_EXHAUSTED", times=2),
+], ids=["busy", "away", "answer lost", "busy while waiting"])  # fmt: skip
+def test_a_busy_workspace_is_asked_again(deploy, workspace, fault):
+    workspace.faults = [fault]
+    assert deploy()[0] == OK and serving(workspace) == {"3": 100} and fault.times == 0
+    assert deploy()[1]["changes"] == []
+
+
+def test_an_endpoint_that_somebody_makes_at_the_same_time_becomes_what_was_asked_for(deploy, workspace, monkeypatch):
+    def create_second(held, body):
+        theirs = deepcopy(body)
+        theirs["config"]["served_entities"][0]["entity_version"] = "2"
+        held.create(theirs)
+        return held.create(body)
+
+    routes = [(m, p, create_second if h is Workspace.create else h) for m, p, h in databricks_workspace.ROUTES]
+    monkeypatch.setattr(databricks_workspace, "ROUTES", routes)
+    assert deploy()[0] == OK and serving(workspace) == {"3": 100}
+
+
+def test_a_workspace_that_stays_busy_is_said_and_a_rerun_finishes(deploy, deployed, workspace):
+    workspace.faults = [Fault("PUT", "/config$", 503, "TEMPORARILY_UNAVAILABLE", "try later", times=99)]
+    code, _, err = deploy("@challenger", "--retry-seconds", "1")
+    assert code == FAILED and "TEMPORARILY_UNAVAILABLE: try later" in err and "again later" in err
+    assert serving(workspace) == {"3": 100}
+    workspace.faults = []
+    assert deploy("@challenger")[0] == OK and serving(workspace) == {"4": 100}
+    assert deploy("", "--rollback")[0] == OK and serving(workspace) == {"3": 100}
+
+
+def test_a_version_that_cannot_be_deployed_leaves_the_old_one_serving(deploy, deployed, workspace):
+    workspace.failing = {"4"}
+    code, _, err = deploy("@challenger")
+    assert code == FAILED
+    for said in ("version 4", "UPDATE_FAILED", "Container build failed", "no matching distribution for torch==0.0",
+                 "version 3 (100 %) goes on serving"):  # fmt: skip
+        assert said in err
+    assert serving(workspace) == {"3": 100}
+    code, told, _ = deploy("/3")  # back to what is served: the failure is cleared
+    assert (code, told["state"]) == (OK, "READY")
+    deploy("@challenger")
+    workspace.failing = set()
+    assert deploy("@challenger")[0] == OK and serving(workspace) == {"4": 100}
+
+
+def test_a_first_version_that_cannot_be_deployed_is_replaced_by_the_next_run(deploy, workspace):
+    workspace.failing = {"3"}
+    code, _, err = deploy()
+    assert code == FAILED and "nothing is served" in err
+    code, told, _ = deploy("@challenger")
+    assert (code, serving(workspace), told["inference_table"]) == (OK, {"4": 100}, TABLE)
+
+
+@pytest.mark.parametrize(("path", "method", "wanted"), [
+    (f"{ENDPOINTS}$", "POST", "entitlement to create serving endpoints"),
+    ("/unity-catalog/models/", "GET", "EXECUTE on the model"),
+    ("/unity-catalog/tables/", "GET", "USE SCHEMA"),
+    (f"{ENDPOINTS}/scgpt$", "GET", "CAN VIEW"),
+], ids=["create", "model", "schema", "view"])  # fmt: skip
+def test_a_missing_right_is_named(deploy, workspace, path, method, wanted):
+    workspace.faults = [Fault(method, path, 403, "PERMISSION_DENIED", "you may not")]
+    code, _, err = deploy()
+    assert code == WRONG_USAGE and "permission denied" in err and "you may not" in err and wanted in err
+    assert workspace.endpoints == {}
+    assert deploy()[0] == OK
+
+
+@pytest.mark.parametrize(("path", "state"), [("/config$", {"3": 100}), ("/ai-gateway$", {"4": 100})])
+def test_a_right_that_is_missing_half_way_leaves_what_a_rerun_finishes(deploy, deployed, workspace, path, state):
+    workspace.faults = [Fault("PUT", path, 403, "PERMISSION_DENIED")]
+    wanted = ("@challenger", "--inference-table", "main.logs.new_payload")
+    code, _, err = deploy(*wanted)
+    assert code == WRONG_USAGE and "CAN MANAGE" in err and serving(workspace) == state
+    assert deploy(*wanted)[0] == OK and serving(workspace) == {"4": 100}
+    assert deployed["ai_gateway"]["inference_table_config"]["schema_name"] == "logs"
+
+
+def test_a_wrong_token_and_no_login_say_how_to_log_in(deploy, workspace, monkeypatch):
+    monkeypatch.setenv("DATABRICKS_TOKEN", "wrong")
+    code, _, err = deploy()
+    assert code == WRONG_USAGE and "databricks auth login" in err
+    for name in ("DATABRICKS_TOKEN", "DATABRICKS_HOST"):
+        monkeypatch.delenv(name)
+    code, _, err = deploy()
+    assert code == WRONG_USAGE and "databricks auth login" in err and "wrong" not in err
+
+
+def test_an_update_that_takes_too_long_goes_on_and_can_be_waited_for(deploy, deployed, workspace):
+    workspace.polls = 1000
+    code, _, err = deploy("@challenger", "--timeout-minutes", "0.001")
+    assert code == FAILED and "still IN_PROGRESS after 0.001 min" in err and "run the same command again" in err
+    deployed["left"] = 3
+    workspace.requests.clear()
+    assert deploy("@challenger")[1]["changes"] == [] and serving(workspace) == {"4": 100}
+
+
+def test_an_endpoint_of_another_model_is_not_taken_over(deploy, deployed, workspace):
+    workspace.add_model("main.lab.other", 1)
+    deployed["config"]["served_entities"][0]["entity_name"] = "main.lab.other"
+    code, _, err = deploy()
+    assert code == WRONG_USAGE and "serves main.lab.other" in err and workspace.changes == []
+
+
+@pytest.mark.parametrize(("flags", "wanted"), [
+    (["--model-uri", "models:/scgpt@champion"], "catalog.schema.name"),
+    (["--model-uri", "models:/main.lab.scgpt"], "catalog.schema.name"),
+    (["--model-uri", "models:/main.lab.nothing@champion"], "main.lab.nothing"),
+    (["--model-uri", "models:/main.lab.scgpt@nobody"], "'nobody'"),
+    (["--model-uri", "models:/main.lab.scgpt/99"], "version 99"),
+    (["--endpoint", "no good"], "no good"),
+    (["--workload-type", "GPU_TINY"], "GPU_SMALL"),
+    (["--workload-size", "Huge"], "Huge"),
+    (["--traffic", "old=90,new=20"], "old=90,new=10"),
+    (["--inference-table", "scgpt_payload"], "catalog.schema"),
+    (["--rollback"], "either"),
+], ids=lambda value: value[-1] if isinstance(value, list) else "")  # fmt: skip
+def test_a_wrong_call_says_what_to_do_and_changes_nothing(run, workspace, flags, wanted):
+    base = {"--endpoint": "scgpt", "--model-uri": f"models:/{MODEL}@champion"}
+    words = [word for pair in base.items() if pair[0] not in flags for word in pair]
+    code, _, err = run("deploy", *words, *flags)
+    assert code != OK and wanted in err.strip().splitlines()[-1] and "Traceback" not in err
+    assert workspace.endpoints == {}
+
+
+def test_a_version_that_is_not_registered_to_its_end_is_refused(deploy, workspace):
+    workspace.models[MODEL]["versions"]["3"] = "FAILED_REGISTRATION"
+    code, _, err = deploy()
+    assert code == WRONG_USAGE and "FAILED_REGISTRATION" in err
+
+
+# Status
+
+
+def test_status_tells_state_versions_logs_and_metrics(run, deploy, deployed, workspace, caplog):
+    deploy("@challenger", "--traffic", "old=90,new=10")
+    workspace.failing = {"5"}
+    deploy("/5")
+    workspace.requests.clear()
+    with caplog.at_level("INFO"):
+        code, told, _ = run("status", "--endpoint", "scgpt")
+    assert (code, told["state"], told["inference_table"]) == (OK, "UPDATE_FAILED", TABLE)
+    assert [(line["version"], line["traffic"], line["state"]) for line in told["served"]] == [
+        ("3", 90, "ready"), ("4", 10, "ready")]  # fmt: skip
+    assert [(line["version"], line["state"]) for line in told["pending"]] == [("5", "failed (Container build failed)")]
+    assert told["build_log"]["scgpt-5"].startswith("ERROR") and told["build_log"]["scgpt-3"] == "#2 done"
+    assert told["server_log"]["scgpt-3"] == "INFO model opened on cuda"
+    assert told["metrics"]["request_count_total"] == {"scgpt-3": 120}
+    assert told["metrics"]["request_latency_ms_sum"] == {"scgpt-3": 15600}
+    assert not any("bucket" in name for name in told["metrics"])
+    assert "scgpt-3: 90 %, GPU_SMALL Small, ready" in caplog.text and workspace.changes == []
+
+
+def test_status_says_what_is_not_there(run, workspace):
+    code, _, err = run("status", "--endpoint", "nobody")
+    assert code == WRONG_USAGE and "no endpoint 'nobody'" in err
+
+
+def test_status_needs_no_metrics_and_no_logs(run, deployed, workspace):
+    workspace.faults = [Fault("GET", "/metrics$", 404, "RESOURCE_DOES_NOT_EXIST"),
+                        Fault("GET", "logs$", 404, "RESOURCE_DOES_NOT_EXIST", times=2)]  # fmt: skip
+    code, told, _ = run("status", "--endpoint", "scgpt")
+    assert (code, told["metrics"], told["build_log"], told["server_log"]) == (OK, {}, {"scgpt-3": ""}, {"scgpt-3": ""})
+
+
+def test_status_judges_the_inference_table_and_the_last_run(run, spark, deployed, tmp_path, monkeypatch):
+    from scgpt_batch.spark import tables
+
+    until = datetime.now(UTC) - timedelta(hours=2)
+    lines = inference_tables.requests(400, until=until, days=2)
+    table = inference_tables.write(spark, lines, f"delta.`{tmp_path}/payload`")
+    tables.create(spark, f"delta.`{tmp_path}/runs`", tables.RUNS)
+    spark.sql(f"insert into delta.`{tmp_path}/runs` (run_id, started_at, finished_at, status, output_table) "
+              f"values ('run-1', now(), now(), 'failed', '')")  # fmt: skip
+    monkeypatch.setenv("SCGPT_BATCH_WEBHOOK_URL", "http://127.0.0.1:9/nothing-may-be-posted")
+    flags = ("--inference-table", table, "--runs-table", f"delta.`{tmp_path}/runs`")
+    code, told, _ = run("status", "--endpoint", "scgpt", *flags)
+    assert (code, told["health"]["status"], told["health"]["last_run"]) == (OK, "critical", "run-1")
+    rules = {alert["rule"] for alert in told["health"]["alerts"]}
+    assert {"error_rate", "run_failed"} <= rules and "webhook" not in rules
+
+
+# docs/databricks.md
+
+
+def sections(*titles):
+    """Code blocks of the document's sections: (language, text), in order."""
+    text = (Path(__file__).parents[1] / "docs/databricks.md").read_text()
+    chosen = [part for part in re.split(r"^## ", text, flags=re.MULTILINE) if part.split("\n")[0] in titles]
+    assert len(chosen) == len(titles)
+    return [block for part in chosen for block in re.findall(r"^```(\w+)\n(.*?)^```", part, re.MULTILINE | re.DOTALL)]
+
+
+def bash(script, folder):
+    done = subprocess.run(["bash", "-ec", script], cwd=folder, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout)
+
+
+def test_the_commands_of_the_document_do_what_it_says(run, workspace, monkeypatch):
+    monkeypatch.setenv("SCGPT_BATCH_POLL_SECONDS", "0.01")
+    blocks = sections("Deploy, swap, canary, roll back", "Status")
+    lines = [line for _, text in blocks for line in text.splitlines()]
+    told = [run(*shlex.split(line)[1:]) for line in lines]
+    assert [code for code, _, _ in told] == [OK] * 6
+    assert [list(summary["traffic"].values()) for _, summary, _ in told[:5]] == [[100], [100], [90, 10], [100], [100]]
+    assert told[5][1]["served"][0]["version"] == "3"
+
+
+@pytest.mark.parametrize(("language", "text"), sections("Other ways to create an endpoint"), ids=lambda text: text[:20])
+def test_an_endpoint_made_in_another_way_is_one_that_deploy_goes_on_from(deploy, workspace, tmp_path, language, text):
+    exec(text, {}) if language == "python" else bash(text, tmp_path)
+    workspace.requests.clear()
+    code, told, _ = deploy("/3")
+    assert (code, told["state"], told["changes"], told["inference_table"]) == (OK, "READY", [], TABLE)
+
+
+def test_every_way_to_ask_gives_the_same_answer(deploy, deployed, workspace, model, golden, tmp_path, monkeypatch):
+    served = mlflow.pyfunc.load_model(model)
+    schema = served.metadata.get_input_schema()
+
+    def predict(body):
+        return json.loads(scoring_server.invocations(json.dumps(body), "application/json", served, schema).response)
+
+    workspace.predict = predict
+    monkeypatch.chdir(tmp_path)
+    names = {"adata": from_row(next(small_rows(1, golden)))}
+    answers = []
+    for language, text in sections("Ways to ask"):
+        if language == "python":
+            exec(text, names)
+            answers.append(names.pop("answer", None))
+        elif language == "sh":
+            answers.append(bash(text, tmp_path)["predictions"])
+    given = [answer[0]["cell_embeddings"] for answer in answers if answer]
+    assert len(given) == 4
+    for vectors in [*given, np.stack(names["cells"]["embedding"])]:
+        assert_close(vectors, given[0], atol=1e-6)
+    assert np.shape(given[0]) == (3, 64)
