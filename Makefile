@@ -108,7 +108,7 @@ bench-serving: setup $(UPSTREAM)/.ready
 	$(VENV)/bin/python benchmarks/serving.py --soak log
 
 faults: setup
-	$(VENV)/bin/python tests/faults/run.py
+	$(VENV)/bin/python -m tests.faults.run
 
 fault-serving: setup
 	SCGPT_BATCH_KILLS=20 SCGPT_BATCH_FUZZ=5000 $(VENV)/bin/pytest tests/test_serving.py tests/test_serving_log.py \

@@ -40,14 +40,20 @@ def checkpoint_of(name: str, sizes: dict[str, int]) -> Path:
     return folder
 
 
-def embed(checkpoint: Path, rows: Path, mode: str) -> tuple[dict, dict[str, int]]:
-    """Register the checkpoint, run the job cold and warm in a process of its own; its summaries, its peak memory."""
+def register(checkpoint: Path) -> tuple[Path, dict[str, str]]:
+    """Register the checkpoint as models:/bench/1 in an MLflow store of its own; its folder, and how it is found."""
     store = WORK / "mlflow"
     shutil.rmtree(store, ignore_errors=True)
     store.mkdir(parents=True)
     environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{store}/mlflow.db", "SPARK_LOCAL_IP": "127.0.0.1"}
-    register = [COMMAND, "register", "--checkpoint", checkpoint, "--name", "bench"]
-    subprocess.run(register, cwd=store, env=environment, check=True, stdout=subprocess.DEVNULL)
+    words = [COMMAND, "register", "--checkpoint", checkpoint, "--name", "bench"]
+    subprocess.run(words, cwd=store, env=environment, check=True, stdout=subprocess.DEVNULL)
+    return store, environment
+
+
+def embed(checkpoint: Path, rows: Path, mode: str) -> tuple[dict, dict[str, int]]:
+    """Register the checkpoint, run the job cold and warm in a process of its own; its summaries, its peak memory."""
+    store, environment = register(checkpoint)
     script = [sys.executable, ROOT / "benchmarks" / "embed_twice.py", "--model-uri", "models:/bench/1"]
     script += ["--rows", rows, "--out", WORK / "embeddings", "--set", f"mode={mode}", *AS_COUNTED]
     process = subprocess.Popen(list(map(str, script)), cwd=store, env=environment, text=True, stdout=subprocess.PIPE)

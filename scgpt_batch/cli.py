@@ -322,8 +322,10 @@ def _fail(exc: Exception, code: int, debug: bool) -> int:
     told = str(exc) if expected else f"{type(exc).__name__}: {str(exc).strip()}"
     lines = [line for line in told.strip().splitlines() if "An error occurred while calling" not in line]
     first = lines[0].removeprefix(": ") if lines else type(exc).__name__  # py4j tells its own call first
+    causes = [line.removeprefix("Caused by: ") for line in lines if line.startswith("Caused by: ")]  # a Java trace's
+    because = f": {causes[-1]}" if causes else ""
     more = "" if expected or debug else " (--debug shows all of it)"
-    print(f"scgpt-batch: {first}{more}", file=sys.stderr)
+    print(f"scgpt-batch: {first}{because}{more}", file=sys.stderr)
     return code
 
 

@@ -63,34 +63,43 @@ def listens(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-@contextmanager
-def standalone(folder: Path, workers: int = 2) -> Iterator[tuple[str, list[subprocess.Popen]]]:
-    """A master and workers of one core and one GPU address each; give its URL and the workers' processes.
+class Standalone:
+    """A master, and workers of one core and one GPU address each, in folders of their own without the package."""
 
-    Workers run in folders of their own, without the package on their path.
-    """
+    def __init__(self, folder: Path, url: str, env: dict[str, str], stack: ExitStack) -> None:
+        self.url, self.workers = url, list[subprocess.Popen]()
+        self._folder, self._env, self._stack, self._started = folder, env, stack, 0
+
+    def add_worker(self) -> None:
+        """Start one more; it ends with the cluster."""
+        folder, address = self._folder / f"worker{self._started}", self._started % 2
+        folder.mkdir()
+        discovery = folder / "gpus.sh"
+        discovery.write_text(f'#!/bin/sh\necho \'{{"name": "gpu", "addresses": ["{address}"]}}\'\n')
+        discovery.chmod(0o755)
+        resources = f"-Dspark.worker.resource.gpu.amount=1 -Dspark.worker.resource.gpu.discoveryScript={discovery}"
+        command = [SPARK_HOME / "bin/spark-class", "org.apache.spark.deploy.worker.Worker", "--host", "127.0.0.1",
+                   "--cores", 1, "--memory", "1g", "--webui-port", 0, "--work-dir", folder, self.url]  # fmt: skip
+        log, env = folder / "log", self._env | {"SPARK_WORKER_OPTS": resources}
+        worker = server(command, log, lambda: "Successfully registered" in log.read_text(), env=env, cwd=folder)
+        self.workers.append(self._stack.enter_context(worker))
+        self._started += 1
+
+
+@contextmanager
+def standalone(folder: Path, workers: int = 2) -> Iterator[Standalone]:
+    """Start a standalone cluster; it ends with the block."""
     port, spark_class = free_port(), SPARK_HOME / "bin/spark-class"
-    url, env = f"spark://127.0.0.1:{port}", environment(SPARK_DAEMON_MEMORY="256m", SPARK_HOME=str(SPARK_HOME))
+    env = environment(SPARK_DAEMON_MEMORY="256m", SPARK_HOME=str(SPARK_HOME))
     log = folder / "master.log"
     master = [spark_class, "org.apache.spark.deploy.master.Master", "--host", "127.0.0.1", "--port", port,
               "--webui-port", 0]  # fmt: skip
     with ExitStack() as stack:
         stack.enter_context(server(master, log, lambda: listens(port), env=env))
-        processes = [stack.enter_context(_worker(folder / f"worker{i}", i, url, env)) for i in range(workers)]
-        yield url, processes
-
-
-def _worker(folder: Path, number: int, url: str, env: dict[str, str]):
-    folder.mkdir()
-    discovery = folder / "gpus.sh"
-    discovery.write_text(f'#!/bin/sh\necho \'{{"name": "gpu", "addresses": ["{number}"]}}\'\n')
-    discovery.chmod(0o755)
-    resources = f"-Dspark.worker.resource.gpu.amount=1 -Dspark.worker.resource.gpu.discoveryScript={discovery}"
-    command = [SPARK_HOME / "bin/spark-class", "org.apache.spark.deploy.worker.Worker", "--host", "127.0.0.1",
-               "--cores", 1, "--memory", "1g", "--webui-port", 0, "--work-dir", folder, url]  # fmt: skip
-    log = folder / "log"
-    env = env | {"SPARK_WORKER_OPTS": resources}
-    return server(command, log, lambda: "Successfully registered" in log.read_text(), env=env, cwd=folder)
+        cluster = Standalone(folder, f"spark://127.0.0.1:{port}", env, stack)
+        for _ in range(workers):
+            cluster.add_worker()
+        yield cluster
 
 
 @contextmanager

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from scgpt_batch.cli import COMMANDS, WRONG_USAGE, _fields, main
+from scgpt_batch import cli
+from scgpt_batch.cli import COMMANDS, FAILED, WRONG_USAGE, _fields, main
 
 REPO = Path(__file__).parents[1]
 
@@ -35,6 +36,16 @@ def test_what_is_missing_is_named_in_one_line(capfd, argv, wanted):
     assert main(argv) == WRONG_USAGE
     told = capfd.readouterr()
     assert wanted in told.err.strip().splitlines()[-1] and "Traceback" not in told.err and told.out == ""
+
+
+def test_a_java_error_is_told_with_its_first_cause(tmp_path, capfd, monkeypatch):
+    def fail(*_):
+        trace = ": SparkException: Task failed", "\tat a.b", "Caused by: FileIOException: x", "Caused by: No space left"
+        raise RuntimeError("An error occurred while calling o1.save.\n" + "\n".join(trace))
+
+    monkeypatch.setattr(cli, "_run", fail)
+    assert main(["summary", "--output-table", "t"]) == FAILED
+    assert "SparkException: Task failed: No space left (--debug" in capfd.readouterr().err
 
 
 def test_an_unknown_section_or_setting_of_the_file_is_named(tmp_path, capfd):

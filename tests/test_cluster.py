@@ -46,9 +46,9 @@ def summary(command, **options):
 def test_a_cluster_that_shares_no_model_folder_embeds_with_one_gpu_a_task(spark, home, tracking_uri, cells):
     rows, out = f"delta.`{home}/rows`", f"delta.`{home}/out`"
     assert main(["ingest", "--input", str(cells), "--table", rows, "--cells-per-row", "10"]) == OK
-    with standalone(home) as (url, _):
+    with standalone(home) as cluster:
         told = summary(
-            [SPARK_HOME / "bin/spark-submit", "--master", url, "--properties-file", CONF,
+            [SPARK_HOME / "bin/spark-submit", "--master", cluster.url, "--properties-file", CONF,
              "--py-files", package_zip(home), "--conf", "spark.driver.memory=1g",
              "--conf", "spark.executor.memory=600m",
              "--conf", "spark.executor.resource.gpu.amount=1", "--conf", "spark.task.resource.gpu.amount=1",

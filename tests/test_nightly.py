@@ -1,8 +1,8 @@
 """The unattended run: killed, doubled, poisoned, planned, streamed, and over samples of several rows."""
 
-import importlib.util
+import re
 import threading
-from pathlib import Path
+from collections import defaultdict
 
 import anndata as ad
 import numpy as np
@@ -15,6 +15,8 @@ from scgpt_batch.embedder import load_embedder
 from scgpt_batch.parameters import Parameters
 from scgpt_batch.spark import tables
 from scgpt_batch.spark.missing import missing_rows, n_tasks, with_tasks
+from tests.faults.bench import Bench
+from tests.faults.scenarios import poison
 from tests.helpers import assert_close, small_rows, write_rows
 
 CELLS = ["--mode", "cell", "--need-preprocess", "false", "--data-is-raw", "true"]
@@ -88,6 +90,29 @@ def test_a_plan_says_what_is_missing_and_writes_nothing(spark, run, tmp_path, wo
     assert run(*words, "--plan")[1]["rows"] == 0
 
 
+def scanned(spark, since):
+    """Columns that queries after `since` have read from Parquet, by the folder's name; the number of queries."""
+    spark.sparkContext._jsc.sc().listenerBus().waitUntilEmpty()
+    told = spark._jsparkSession.sharedState().statusStore().executionsList()
+    plans = [told.apply(i).physicalPlanDescription() for i in range(since, told.size())]
+    columns = defaultdict(set)
+    scan = r"Location: [^\n]*/(\w+)\]\n(?:[^\n]+\n)*?ReadSchema: struct<(.*)>"
+    for folder, read in re.findall(scan, "\n".join(plans)):
+        assert "..." not in read  # Spark has cut it short
+        columns[folder] |= {column.partition(":")[0] for column in read.split(",")}
+    return columns, told.size()
+
+
+def test_an_idle_run_reads_neither_payload_nor_vectors(spark, run, tmp_path, words, rows):
+    spark.sql(f"UPDATE {rows} SET content_hash = md5(adata_id)")  # as ingest does; without, payload must be hashed
+    run(*words)
+    _, before = scanned(spark, 0)
+    assert run(*words)[1]["rows_skipped"] == 12
+    columns, _ = scanned(spark, before)
+    assert {"adata_id"} < columns["rows"] <= {"adata_id", "content_hash", "n_obs", "sample_id"}
+    assert {"adata_id"} < columns["out_ledger"] and "embedding" not in columns["out"]
+
+
 def test_a_stream_takes_new_rows_alone(spark, run, tmp_path, words, rows, golden):
     words = [*words, "--trigger", "available-now", "--checkpoint-location", str(tmp_path / "checkpoint")]
     assert run(*words)[1]["rows_ok"] == 12
@@ -150,9 +175,6 @@ def test_rows_of_a_sample_share_decisions_and_one_mean(spark, run, tmp_path, mod
 
 def test_deadly_rows_fail_alone():
     """In processes of their own: rows that raise, segfault, hang and exhaust memory, among 24."""
-    path = Path(__file__).parent / "faults" / "run.py"
-    spec = importlib.util.spec_from_file_location("faults_run", path)
-    faults = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(faults)
-    result = faults.with_bench(lambda bench: faults.poison(bench, 1, rows_in=24))
-    assert (result.failed, result.lost, result.duplicates, result.notes) == (4, 0, 0, [])
+    with Bench() as bench:
+        result = poison(bench, 1, rows_in=24)
+    assert (result.failed, result.lost, result.duplicates, result.broken) == (4, 0, 0, [])

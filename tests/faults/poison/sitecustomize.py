@@ -1,12 +1,13 @@
 """Makes rows deadly by their key, in every Python process that has this folder on its PYTHONPATH.
 
-Python runs this file at its start. `adata_id` says what a row does: raise:, segfault:, hang:, memory:.
+Python runs this file at its start. `adata_id` says what a row does: raise:, segfault:, hang:, memory:, or just slow:.
 """
 
 import ctypes
 import importlib.abc
 import importlib.util
 import sys
+import time
 
 
 def _die(how):
@@ -14,6 +15,10 @@ def _die(how):
         raise RuntimeError("a fault that nobody foresaw")
     if how == "segfault":
         ctypes.string_at(0)
+    if how == "slow":
+        end = time.process_time() + 0.5
+        while time.process_time() < end:
+            pass
     if how == "hang":
         ctypes.PyDLL(None).sleep(1_000_000)  # holds Python's lock, as native code does that never returns
     if how == "memory":

@@ -1,0 +1,111 @@
+"""Damaged rows: straight into the embedder, and those that a table can hold through the job as well."""
+
+import warnings
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from scgpt_batch.anndata_rows import arrow_rows, from_row, to_row
+from scgpt_batch.answers import Answer
+from scgpt_batch.errors import LowCoverage, PayloadError, PreprocessError
+from scgpt_batch.parameters import Parameters
+from tests.damaged_rows import ROW_TYPES, damaged_rows
+from tests.faults.bench import (
+    ADATA_ROWS,
+    PARAMETERS,
+    TOLERANCE,
+    Bench,
+    Result,
+    beside,
+    embedder,
+    embedder_genes,
+    held,
+)  # fmt: skip
+
+REFUSALS = PayloadError | LowCoverage | PreprocessError  # of a row that can be read, but not used
+CHOICES = (
+    PARAMETERS,
+    PARAMETERS | {"mode": "contextual"},
+    {"mode": "static", "need_preprocess": False},
+    {"mode": "static", "data_is_raw": True},
+)
+HANGS = 30_000  # milliseconds after which a row of three cells is taken to hang
+
+
+def fuzzed_payloads(bench: Bench, tries: int) -> Result:
+    """So many damaged rows: each is refused by name, or answered as the AnnData that it can be read as."""
+    result = Result("fuzzed-payloads")
+    stored: list[dict[str, Any]] = []
+
+    @given(row=damaged_rows(embedder_genes()[:4]), choice=st.sampled_from(CHOICES))
+    @settings(max_examples=tries, deadline=HANGS, database=None, suppress_health_check=list(HealthCheck))
+    def read_or_refused(row: dict[str, Any], choice: dict[str, Any]) -> None:
+        answer = embed(row, choice)
+        check(row, choice, answer)
+        result.tries += 1
+        stored.extend(as_stored(row))
+
+    try:
+        read_or_refused()
+    except Exception as exc:
+        result.broken.append("\n".join([f"{type(exc).__name__}: {exc}", *getattr(exc, "__notes__", ())]))
+    through_job(bench, result, stored)
+    return result
+
+
+def embed(row: dict[str, Any], choice: dict[str, Any]) -> Answer:
+    (answer,) = embedder().embed_rows([row], Parameters.create(choice))
+    return answer
+
+
+def check(row: dict[str, Any], choice: dict[str, Any], answer: Answer) -> None:
+    """A refusal by name with a message fit for a table, or what the row's AnnData is answered with."""
+    if answer.error:
+        assert isinstance(answer.error, REFUSALS), repr(answer.error)
+        assert str(answer.error).encode()
+        return
+    adata = from_row(row)
+    names = answer.cell_ids if choice["mode"] == "cell" else answer.genes
+    assert set(names) <= set(adata.obs_names if choice["mode"] == "cell" else adata.var_names)
+    assert answer.embeddings.shape == (len(names), embedder().config.embsize)
+    assert np.isfinite(answer.embeddings).all()
+    again = embed(to_row(adata, layout="dense"), choice)
+    assert again.error is None, repr(again.error)
+    assert np.abs(again.embeddings - answer.embeddings).max(initial=0) <= TOLERANCE
+
+
+def as_stored(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The row as a table of our types gives it back; nothing if none can hold it."""
+    try:
+        with warnings.catch_warnings(action="error"):  # complex numbers would lose a part
+            return pa.RecordBatch.from_pylist([row], pa.schema(list(ROW_TYPES.items()))).to_pylist()
+    except (pa.ArrowException, ValueError, TypeError, OverflowError, Warning):
+        return []
+
+
+def through_job(bench: Bench, result: Result, stored: list[dict[str, Any]]) -> None:
+    """Run the job over the rows: the ledger must say of each what the embedder says, and no worker die."""
+    rows = [row | {"adata_id": f"fuzz-{i:05}"} for i, row in enumerate(stored)]
+    table, out = bench.rows("fuzzed", rows), bench.folder / "fuzzed-out"
+    ended = bench.warm.run(bench.embed(table, out, wave_cells=200_000, max_failed_fraction=1.0))
+    result.broken += ended.unless(0)
+    ledger = held(beside(out, "_ledger"), "adata_id", "status", "error_class", "cells", "embeddings")
+    lines = {line["adata_id"]: line for line in ledger.to_dict("records")}
+    cells = held(out, "adata_id", "cell_id")["adata_id"].value_counts()
+    result.rows_in, result.rows_out = len(rows), len(cells)
+    result.failed = int((ledger["status"] == "failed").sum())
+    result.duplicates = len(ledger) - len(lines)
+    result.seen = Counter(ledger["error_class"].fillna("answered"))
+    for row in rows:
+        if (line := lines.get(row["adata_id"])) is None:
+            result.lost += 1
+            continue
+        answer = embed(next(arrow_rows(pa.RecordBatch.from_pylist([row], ADATA_ROWS))), PARAMETERS)
+        wanted = type(answer.error).__name__ if answer.error else None
+        n = 0 if answer.error else len(answer.cell_ids)
+        if line["error_class"] != wanted or cells.get(row["adata_id"], 0) != n:
+            result.broken.append(f"{row}: {line} instead of {wanted}, {n} cells")
