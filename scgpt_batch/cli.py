@@ -19,7 +19,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from scgpt_batch.errors import ConfigError, ScgptBatchError
+from scgpt_batch.errors import ConfigError, ScgptBatchError, in_one_line
 from scgpt_batch.parameters import Parameters, validation_message
 from scgpt_batch.settings import (
     DemoCheckpointSettings,
@@ -318,14 +318,8 @@ def _told(value: Any) -> str:
 def _fail(exc: Exception, code: int, debug: bool) -> int:
     if debug:
         logging.getLogger(__name__).exception("%s", exc)
-    expected = isinstance(exc, ScgptBatchError)
-    told = str(exc) if expected else f"{type(exc).__name__}: {str(exc).strip()}"
-    lines = [line for line in told.strip().splitlines() if "An error occurred while calling" not in line]
-    first = lines[0].removeprefix(": ") if lines else type(exc).__name__  # py4j tells its own call first
-    causes = [line.removeprefix("Caused by: ") for line in lines if line.startswith("Caused by: ")]  # a Java trace's
-    because = f": {causes[-1]}" if causes else ""
-    more = "" if expected or debug else " (--debug shows all of it)"
-    print(f"scgpt-batch: {first}{because}{more}", file=sys.stderr)
+    more = "" if debug or isinstance(exc, ScgptBatchError) else " (--debug shows all of it)"
+    print(f"scgpt-batch: {in_one_line(exc)}{more}", file=sys.stderr)
     return code
 
 

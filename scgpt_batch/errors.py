@@ -73,3 +73,12 @@ class PartsFailed(ScgptBatchError):
         """Keep what was answered: it has been paid for."""
         super().__init__(message)
         self.failures, self.answered = failures, answered
+
+
+def in_one_line(exc: Exception) -> str:
+    """Say an error in one line: its first, without py4j's own call, and the first cause of a Java trace."""
+    told = str(exc) if isinstance(exc, ScgptBatchError) else f"{type(exc).__name__}: {str(exc).strip()}"
+    lines = [line for line in told.strip().splitlines() if "An error occurred while calling" not in line]
+    first = lines[0].removeprefix(": ") if lines else type(exc).__name__
+    causes = [line.removeprefix("Caused by: ") for line in lines if line.startswith("Caused by: ")]
+    return f"{first}: {causes[-1]}" if causes else first

@@ -28,7 +28,7 @@ from pyspark.sql.utils import is_remote
 import scgpt_batch
 from scgpt_batch import registry
 from scgpt_batch.embedder import check_model_parameters
-from scgpt_batch.errors import ConfigError
+from scgpt_batch.errors import ConfigError, in_one_line
 from scgpt_batch.parameters import Parameters
 from scgpt_batch.settings import EmbedSettings, Summary
 from scgpt_batch.spark import tables
@@ -158,7 +158,7 @@ def _create_tables(job: Job) -> None:
 
 
 def _run(job: Job) -> Summary:
-    clock, status = time.monotonic(), "failed"
+    clock = time.monotonic()
     logger.info("run %s: %s, %s mode, %s -> %s", job.run_id, job.model.uri, job.parameters.mode, job.input, job.output)
     mlflow.log_params(job.parameters.model_dump() | {"model_uri": job.model.uri})
     _begin_run(job)
@@ -170,10 +170,10 @@ def _run(job: Job) -> Summary:
             _embed_missing(job, rows, clock)
         if job.settings.prune:
             prune(job.spark, job.output, job.ledger, job.settings.prune)
-        status = "finished"
-    finally:
-        seconds = round(time.monotonic() - clock, 3)
-        _end_run(job, status, seconds)
+    except BaseException:  # Ctrl-C too
+        _end_failed_run(job, clock)
+        raise
+    seconds = _end_run(job, "finished", clock)
     mlflow.log_metrics({**job.counts, "seconds": seconds})
     return {
         "run_id": job.run_id,
@@ -200,12 +200,23 @@ def _begin_run(job: Job) -> None:
     tables.append(job.spark.createDataFrame([tuple(told.get(f.name) for f in schema)], schema), job.runs)
 
 
-def _end_run(job: Job, status: str, seconds: float) -> None:
+def _end_run(job: Job, status: str, clock: float) -> float:
+    """Complete the run's line; return how long the run took."""
+    seconds = round(time.monotonic() - clock, 3)
     told: dict[str, str | float | datetime] = {
         "status": status, "finished_at": datetime.now(UTC), **job.counts, "seconds": seconds,
         "output_version": tables.version(job.spark, job.output),
     }  # fmt: skip
     tables.update(job.spark, job.runs, told, f"run_id = {tables.literal(job.run_id)}")
+    return seconds
+
+
+def _end_failed_run(job: Job, clock: float) -> None:
+    """Say that the run failed, where that can be written: what stopped the run (a full disk) may stop this too."""
+    try:
+        _end_run(job, "failed", clock)
+    except Exception as exc:  # the first error is the one to tell
+        logger.warning("the run's line in %s stays 'running': %s", job.runs, in_one_line(exc))
 
 
 def _embed_stream(job: Job, clock: float) -> None:
@@ -316,13 +327,9 @@ def _answers(job: Job, rows: DataFrame, wave: pd.DataFrame) -> tuple[DataFrame, 
                 raise
             logger.warning(
                 "a wave of %d rows lost a Python worker (%s); it is repeated with each row in a process of its own",
-                len(wave), _first_line(exc),
+                len(wave), in_one_line(exc),
             )  # fmt: skip
     raise AssertionError("unreachable")
-
-
-def _first_line(exc: Exception) -> str:
-    return str(exc).strip().splitlines()[0]
 
 
 def _payload(job: Job, rows: DataFrame, wave: pd.DataFrame) -> DataFrame:

@@ -72,7 +72,8 @@ def missing_rows(rows: DataFrame, ledger: DataFrame, *, retry_failed: bool, name
     ConfigError
         Rows without adata_id, or different contents under one.
     """
-    if ledger.head(1) and rows.where("content_hash IS NULL").head(1):
+    # one column each: a scan for the first row reads all the columns that are not left out
+    if ledger.select("adata_id").head(1) and rows.where("content_hash IS NULL").select("content_hash").head(1):
         rows = rows.withColumn("content_hash", tables.row_hash())
     found = _found(rows, ledger, retry_failed)
     told = _told(found)
