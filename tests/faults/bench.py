@@ -286,7 +286,7 @@ def look(result: Result, out: Path, rows: list[dict[str, Any]]) -> None:
     result.rows_out += len(cells)
     result.failed += len(failed)
     result.duplicates += int(table.duplicated(KEY).sum() + ledger.duplicated("adata_id").sum())
-    result.lost += sum(cells.get(row["adata_id"], 0) < CELLS for row in sound)
+    result.lost += sum(bool(cells.get(row["adata_id"], 0) < CELLS) for row in sound)
     for wrong in (_strangers(table, ledger, sound, rows), _wrong_vectors(table, sound)):
         result.broken += [f"{out.parent.name}: {told}" for told in wrong]
 
