@@ -77,4 +77,9 @@ def write_rows(spark: Any, rows: Any, table: str) -> None:
     tables.create(spark, table, tables.ADATA_ROWS)
     schema = spark.table(table).schema
     plain = [{k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in row.items()} for row in rows]
-    tables.append(spark.createDataFrame([tuple(row.get(f.name) for f in schema) for row in plain], schema), table)
+    append(spark.createDataFrame([tuple(row.get(f.name) for f in schema) for row in plain], schema), table)
+
+
+def append(rows: Any, table: str) -> None:
+    """Append a DataFrame to a Delta table."""
+    rows.write.format("delta").mode("append").saveAsTable(table)

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import uvicorn
-from helpers import assert_close, random_adata
+from helpers import append, assert_close, random_adata
 from mlflow.pyfunc import scoring_server
 from pyspark.errors import PythonException
 
@@ -73,9 +73,7 @@ def table(spark, rows, server):
     tables.create(spark, "asked_rows", tables.ADATA_ROWS)
     schema = spark.table("asked_rows").schema
     plain = [{k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in row.items()} for row in rows]
-    tables.append(
-        spark.createDataFrame([tuple(row.get(f.name) for f in schema) for row in plain], schema), "asked_rows"
-    )
+    append(spark.createDataFrame([tuple(row.get(f.name) for f in schema) for row in plain], schema), "asked_rows")
     register_ai_query(spark, {"scgpt": server[0], "closed": "http://127.0.0.1:9/invocations"})
     return "asked_rows"
 

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import assert_close, random_adata
+from helpers import append, assert_close, random_adata
 from pyspark.sql import functions as F
 
 from scgpt_batch import registry
@@ -71,7 +71,7 @@ def write_rows(spark, rows, table):
     tables.create(spark, table, tables.ADATA_ROWS)
     schema = spark.table(table).schema
     plain = [{k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in row.items()} for row in rows]
-    tables.append(spark.createDataFrame([tuple(row.get(f.name) for f in schema) for row in plain], schema), table)
+    append(spark.createDataFrame([tuple(row.get(f.name) for f in schema) for row in plain], schema), table)
 
 
 def asked(spark, name, **parameters):

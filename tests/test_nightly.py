@@ -1,5 +1,6 @@
 """The unattended run: killed, doubled, poisoned, planned, streamed, and over samples of several rows."""
 
+import os
 import re
 import threading
 from collections import defaultdict
@@ -13,7 +14,7 @@ from scgpt_batch.anndata_rows import to_row
 from scgpt_batch.cli import FAILED, OK, WRONG_USAGE, main
 from scgpt_batch.embedder import load_embedder
 from scgpt_batch.parameters import Parameters
-from scgpt_batch.spark import tables
+from scgpt_batch.spark import embed, tables
 from scgpt_batch.spark.missing import missing_rows, n_tasks, with_tasks
 from tests.faults.bench import Bench
 from tests.faults.scenarios import poison
@@ -44,6 +45,28 @@ def assert_each_cell_once(spark, folder, *, cells=36, rows=12):
     assert out.groupBy(*KEY).count().where("count > 1").count() == 0
     ledger = spark.table(f"delta.`{folder}/out_ledger`")
     assert ledger.count() == ledger.select("adata_id").distinct().count() == rows
+
+
+def test_a_worker_that_is_lost_while_vectors_are_written_costs_a_repeat(spark, run, tmp_path, words, monkeypatch):
+    static_vectors, fallen = embed.static_vectors, tmp_path / "fallen"
+
+    def die_once(model):
+        give = static_vectors(model)
+
+        def run(batches):
+            if not fallen.exists():
+                fallen.touch()
+                os._exit(1)
+            yield from give(batches)
+
+        return run
+
+    monkeypatch.setattr(embed, "static_vectors", die_once)
+    code, summary, err = run(*words, "--mode", "static", "--wave-cells", 36)
+    assert (code, summary["rows_ok"]) == (OK, 12), err
+    assert fallen.exists()
+    out = spark.table(f"delta.`{tmp_path}/out`")
+    assert out.count() == summary["embeddings"] == out.select("adata_id", "gene").distinct().count()
 
 
 def test_a_run_that_dies_between_two_commits_is_completed_without_duplicates(spark, run, tmp_path, words, monkeypatch):

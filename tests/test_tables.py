@@ -2,6 +2,7 @@
 
 import pytest
 from deltalake import DeltaTable
+from helpers import append
 from pyspark.sql import functions as F
 
 from scgpt_batch.errors import ConfigError
@@ -79,9 +80,9 @@ def test_a_table_that_cannot_be_read_as_rows_is_refused(spark, table, columns, w
 def test_an_older_table_of_ours_gets_the_new_columns_and_keeps_its_rows(spark, table):
     older = tables.GENE_EMBEDDINGS.replace(", n_cells INT", "")
     spark.sql(f"CREATE TABLE {table} ({older}) USING delta")
-    tables.append(vectors(spark).drop("n_cells"), table)
+    append(vectors(spark).drop("n_cells"), table)
     assert tables.create(spark, table, tables.GENE_EMBEDDINGS, vector_length=4) is False
-    tables.append(vectors(spark, version="2"), table)
+    append(vectors(spark, version="2"), table)
     assert [tuple(row) for row in spark.table(table).groupBy("n_cells").count().orderBy("n_cells").collect()] == [
         (None, len(GENES)),
         (1, len(GENES)),
@@ -103,12 +104,12 @@ def test_a_table_that_is_not_ours_is_refused_and_stays_as_it_is(spark, table, ch
 
 def test_a_table_takes_vectors_of_one_length_and_tells_its_changes(spark, table, tmp_path):
     assert tables.create(spark, table, tables.GENE_EMBEDDINGS, vector_length=4)
-    tables.append(vectors(spark), table)
+    append(vectors(spark), table)
     tables.create(spark, table, tables.GENE_EMBEDDINGS, vector_length=4)
     with pytest.raises(ConfigError, match="one length"):
         tables.create(spark, table, tables.GENE_EMBEDDINGS, vector_length=5)
     with pytest.raises(Exception, match="size\\(embedding\\) = 4"):
-        tables.append(vectors(spark, length=5), table)
+        append(vectors(spark, length=5), table)
     changes = spark.sql(f"SELECT * FROM table_changes_by_path('{tmp_path}/table', 1)")
     assert changes.where("_change_type = 'insert'").count() == len(GENES) == spark.table(table).count()
     # what follows the table outside Spark, such as a search index, reads it with delta-rs
@@ -117,7 +118,7 @@ def test_a_table_takes_vectors_of_one_length_and_tells_its_changes(spark, table,
 
 def test_vectors_of_another_length_are_refused_where_an_older_table_has_no_constraint(spark, table):
     tables.create(spark, table, tables.GENE_EMBEDDINGS)
-    tables.append(vectors(spark), table)
+    append(vectors(spark), table)
     tables.create(spark, table, tables.GENE_EMBEDDINGS, vector_length=4)
     with pytest.raises(ConfigError, match="one length"):
         tables.create(spark, table, tables.GENE_EMBEDDINGS, vector_length=5)
@@ -127,7 +128,7 @@ def test_maintain_clusters_by_gene_so_that_one_gene_reads_few_files(spark, table
     tables.create(spark, table, tables.GENE_EMBEDDINGS, vector_length=64)
     tables.create(spark, f"delta.`{tmp_path}/table_runs`", tables.RUNS)
     for version in "123":
-        tables.append(vectors(spark, length=64, version=version).repartition(4), table)
+        append(vectors(spark, length=64, version=version).repartition(4), table)
     one = spark.table(table).where("gene = 'GENE007'")
     assert len(one.inputFiles()) > 8  # of 12; a gene at the edge is outside some files' range
     spark.conf.set("spark.databricks.delta.optimize.maxFileSize", str(30_000))  # else 200 KB are one file
@@ -164,10 +165,10 @@ def test_prune_keeps_the_newest_versions_of_each_model_and_forgets_the_others(sp
     tables.create(spark, ledger, tables.LEDGER)
     for version, at in versions.items():
         lines = vectors(spark, version=version, at=at, genes=GENES[:3])
-        tables.append(lines, table)
+        append(lines, table)
         names = [name for name in lines.columns if name in spark.table(ledger).columns]
-        tables.append(lines.select(*names).limit(1), ledger)
-    tables.append(vectors(spark, model="other", version="1", genes=GENES[:3]), table)
+        append(lines.select(*names).limit(1), ledger)
+    append(vectors(spark, model="other", version="1", genes=GENES[:3]), table)
     assert prune(spark, table, ledger, 2) == 1
     for held in (table, ledger):
         left = spark.table(held).where("model_name = 'scgpt'").select("model_version").distinct().collect()

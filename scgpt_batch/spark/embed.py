@@ -16,7 +16,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
-from typing import Any
 
 import mlflow
 import pandas as pd
@@ -189,15 +188,14 @@ def _run(job: Job) -> Summary:
 
 def _begin_run(job: Job) -> None:
     """Say that the run is at work: what it leaves, should it be killed, is a rival's from now on."""
-    told: dict[str, Any] = {
+    told: dict[str, str | float | datetime] = {
         "run_id": job.run_id, "started_at": job.started, "status": "running",
         "mode": job.parameters.mode, "model_uri": job.model.uri, "model_version": job.model.version,
         "params": job.parameters.model_dump_json(), **job.counts,
         "input_table": job.input, "input_version": job.input_version, "output_table": job.output,
         "package_version": scgpt_batch.__version__,
     }  # fmt: skip
-    schema = job.spark.table(job.runs).schema
-    tables.append(job.spark.createDataFrame([tuple(told.get(f.name) for f in schema)], schema), job.runs)
+    tables.insert(job.spark, job.runs, told)
 
 
 def _end_run(job: Job, status: str, clock: float) -> float:
@@ -256,18 +254,20 @@ def _missing(job: Job, rows: DataFrame) -> Missing:
 
 
 def _embed_wave(job: Job, rows: DataFrame, wave: pd.DataFrame) -> None:
-    """Compute the answers once, then commit the embeddings, then the ledger."""
+    """Compute and commit a wave; should a Python worker be lost on the way, again with each row in a process."""
     if wave.empty:
         return
-    answers, ledger = _answers(job, rows, wave)
-    try:
-        lines = answers.where("report IS NULL")
-        if _summed(job, wave):
-            lines = _sample_means(job, lines, wave, ledger)
-        tables.replace(_embeddings(job, lines), job.output, lambda: _replaceable(job, wave))
-        tables.upsert(job.spark, job.ledger, _ledger_lines(job, answers), LEDGER_KEY)
-    finally:
-        answers.unpersist()
+    for attempt in range(WAVE_TRIES):
+        try:
+            ledger = _answered(job, rows, wave, alone=attempt > 0)
+            break
+        except Exception as exc:  # py4j and Connect have different types for one fact
+            if attempt + 1 == WAVE_TRIES or not any(sign in str(exc) for sign in _LOST_WORKER):
+                raise
+            logger.warning(
+                "a wave of %d rows lost a Python worker (%s); it is repeated with each row in a process of its own",
+                len(wave), in_one_line(exc),
+            )  # fmt: skip
     failed = int((ledger["status"] == "failed").sum())
     job.counts["rows_failed"] += failed
     job.counts["rows_ok"] += len(ledger) - failed
@@ -275,6 +275,23 @@ def _embed_wave(job: Job, rows: DataFrame, wave: pd.DataFrame) -> None:
         job.counts[name] += int(ledger.loc[ledger["status"] == "ok", name].sum())
     for _, line in ledger[ledger["status"] == "failed"].head(5).iterrows():
         logger.warning("row %s failed: %s: %s", line["adata_id"], line["error_class"], line["error_message"])
+
+
+def _answered(job: Job, rows: DataFrame, wave: pd.DataFrame, *, alone: bool) -> pd.DataFrame:
+    """Compute the answers once, onto the executors' disks; commit the embeddings, then the ledger; return its lines."""
+    work = replace(job.work, sums=_summed(job, wave))
+    run = embed_rows_alone(work) if alone else embed_rows(work)
+    answers = _payload(job, rows, wave).mapInArrow(run, ANSWERS_DDL).persist(StorageLevel.DISK_ONLY)
+    try:
+        ledger: pd.DataFrame = _ledger_lines(job, answers).toPandas()
+        lines = answers.where("report IS NULL")
+        if _summed(job, wave):
+            lines = _sample_means(job, lines, wave, ledger)
+        tables.replace(_embeddings(job, lines), job.output, lambda: _replaceable(job, wave))
+        tables.upsert(job.spark, job.ledger, _ledger_lines(job, answers), LEDGER_KEY)
+        return ledger
+    finally:
+        answers.unpersist()
 
 
 def _rivals(job: Job) -> list[str]:
@@ -311,25 +328,6 @@ def _replaceable(job: Job, wave: pd.DataFrame) -> str:
     if wave["known"].any():
         return condition
     return f"{condition} AND run_id IN ({', '.join(map(tables.literal, _rivals(job)))})"
-
-
-def _answers(job: Job, rows: DataFrame, wave: pd.DataFrame) -> tuple[DataFrame, pd.DataFrame]:
-    """Compute a wave; return its answers, kept on the executors' disks, and its ledger lines."""
-    for attempt in range(WAVE_TRIES):
-        work = replace(job.work, sums=_summed(job, wave))
-        run = embed_rows_alone(work) if attempt else embed_rows(work)
-        answers = _payload(job, rows, wave).mapInArrow(run, ANSWERS_DDL).persist(StorageLevel.DISK_ONLY)
-        try:
-            return answers, _ledger_lines(job, answers).toPandas()
-        except Exception as exc:  # py4j and Connect have different types for one fact
-            answers.unpersist()
-            if attempt + 1 == WAVE_TRIES or not any(sign in str(exc) for sign in _LOST_WORKER):
-                raise
-            logger.warning(
-                "a wave of %d rows lost a Python worker (%s); it is repeated with each row in a process of its own",
-                len(wave), in_one_line(exc),
-            )  # fmt: skip
-    raise AssertionError("unreachable")
 
 
 def _payload(job: Job, rows: DataFrame, wave: pd.DataFrame) -> DataFrame:

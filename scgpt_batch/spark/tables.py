@@ -10,10 +10,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import TypeVar
 from uuid import uuid4
 
 from pyspark.errors import AnalysisException
-from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import Column, DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.types import (
     ArrayType,
@@ -30,6 +31,8 @@ from scgpt_batch.anndata_rows import PAYLOAD_COLUMNS
 from scgpt_batch.errors import ConfigError
 
 logger = logging.getLogger(__name__)
+
+Written = TypeVar("Written")
 
 ADATA_ROWS = """
     adata_id STRING NOT NULL, adata_sparsematrix ARRAY<ARRAY<DOUBLE>>,
@@ -166,11 +169,6 @@ def create(spark: SparkSession, table: str, columns: str, *, vector_length: int 
     return True
 
 
-def append(rows: DataFrame, table: str) -> None:
-    """Append rows in one commit, zstd-compressed."""
-    rows.write.format("delta").mode("append").option("compression", "zstd").saveAsTable(table)
-
-
 def replace(rows: DataFrame, table: str, condition: Callable[[], str]) -> None:
     """Write rows in place of those that meet `condition`, in one commit; the rows must all meet it.
 
@@ -183,16 +181,14 @@ def replace(rows: DataFrame, table: str, condition: Callable[[], str]) -> None:
 
 def upsert(spark: SparkSession, table: str, rows: DataFrame, keys: Sequence[str]) -> None:
     """Insert rows, or update those that agree on all `keys`, in one commit."""
-    view = f"_scgpt_{uuid4().hex}"
-    rows.createOrReplaceTempView(view)
     same = " AND ".join(f"t.{key} = s.{key}" for key in keys)
-    merge = (
-        f"MERGE INTO {table} t USING {view} s ON {same} WHEN MATCHED THEN UPDATE SET * WHEN NOT MATCHED THEN INSERT *"
-    )
-    try:
-        _retried(table, lambda: spark.sql(merge))
-    finally:
-        spark.catalog.dropTempView(view)
+    _merge(spark, table, rows, f"{same} WHEN MATCHED THEN UPDATE SET * WHEN NOT MATCHED THEN INSERT *")
+
+
+def insert(spark: SparkSession, table: str, values: Mapping[str, str | float | datetime]) -> None:
+    """Add one row, by SQL alone: no Python worker that could be lost. Columns not named are null."""
+    spelt = ", ".join(map(literal, values.values()))
+    _retried(table, lambda: spark.sql(f"INSERT INTO {table} ({', '.join(values)}) VALUES ({spelt})"))
 
 
 def update(spark: SparkSession, table: str, values: Mapping[str, str | float | datetime], condition: str) -> None:
@@ -210,36 +206,53 @@ def literal(value: str | float | datetime) -> str:
     return repr(value)
 
 
-def _retried(table: str, write: Callable[[], object]) -> None:
-    """Try a commit again when another writer of the table was faster."""
+def _retried(table: str, write: Callable[[], Written]) -> Written:
+    """Commit, again when another writer of the table was faster; return what the commit returns."""
     for attempt in range(COMMIT_TRIES):
         try:
-            write()
-            return
+            return write()
         except Exception as exc:  # py4j and Connect have different types for Delta's refusals
             if attempt + 1 == COMMIT_TRIES or not any(sign in str(exc) for sign in _CONFLICTS):
                 raise
             seconds = random.uniform(0.5, 1.5) * 2 ** min(attempt, 5)
             logger.info("%s: another writer was faster; again in %.0f s", table, seconds)
             time.sleep(seconds)
+    raise AssertionError("unreachable")
 
 
 def upsert_rows(spark: SparkSession, table: str, rows: DataFrame) -> int:
     """Insert AnnData rows that are new, replace those whose content changed; return how many that were."""
-    rows.createOrReplaceTempView("_scgpt_ingest")
     names = rows.columns
     updates, values = ", ".join(f"{n} = s.{n}" for n in names), ", ".join(f"s.{n}" for n in names)
-    merged = spark.sql(f"""
-        MERGE INTO {table} t USING _scgpt_ingest s ON t.adata_id = s.adata_id
+    return _merge(
+        spark, table, rows,
+        f"""t.adata_id = s.adata_id
         WHEN MATCHED AND NOT (t.content_hash <=> s.content_hash) THEN UPDATE SET {updates}
-        WHEN NOT MATCHED THEN INSERT ({", ".join(names)}) VALUES ({values})
-    """)
-    return merged.first()["num_affected_rows"]  # type: ignore[index]
+        WHEN NOT MATCHED THEN INSERT ({", ".join(names)}) VALUES ({values})""",
+    )  # fmt: skip
+
+
+def _merge(spark: SparkSession, table: str, rows: DataFrame, clauses: str) -> int:
+    """Merge rows (`s`) into a table (`t`) in one commit; return how many rows of the table that concerned."""
+    view = f"_scgpt_{uuid4().hex}"
+    rows.createOrReplaceTempView(view)
+    try:
+        merged = _retried(table, lambda: spark.sql(f"MERGE INTO {table} t USING {view} s ON {clauses}"))
+        return merged.first()["num_affected_rows"]  # type: ignore[index]
+    finally:
+        spark.catalog.dropTempView(view)
 
 
 def version(spark: SparkSession, table: str) -> int:
     """Return the table's newest version."""
-    return spark.sql(f"DESCRIBE HISTORY {table} LIMIT 1").first()["version"]  # type: ignore[index]
+    return _newest(spark, table)["version"]
+
+
+def _newest(spark: SparkSession, table: str) -> Row:
+    """Return what the table's log says of its newest version."""
+    newest = spark.sql(f"DESCRIBE HISTORY {table} LIMIT 1").first()
+    assert newest is not None  # a table has a version
+    return newest
 
 
 def row_hash() -> Column:
@@ -398,6 +411,5 @@ def vacuum(spark: SparkSession, table: str, hours: int, *, unsafe: bool = False)
     finally:
         if unsafe:
             spark.conf.set(check, before)
-    last = spark.sql(f"DESCRIBE HISTORY {table} LIMIT 1").first()
-    logged = last is not None and last["operation"] == "VACUUM END"
-    return int(last["operationMetrics"]["numDeletedFiles"]) if logged else None  # type: ignore[index]
+    last = _newest(spark, table)
+    return int(last["operationMetrics"]["numDeletedFiles"]) if last["operation"] == "VACUUM END" else None
