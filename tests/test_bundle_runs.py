@@ -52,7 +52,10 @@ def workspace(spark, home, golden, pbmc3k):
     main(["register", "--checkpoint", checkpoint, "--name", f"{CATALOG}.scgpt.scgpt", "--alias", "champion"])
     for name, cells in (("one", pbmc3k[:200]), ("two", pbmc3k[200:400])):
         cells.write_h5ad(home / f"{name}.h5ad")
-    lines = inference_tables.requests(16_000, until=datetime.now(UTC), days=8).assign(sampling_fraction=1.0)
+    now, minutes = datetime.now(UTC), range(0, 8 * 24 * 60, 2)
+    lines = inference_tables.requests(len(minutes), until=now).assign(sampling_fraction=1.0)
+    lines["request_time"] = [now - timedelta(minutes=one) for one in minutes]
+    lines["request_date"] = [time.date() for time in lines["request_time"]]
     lines["status_code"], lines["execution_duration_ms"], lines["served_entity_id"] = 200, 100, "scgpt-1"
     inference_tables.write(spark, lines, "scgpt.scgpt_payload")
     return resources
@@ -147,7 +150,8 @@ def names_of(key, node):
         return [name for one in node for name in names_of(key, one)]
     if not isinstance(node, dict):
         return []
-    return [node[key]] * (key in node) + [name for one in node.values() for name in names_of(key, one)]
+    here = [node[key]] if key in node else []
+    return here + [name for one in node.values() for name in names_of(key, one)]
 
 
 # The alerts
