@@ -114,7 +114,7 @@ def test_a_plan_says_what_is_missing_and_writes_nothing(spark, run, tmp_path, wo
 
 
 def scanned(spark, since):
-    """Columns that queries after number `since` have read from Parquet, by the folder's name; the last query's number."""
+    """Columns that queries after number `since` have read from Parquet, by folder; the last query's number."""
     spark.sparkContext._jsc.sc().listenerBus().waitUntilEmpty()
     told = spark._jsparkSession.sharedState().statusStore().executionsList()
     queries = [told.apply(i) for i in range(told.size())]  # Spark keeps the last 1,000
