@@ -61,6 +61,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     mlflow.create_experiment("jobs", artifact_location=str(folder / "artifacts"))
     mlflow.set_experiment("jobs")
     yield folder
+    mlflow.set_experiment(experiment_id="0")  # the one that every store has: "jobs" is unknown to the next
     mlflow.set_tracking_uri(before)
 
 

@@ -17,9 +17,6 @@ import time
 from tests.faults.bench import Bench, Result
 from tests.faults.scenarios import SCENARIOS
 
-HEAD = (
-    f"{'scenario':<16}{'tries':>6}{'rows in':>9}{'rows out':>9}{'failed':>8}{'duplicates':>11}{'lost':>6}{'seconds':>9}"
-)
 
 COLUMNS = ("tries", "rows in", "rows out", "failed", "duplicates", "lost", "seconds")
 
