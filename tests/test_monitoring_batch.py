@@ -171,7 +171,7 @@ def test_the_canary_compares_the_vectors_of_each_run(spark, runs, kind):
 
 def call(capfd, *argv):
     capfd.readouterr()
-    code = main(["monitor", *argv])
+    code = main(["monitor", "--max-failed-fraction", "0.3", *argv])  # two of the nine rows are meant to fail
     return code, json.loads(capfd.readouterr().out.strip().splitlines()[-1])
 
 
@@ -184,6 +184,8 @@ def test_monitor_finds_real_runs_healthy_and_shows_them(runs, capfd, tmp_path):
         assert f'<h2 id="{section}">' in text
     assert "LowCoverage" in text and "row-5" in text
     assert call(capfd, "--runs-table", "batch_cells_runs")[1]["alerts"] == []
+    code, told = call(capfd, "--runs-table", "batch_cells_runs", "--max-failed-fraction", "0.2")
+    assert (code, [alert["rule"] for alert in told["alerts"]]) == (ALERTS, ["rows_failed"])
 
 
 @pytest.mark.parametrize("noise", [0.0, 1e-3], ids=["equal", "all but equal"])
