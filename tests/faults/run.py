@@ -17,7 +17,6 @@ import time
 from tests.faults.bench import Bench, Result
 from tests.faults.scenarios import SCENARIOS
 
-
 COLUMNS = ("tries", "rows in", "rows out", "failed", "duplicates", "lost", "seconds")
 
 
