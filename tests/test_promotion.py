@@ -118,9 +118,7 @@ def test_the_code_that_the_version_carries_is_what_answers(run, model, tmp_path)
 
 
 def test_a_version_that_answers_other_numbers_than_when_registered_is_refused(run, model, tmp_path):
-    broken_copy(
-        model, tmp_path, "code/scgpt_batch/answers.py", "vectors.astype(dtype)", "(vectors + .01).astype(dtype)"
-    )
+    broken_copy(model, tmp_path, "code/scgpt_batch/answers.py", "vectors.astype(", "(vectors + .01).astype(")
     code, told, _ = run("promote", "--name", model, *PATIENT)
     assert (code, told["refused"], alias(model)) == (FAILED, ["parity"], "1")
     assert checks(told)["parity"]["value"] == pytest.approx(0.01, rel=1e-3)

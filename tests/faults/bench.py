@@ -83,10 +83,13 @@ class Ended:
     said: str
 
     def unless(self, code: int) -> Iterator[str]:
-        """Say so if the exit code is another, or if the command has shown a stack trace."""
+        """Say so if the exit code is another, or if a command that failed has shown a stack trace for a reason.
+
+        One that ended well may have: Spark logs what a lost worker raised.
+        """
         if self.code != code:
             yield f"exit {self.code} instead of {code}: {self.last}"
-        if "Traceback (most recent call last)" in self.said:
+        if self.code and "Traceback (most recent call last)" in self.said:
             yield "a stack trace on standard error"
 
     @property
