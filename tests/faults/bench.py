@@ -82,14 +82,14 @@ class Ended:
     told: dict[str, Any]
     said: str
 
-    def unless(self, code: int) -> Iterator[str]:
-        """Say so if the exit code is another, or if a command that failed has shown a stack trace for a reason.
+    def unless(self, code: int, *, raises: bool = False) -> Iterator[str]:
+        """Say so if the exit code is another, or if the command has shown a stack trace.
 
-        One that ended well may have: Spark logs what a lost worker raised.
+        Where a row `raises` on purpose, Spark's own log shows one.
         """
         if self.code != code:
             yield f"exit {self.code} instead of {code}: {self.last}"
-        if self.code and "Traceback (most recent call last)" in self.said:
+        if not raises and "Traceback (most recent call last)" in self.said:
             yield "a stack trace on standard error"
 
     @property
