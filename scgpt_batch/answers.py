@@ -12,11 +12,12 @@ import torch
 
 from scgpt_batch.errors import NonFiniteOutput, RowError
 from scgpt_batch.model import send
-from scgpt_batch.parameters import PACKED_TYPES
 from scgpt_batch.prepare import PreparedRow, RowReport
 from scgpt_batch.preprocess import Tokens, tokenize
 
 VECTORS_ON_DEVICE = 131_072  # that a row keeps there before they go to the host: 256 MB at d 512
+
+_PACKED_TYPES = {"float32_base64": "<f4", "float16_base64": "<f2"}  # of the numbers in each packed `encoding`
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Answer:
     def base64(self, encoding: str) -> str:
         """The vectors as one little-endian, row-major base64 string."""
         vectors = self.embeddings
-        return "" if vectors is None else base64.b64encode(vectors.astype(PACKED_TYPES[encoding]).tobytes()).decode()
+        return "" if vectors is None else base64.b64encode(vectors.astype(_PACKED_TYPES[encoding]).tobytes()).decode()
 
     def checked(self) -> "Answer":
         """Return the answer, or its error where a vector is not finite."""
@@ -62,6 +63,11 @@ class Answer:
         names = self.genes if self.genes is not None else self.cell_ids
         error = NonFiniteOutput(f"the embedding of {names[bad]!r} holds NaN or infinity")  # type: ignore[index]
         return Answer(report=self.report, error=error)
+
+
+def unpacked(text: str, encoding: str, d: int) -> np.ndarray:
+    """Read the vectors that `Answer.base64` has packed: (genes or cells, d), read-only."""
+    return np.frombuffer(base64.b64decode(text), _PACKED_TYPES[encoding]).reshape(-1, d)
 
 
 class ClsToken(NamedTuple):

@@ -76,7 +76,7 @@ class PartsFailed(ScgptBatchError):
 
 
 def in_one_line(exc: Exception) -> str:
-    """Say an error in one line: its first, without py4j's own call, and the first cause of a Java trace."""
+    """Say an error in one line: its first, without py4j's own call, and the root cause of a Java trace."""
     told = str(exc) if isinstance(exc, ScgptBatchError) else f"{type(exc).__name__}: {str(exc).strip()}"
     lines = [line for line in told.strip().splitlines() if "An error occurred while calling" not in line]
     first = lines[0].removeprefix(": ") if lines else type(exc).__name__

@@ -18,8 +18,6 @@ from scgpt_batch.errors import ConfigError, RowError
 # These change how an answer travels, not what it says; or they repeat what the checkpoint says.
 _NOT_IN_HASH = {"on_error", "encoding", "embsize", "nhead", "d_hid", "nlayers", "n_layers_cls"}
 
-PACKED_TYPES = {"float32_base64": "<f4", "float16_base64": "<f2"}  # of the numbers in each packed `encoding`
-
 
 class Parameters(BaseModel):
     """What to compute for a row and how. Frozen; unknown names and impossible values are refused."""

@@ -3,7 +3,6 @@
 Works on any MLflow registry. Both versions answer in processes of their own, with the code that each carries.
 """
 
-import base64
 import json
 import logging
 import subprocess
@@ -21,6 +20,7 @@ from mlflow.exceptions import MlflowException
 
 from scgpt_batch import registry
 from scgpt_batch.anndata_rows import PAYLOAD_COLUMNS
+from scgpt_batch.answers import unpacked
 from scgpt_batch.errors import ConfigError, ScgptBatchError
 from scgpt_batch.model import SPECIAL_TOKENS
 from scgpt_batch.registry import ResolvedModel
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 REPEATS = 3  # of each row when it is timed; the fastest counts, because others use the machine too
 PROCESS_SECONDS = 3600
 # a cell's vector by these depends on the cell, the model and its code alone; of a bad row the error is the answer
-CELLS = {"mode": "cell", "need_preprocess": False, "encoding": "float32_base64", "on_error": "record"}
+CELLS: dict[str, Any] = {"mode": "cell", "need_preprocess": False, "encoding": "float32_base64", "on_error": "record"}
 
 
 @dataclass(frozen=True)
@@ -181,8 +181,7 @@ def _cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _vectors(answer: dict[str, Any]) -> np.ndarray:
-    packed = base64.b64decode(answer["embeddings_base64"] or "")
-    return np.frombuffer(packed, "<f4").reshape(-1, answer["embedding_dim"])
+    return unpacked(answer["embeddings_base64"] or "", CELLS["encoding"], answer["embedding_dim"])
 
 
 # What is asked, and of whom

@@ -121,7 +121,7 @@ def alert(name: str, rule: Rule, limits: MonitorSettings) -> Json:
         "warehouse_id": "${var.warehouse_id}",
         "run_as": "${var.run_as}",
         "schedule": {
-            "quartz_cron_schedule": HOURLY if "requests" in _tables(rule.question) else DAILY,
+            "quartz_cron_schedule": HOURLY if "requests" in queries.parameters(rule.question) else DAILY,
             "timezone_id": "UTC",
         },
         "evaluation": {
@@ -149,10 +149,6 @@ def _query(rule: Rule, limits: MonitorSettings) -> str:
 
 def _ago(hours: float) -> str:
     return f"current_timestamp() - interval {round(60 * hours)} minutes"
-
-
-def _tables(question: str) -> list[str]:
-    return [name for name in TABLES if f"identifier(:{name})" in queries.text(question)]
 
 
 # --- the dashboard --------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ embed(adata, "http://127.0.0.1:5000", mode="cell", need_preprocess=False)
 embed(adata, "https://WORKSPACE/serving-endpoints/NAME", mode="static", data_is_raw=True, log1p=True)
 """
 
-import base64
 import gzip
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -22,8 +21,9 @@ from tqdm.auto import tqdm
 from urllib3.util import Retry
 
 from scgpt_batch.anndata_rows import PAYLOAD_COLUMNS, to_row
+from scgpt_batch.answers import unpacked
 from scgpt_batch.errors import ConfigError, PartsFailed, PayloadError
-from scgpt_batch.parameters import PACKED_TYPES, Parameters
+from scgpt_batch.parameters import Parameters
 from scgpt_batch.preprocess import SYMBOL_COLUMNS
 
 REQUEST_BYTES = 16_000_000  # of a request's body at Databricks, and at the local endpoint
@@ -203,8 +203,7 @@ def _frame(prediction: dict[str, Any], asked: Parameters) -> pd.DataFrame:
         nested = prediction["cell_embeddings"] or prediction["gene_embeddings"]
         vectors = np.array(nested, np.float32).reshape(-1, prediction["embedding_dim"])
     else:
-        packed = base64.b64decode(prediction["embeddings_base64"])
-        vectors = np.frombuffer(packed, PACKED_TYPES[asked.encoding]).reshape(-1, prediction["embedding_dim"])
+        vectors = unpacked(prediction["embeddings_base64"], asked.encoding, prediction["embedding_dim"])
     if asked.mode == "cell":
         return pd.DataFrame({"cell_id": prediction["cell_ids"], "embedding": list(vectors)})
     genes = prediction["genes"]
