@@ -53,16 +53,11 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with an MLflow store that MLflow uses until the module ends."""
-    import mlflow
+    from helpers import mlflow_store
 
     folder = tmp_path_factory.mktemp("jobs")
-    before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
-    mlflow.create_experiment("jobs", artifact_location=str(folder / "artifacts"))
-    mlflow.set_experiment("jobs")
-    yield folder
-    mlflow.set_experiment(experiment_id="0")  # the one that every store has: "jobs" is unknown to the next
-    mlflow.set_tracking_uri(before)
+    with mlflow_store(folder):
+        yield folder
 
 
 @pytest.fixture(scope="module")

@@ -2,10 +2,12 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import anndata as ad
+import mlflow
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
@@ -29,6 +31,19 @@ def assert_close(found: Any, wanted: Any, *, atol: float = 0.0, rtol: float = 0.
             f"{int((excess > 0).sum())} of {found.size} differ by more than atol {atol:g}, rtol {rtol:g}; largest "
             f"difference {difference[at]:g} at {place}: found {found[at]}, wanted {wanted[at]}"
         )
+
+
+@contextmanager
+def mlflow_store(folder: Path) -> Iterator[None]:
+    """An MLflow store in sqlite and an experiment in it, both in `folder`, that MLflow uses until the block ends."""
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
+    mlflow.set_experiment(experiment_id=mlflow.create_experiment("tests", (folder / "artifacts").as_uri()))
+    try:
+        yield
+    finally:
+        mlflow.set_experiment(experiment_id="0")  # the one that every store has; MLflow remembers it for the next
+        mlflow.set_tracking_uri(before)
 
 
 def random_adata(

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import uvicorn
-from helpers import append, assert_close, random_adata
+from helpers import append, assert_close, mlflow_store, random_adata
 from mlflow.pyfunc import scoring_server
 from pyspark.errors import PythonException
 
@@ -29,14 +29,9 @@ STRUCT = "struct(x_data, x_indices, x_indptr, adata_obs, adata_var, 'cell' as mo
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """The golden checkpoint, registered and loaded."""
-    folder, before = tmp_path_factory.mktemp("mlflow"), mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
-    mlflow.create_experiment("tests", artifact_location=(folder / "artifacts").as_uri())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_EXPERIMENT_NAME", "tests")
+    with mlflow_store(tmp_path_factory.mktemp("mlflow")):
         found = registry.register(str(GOLDEN / "checkpoint_flash"), "scgpt")
         yield mlflow.pyfunc.load_model(found.uri)
-    mlflow.set_tracking_uri(before)
 
 
 @pytest.fixture(scope="module")

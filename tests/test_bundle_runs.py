@@ -59,7 +59,7 @@ def workspace(spark, home, golden, pbmc3k):
     lines["status_code"], lines["execution_duration_ms"], lines["served_entity_id"] = 200, 100, "scgpt-1"
     inference_tables.write(spark, lines, "scgpt.scgpt_payload")
     yield resources
-    mlflow.set_experiment("jobs")  # as `home` had it: tests to come know nothing of the bundle's
+    mlflow.set_experiment("tests")  # as `home` had it: tests to come know nothing of the bundle's
 
 
 @pytest.fixture(scope="module")

@@ -4,12 +4,11 @@ import json
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-import mlflow
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import append, assert_close, random_adata
+from helpers import append, assert_close, mlflow_store, random_adata
 from pyspark.sql import functions as F
 
 from scgpt_batch import registry
@@ -31,9 +30,13 @@ def runs(spark, tmp_path_factory):
 
     One row is torn, one has genes that nobody knows, half of the genes of another are unknown.
     """
-    folder, before = tmp_path_factory.mktemp("batch"), mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
-    mlflow.set_experiment(experiment_id=mlflow.create_experiment("batch", artifact_location=(folder / "a").as_uri()))
+    folder = tmp_path_factory.mktemp("batch")
+    with mlflow_store(folder):
+        embed_four_times(spark, folder)
+        yield folder
+
+
+def embed_four_times(spark, folder):
     for checkpoint in (GOLDEN / "checkpoint_flash", trained_on(folder / "checkpoint")):
         registry.register(str(checkpoint), "scgpt")
     rows = [to_row(random_adata(4, 40, seed=i, genes=GENES)) | {"adata_id": f"row-{i}"} for i in range(6)]
@@ -48,8 +51,6 @@ def runs(spark, tmp_path_factory):
         argv = ["--model-uri", f"models:/scgpt/{version}", "--input-table", "batch_rows", "--mode", mode,
                 "--output-table", f"batch_{output}", "--need-preprocess", "false"]  # fmt: skip
         assert main(["embed", *argv, "--max-failed-fraction", "1"]) == OK
-    yield folder
-    mlflow.set_tracking_uri(before)
 
 
 def trained_on(folder):

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
-from helpers import assert_close, random_adata
+from helpers import assert_close, mlflow_store, random_adata
 from mlflow.models import convert_input_example_to_serving_input
 from mlflow.pyfunc.scoring_server import invocations
 from mlflow.types import DataType
@@ -71,16 +71,12 @@ def golden(name):
 @pytest.fixture(scope="module")
 def registered(tmp_path_factory):
     """Both golden checkpoints, registered in an MLflow of their own: layout -> model URI."""
-    folder, before = tmp_path_factory.mktemp("mlflow"), mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
-    mlflow.create_experiment("tests", artifact_location=(folder / "artifacts").as_uri())
+    folder = tmp_path_factory.mktemp("mlflow")
     (folder / "data").mkdir()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_EXPERIMENT_NAME", "tests")
+    with mlflow_store(folder):
         flash = registry.register(str(GOLDEN / "checkpoint_flash"), "flash", input_roots=[str(folder / "data")])
         plain = registry.register(str(GOLDEN / "checkpoint_torch"), "plain")
         yield SimpleNamespace(flash=flash.uri, plain=plain.uri, root=folder / "data", folder=folder)
-    mlflow.set_tracking_uri(before)
 
 
 @pytest.fixture(scope="module")

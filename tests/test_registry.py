@@ -9,7 +9,7 @@ from pathlib import Path
 import mlflow
 import pytest
 import torch
-from helpers import assert_close
+from helpers import assert_close, mlflow_store
 
 import scgpt_batch
 from scgpt_batch import registry
@@ -25,13 +25,9 @@ DIGEST = checkpoint_digest(GOLDEN / "checkpoint_flash")
 @pytest.fixture(scope="module")
 def tracking(tmp_path_factory):
     """An MLflow of this file's own, in sqlite."""
-    folder, before = tmp_path_factory.mktemp("mlflow"), mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
-    mlflow.create_experiment("tests", artifact_location=(folder / "artifacts").as_uri())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_EXPERIMENT_NAME", "tests")
+    folder = tmp_path_factory.mktemp("mlflow")
+    with mlflow_store(folder):
         yield folder
-    mlflow.set_tracking_uri(before)
 
 
 @pytest.fixture(scope="module")

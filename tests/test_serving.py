@@ -17,7 +17,7 @@ import pytest
 import requests
 from deltalake import DeltaTable
 from endpoint_process import EndpointProcess, payload
-from helpers import assert_close, random_adata
+from helpers import assert_close, mlflow_store, random_adata
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -39,13 +39,8 @@ REFUSALS = {400, 413, 415}
 @pytest.fixture(scope="module")
 def registered(tmp_path_factory):
     """A small checkpoint, registered in an MLflow of its own."""
-    folder, before = tmp_path_factory.mktemp("mlflow"), mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
-    mlflow.create_experiment("serving", artifact_location=(folder / "artifacts").as_uri())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_EXPERIMENT_NAME", "serving")
+    with mlflow_store(tmp_path_factory.mktemp("mlflow")):
         yield registry.register(str(GOLDEN / "checkpoint_flash"), "small", alias="champion")
-    mlflow.set_tracking_uri(before)
 
 
 @pytest.fixture(scope="module")

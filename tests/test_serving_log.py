@@ -9,12 +9,11 @@ from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
 
-import mlflow
 import pytest
 import requests
 from deltalake import DeltaTable, write_deltalake
 from endpoint_process import EndpointProcess, payload
-from helpers import random_adata
+from helpers import mlflow_store, random_adata
 
 from scgpt_batch import registry
 from scgpt_batch.anndata_rows import to_row
@@ -247,13 +246,8 @@ class Load:
 
 @pytest.fixture
 def registered(tmp_path):
-    before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
-    mlflow.create_experiment("log", artifact_location=(tmp_path / "artifacts").as_uri())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_EXPERIMENT_NAME", "log")
+    with mlflow_store(tmp_path):
         yield registry.register(str(GOLDEN / "checkpoint_flash"), "small").uri
-    mlflow.set_tracking_uri(before)
 
 
 def test_every_answered_request_is_in_the_table_once_after_kills(registered, tmp_path):
