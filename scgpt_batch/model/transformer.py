@@ -28,7 +28,8 @@ class GeneEncoder(nn.Module):
 
     def __init__(self, n_tokens: int, width: int) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(n_tokens, width)
+        # not nn.Embedding(n, d): drawing its weights imports two seconds of torch's decompositions on the meta device
+        self.embedding = nn.Embedding.from_pretrained(torch.empty(n_tokens, width))
         self.enc_norm = nn.LayerNorm(width)
 
     def forward(self, genes: torch.Tensor) -> torch.Tensor:
