@@ -61,7 +61,7 @@ def missing_rows(rows: DataFrame, ledger: DataFrame, *, retry_failed: bool, name
     ----------
     rows
         The `adata_rows` table. Content hashes that it lacks are computed, which reads payload, only where they decide
-        something: when the ledger holds lines, or an adata_id comes twice.
+        something: when the ledger knows such a row's adata_id, or that comes twice.
     ledger
         Its lines of the run's mode, model and parameters.
     name
@@ -72,22 +72,29 @@ def missing_rows(rows: DataFrame, ledger: DataFrame, *, retry_failed: bool, name
     ConfigError
         Rows without adata_id, or different contents under one.
     """
-    # one column each: a scan for the first row reads all the columns that are not left out
-    if ledger.select("adata_id").head(1) and rows.where("content_hash IS NULL").select("content_hash").head(1):
-        rows = rows.withColumn("content_hash", tables.row_hash())
-    found = _found(rows, ledger, retry_failed)
-    told = _told(found)
-    if told["undecided"]:
-        found = _found(rows.withColumn("content_hash", tables.row_hash()), ledger, retry_failed)
+    missing = _asked(_found(rows, ledger, retry_failed), name)
+    if missing is None:
+        missing = _asked(_found(rows.withColumn("content_hash", tables.row_hash()), ledger, retry_failed), name)
+    assert missing is not None  # with every hash known, all is decided
+    return missing
+
+
+def _asked(found: DataFrame, name: str) -> Missing | None:
+    """Ask what is missing; None where content hashes decide it that the table lacks."""
+    found = found.persist()  # asked twice
+    try:
         told = _told(found)
-    if told["nameless"]:
-        raise ConfigError(f"{name} has rows without adata_id: give each row a key")
-    if told["ambiguous"]:
-        raise ConfigError(f"{name} has {told['ambiguous']} adata_id with several contents, first {told['first']!r}")
-    if told["in_samples"]:
-        found = _by_sample(found)
-    columns = ("adata_id", "content_hash", "cells", "copies", "known", "sample")
-    pending: pd.DataFrame = found.where("NOT done").select(*columns).toPandas()
+        if told["undecided"]:
+            return None
+        if told["nameless"]:
+            raise ConfigError(f"{name} has rows without adata_id: give each row a key")
+        if told["ambiguous"]:
+            raise ConfigError(f"{name} has {told['ambiguous']} adata_id with several contents, first {told['first']!r}")
+        columns = ("adata_id", "content_hash", "cells", "copies", "known", "sample")
+        rows = _by_sample(found) if told["in_samples"] else found
+        pending: pd.DataFrame = rows.where("NOT done").select(*columns).toPandas()
+    finally:
+        found.unpersist()
     pending = pending.sort_values(["cells", "adata_id"], ascending=[False, True], ignore_index=True)
     return Missing(int(told["rows"]), pending)
 
@@ -95,10 +102,11 @@ def missing_rows(rows: DataFrame, ledger: DataFrame, *, retry_failed: bool, name
 def _told(found: DataFrame) -> Row:
     """Ask all at once what the keys are like: how many rows, and what is wrong with them."""
     differ = F.col("lowest") != F.col("content_hash")
+    compared = (F.col("copies") > 1) | F.col("known")
     told = found.select(
         F.coalesce(F.sum("copies"), F.lit(0)).alias("rows"),
         F.count_if(F.isnull("adata_id")).alias("nameless"),
-        F.count_if((F.col("copies") > 1) & (F.col("hashes") < F.col("copies"))).alias("undecided"),
+        F.count_if(compared & (F.col("hashes") < F.col("copies"))).alias("undecided"),
         F.count_if(differ).alias("ambiguous"),
         F.min(F.when(differ, F.col("adata_id"))).alias("first"),
         F.count("sample_id").alias("in_samples"),
