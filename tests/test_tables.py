@@ -1,5 +1,9 @@
 """The tables: what others wrote is read, ours grow by columns, vectors have one length, files are kept few."""
 
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 import pytest
 from deltalake import DeltaTable
 from helpers import append
@@ -100,6 +104,39 @@ def test_a_table_that_is_not_ours_is_refused_and_stays_as_it_is(spark, table, ch
     with pytest.raises(ConfigError, match=wanted):
         tables.create(spark, table, tables.GENE_EMBEDDINGS, vector_length=4)
     assert spark.table(table).schema == before
+
+
+def test_runs_that_make_a_table_at_once_all_find_it_made(spark, table):
+    def make(_):
+        return tables.create(spark, table, tables.LEDGER)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(make, range(4)))
+    assert spark.table(table).count() == 0
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_what_a_run_left_that_was_killed_while_it_made_a_table_is_told_and_can_be_removed(
+    spark, table, tmp_path, named
+):
+    folder, name = tmp_path / "table", table
+    if named:
+        folder, name = Path(spark.conf.get("spark.sql.warehouse.dir").removeprefix("file:")) / "half_made", "half_made"
+    (folder / "_delta_log").mkdir(parents=True)
+    (folder / "_delta_log" / ".00000000000000000000.json.tmp").write_text("{")
+    with pytest.raises(ConfigError, match=r"the folder of .* holds files .* remove it"):
+        tables.create(spark, name, tables.LEDGER)
+    shutil.rmtree(folder)
+    assert tables.create(spark, name, tables.LEDGER)
+    assert spark.table(name).count() == 0
+
+
+def test_a_folder_of_other_files_is_refused(spark, table, tmp_path):
+    (tmp_path / "table").mkdir()
+    (tmp_path / "table" / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"the folder of delta.* holds files that are no Delta table"):
+        tables.create(spark, table, tables.LEDGER)
+    assert [file.name for file in (tmp_path / "table").iterdir()] == ["notes.txt"]
 
 
 def test_a_table_takes_vectors_of_one_length_and_tells_its_changes(spark, table, tmp_path):

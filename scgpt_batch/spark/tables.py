@@ -67,10 +67,11 @@ IDENTITY = {
 _VECTOR_LENGTH = "delta.constraints.vector_length"
 
 COMMIT_TRIES = 12  # over some four minutes
+CREATE_TRIES = 4  # over some seven seconds: another run makes the table at most once
 # how Delta says that another writer was faster, also in making the table
 _CONFLICTS = (
     "DELTA_CONCURRENT", "DELTA_METADATA_CHANGED", "DELTA_PROTOCOL_CHANGED", "ALREADY_EXISTS", "FileAlreadyExists",
-    "DELTA_TABLE_ID_MISMATCH",
+    "DELTA_TABLE_ID_MISMATCH", "NON_EMPTY_LOCATION",
 )  # fmt: skip
 
 _PATH = re.compile(r"delta\.`(?P<path>[^`]+)`")
@@ -156,7 +157,8 @@ def create(spark: SparkSession, table: str, columns: str, *, vector_length: int 
     Raises
     ------
     ConfigError
-        A table of this name is another's, or holds vectors of another length; nothing was changed.
+        A table of this name is another's, or holds vectors of another length, or its folder holds other files;
+        nothing was changed.
     """
     if exists(spark, table):
         _adapt(spark, table, columns, vector_length)
@@ -165,7 +167,19 @@ def create(spark: SparkSession, table: str, columns: str, *, vector_length: int 
     if schema:
         spark.sql(f"CREATE SCHEMA IF NOT EXISTS {schema}")
     promises = "" if vector_length is None else f"TBLPROPERTIES ({_promises(vector_length)})"
-    _retried(table, lambda: spark.sql(f"CREATE TABLE IF NOT EXISTS {table} ({columns}) USING delta {promises}"))
+    statement = f"CREATE TABLE IF NOT EXISTS {table} ({columns}) USING delta {promises}"
+    try:
+        _retried(table, lambda: spark.sql(statement), tries=CREATE_TRIES)
+        made = exists(spark, table)  # Delta takes an empty log for a table when it is asked to make one at a path
+    except AnalysisException as exc:
+        if "NON_EMPTY_LOCATION" not in str(exc):
+            raise
+        made = False
+    if not made:
+        raise ConfigError(
+            f"the folder of {table} holds files that are no Delta table: name another table, or, where a run was "
+            "killed while it made this one, remove it"
+        )
     return True
 
 
@@ -206,13 +220,13 @@ def literal(value: str | float | datetime) -> str:
     return repr(value)
 
 
-def _retried(table: str, write: Callable[[], Written]) -> Written:
+def _retried(table: str, write: Callable[[], Written], *, tries: int = COMMIT_TRIES) -> Written:
     """Commit, again when another writer of the table was faster; return what the commit returns."""
-    for attempt in range(COMMIT_TRIES):
+    for attempt in range(tries):
         try:
             return write()
         except Exception as exc:  # py4j and Connect have different types for Delta's refusals
-            if attempt + 1 == COMMIT_TRIES or not any(sign in str(exc) for sign in _CONFLICTS):
+            if attempt + 1 == tries or not any(sign in str(exc) for sign in _CONFLICTS):
                 raise
             seconds = random.uniform(0.5, 1.5) * 2 ** min(attempt, 5)
             logger.info("%s: another writer was faster; again in %.0f s", table, seconds)
@@ -338,7 +352,7 @@ def _found_in_warehouse(spark: SparkSession, table: str) -> bool:
         return False
     warehouse = Path(str(spark.conf.get("spark.sql.warehouse.dir")).removeprefix("file:"))
     folder = warehouse / (f"{schema[-1]}.db/{name}" if schema and schema[-1] != "default" else name)
-    if not (folder / "_delta_log").is_dir():
+    if not any((folder / "_delta_log").glob("*.json")):  # none of it, or killed before its first commit
         return False
     if schema:
         spark.sql(f"CREATE SCHEMA IF NOT EXISTS {schema[-1]}")
