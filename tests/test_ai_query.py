@@ -9,16 +9,19 @@ import numpy as np
 import pandas as pd
 import pytest
 import uvicorn
-from helpers import append, assert_close, mlflow_store, random_adata
+from endpoint_process import EndpointProcess, payload
+from helpers import assert_close, mlflow_store, random_adata, write_rows
 from mlflow.pyfunc import scoring_server
 from pyspark.errors import PythonException
 
 from scgpt_batch import registry
-from scgpt_batch.anndata_rows import to_row
+from scgpt_batch.anndata_rows import PAYLOAD_COLUMNS, to_row
+from scgpt_batch.answers import unpacked
+from scgpt_batch.cli import OK, main
 from scgpt_batch.demo import nearest_genes
 from scgpt_batch.errors import ConfigError
 from scgpt_batch.model import Vocabulary
-from scgpt_batch.spark import register_ai_query, tables
+from scgpt_batch.spark import register_ai_query
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 EXAMPLES = Path(__file__).parents[1] / "examples" / "sql"
@@ -65,10 +68,7 @@ def rows():
 @pytest.fixture(scope="module")
 def table(spark, rows, server):
     """The rows in a table, and the endpoint registered as `scgpt`."""
-    tables.create(spark, "asked_rows", tables.ADATA_ROWS)
-    schema = spark.table("asked_rows").schema
-    plain = [{k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in row.items()} for row in rows]
-    append(spark.createDataFrame([tuple(row.get(f.name) for f in schema) for row in plain], schema), "asked_rows")
+    write_rows(spark, rows, "asked_rows")
     register_ai_query(spark, {"scgpt": server[0], "closed": "http://127.0.0.1:9/invocations"})
     return "asked_rows"
 
@@ -193,3 +193,37 @@ def test_example_errors_by_row(spark, table):
     found = example(spark, "errors_by_row", table=table)
     assert found["adata_id"].tolist() == ["strange", "torn"]
     assert found["error"].str.contains("vocabulary|adata_var").all()
+
+
+def test_50_real_rows_have_the_same_numbers_in_the_job_at_the_endpoint_and_in_sql(spark, model, pbmc3k, tmp_path):
+    rows = [to_row(pbmc3k[i * 8 : (i + 1) * 8, :2000]) | {"adata_id": f"{i:02}"} for i in range(50)]
+    write_rows(spark, rows, "real_rows")
+    command = ["embed", "--model-uri", "models:/scgpt/1", "--input-table", "real_rows", "--output-table", "real_cells"]
+    assert main([*command, "--mode", "cell", "--need-preprocess", "false", "--data-is-raw", "true"]) == OK
+    job = {
+        row["adata_id"]: dict(row["lines"])
+        for row in spark.sql("""
+            select adata_id, collect_list(struct(cell_id, embedding)) as lines from real_cells group by adata_id
+        """).collect()
+    }
+    with EndpointProcess("models:/scgpt/1", tmp_path) as endpoint:
+        register_ai_query(spark, {"same": endpoint.url})
+        answers = spark.sql(f"""
+            select adata_id, ai_query('same', struct({", ".join(PAYLOAD_COLUMNS)}, 'cell' as mode,
+                                                     false as need_preprocess, true as data_is_raw)) as answer
+            from real_rows
+        """).collect()
+        assert len(job) == len(answers) == 50
+        for row in answers:
+            answer = row["answer"]
+            assert dict(zip(answer["cell_ids"], answer["cell_embeddings"], strict=True)) == job[row["adata_id"]]
+        params = {"mode": "cell", "need_preprocess": False, "data_is_raw": True}
+        for row in rows:
+            for encoding, rtol, atol in (("list", 0, 0), ("float32_base64", 0, 0), ("float16_base64", 1e-3, 1e-6)):
+                document = {"dataframe_records": [payload(row)], "params": params | {"encoding": encoding}}
+                (answer,) = endpoint.post(document, packed=True).json()["predictions"]
+                vectors = answer["cell_embeddings"]
+                if encoding != "list":
+                    vectors = unpacked(answer["embeddings_base64"], encoding, answer["embedding_dim"])
+                wanted = [job[row["adata_id"]][cell] for cell in answer["cell_ids"]]
+                assert_close(np.array(vectors, np.float32), wanted, rtol=rtol, atol=atol)

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import append, assert_close, mlflow_store, random_adata
+from helpers import assert_close, mlflow_store, random_adata, write_rows
 from pyspark.sql import functions as F
 
 from scgpt_batch import registry
@@ -16,7 +16,6 @@ from scgpt_batch.anndata_rows import to_row
 from scgpt_batch.cli import ALERTS, OK, main
 from scgpt_batch.model import Vocabulary
 from scgpt_batch.monitoring import queries
-from scgpt_batch.spark import tables
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 # all over the vocabulary: in `trained_on` the later a gene, the farther it moved
@@ -66,13 +65,6 @@ def trained_on(folder):
     )
     torch.save(state, folder / "best_model.pt")
     return folder
-
-
-def write_rows(spark, rows, table):
-    tables.create(spark, table, tables.ADATA_ROWS)
-    schema = spark.table(table).schema
-    plain = [{k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in row.items()} for row in rows]
-    append(spark.createDataFrame([tuple(row.get(f.name) for f in schema) for row in plain], schema), table)
 
 
 def asked(spark, name, **parameters):
