@@ -13,6 +13,7 @@ from threading import Thread
 import mlflow
 import numpy as np
 import orjson
+import psutil
 import pytest
 import requests
 from deltalake import DeltaTable
@@ -314,18 +315,25 @@ DOCUMENTS = st.one_of(
 BODIES = st.one_of(DOCUMENTS.map(lambda document: json.dumps(document).encode()), st.binary(max_size=200))
 
 
-@settings(
-    max_examples=int(os.environ.get("SCGPT_BATCH_FUZZ", "300")),
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-)
-@given(body=BODIES, packed=st.booleans())
-def test_no_body_makes_the_model_fail(endpoint, body, packed):
-    answer = endpoint.post(body, packed=packed)
-    if answer.status_code != 200:
-        assert answer.status_code in REFUSALS
-        refusal(answer, answer.status_code)
-    json.loads(answer.content, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+def test_no_body_makes_the_model_fail_or_its_memory_grow(endpoint):
+    held, process = [], psutil.Process(endpoint.process.pid)
+
+    @settings(
+        max_examples=int(os.environ.get("SCGPT_BATCH_FUZZ", "300")),
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+    @given(body=BODIES, packed=st.booleans())
+    def ask_anything(body, packed):
+        answer = endpoint.post(body, packed=packed)
+        if answer.status_code != 200:
+            assert answer.status_code in REFUSALS
+            refusal(answer, answer.status_code)
+        json.loads(answer.content, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+        held.append(process.memory_info().rss / 1e6)
+
+    ask_anything()
+    assert max(held) < held[len(held) // 3] + 50, f"MB held: {held[:: len(held) // 10]}"
 
 
 # The client
