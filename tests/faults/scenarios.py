@@ -231,7 +231,7 @@ def poison(bench: Bench, tries: int, rows_in: int = 1000) -> Result:
     driver = bench.driver("spark.executor.pyspark.memory=6g", path=POISON)
 
     def among_others(out: Path, seen: Counter[str]) -> Iterator[str]:
-        ended = driver.run(bench.embed(table, out, wave_cells=600, row_timeout=20))
+        ended = driver.run(bench.embed(table, out, wave_cells=600, row_timeout=10))
         yield from ended.unless(0, raises=True)
         ledger = held(beside(out, "_ledger"), "adata_id", "status", "error_class")
         failed = ledger[ledger["status"] == "failed"]
