@@ -58,8 +58,7 @@ def workspace(spark, home, golden, pbmc3k):
     lines["request_date"] = [time.date() for time in lines["request_time"]]
     lines["status_code"], lines["execution_duration_ms"], lines["served_entity_id"] = 200, 100, "scgpt-1"
     inference_tables.write(spark, lines, "scgpt.scgpt_payload")
-    yield resources
-    mlflow.set_experiment("tests")  # as `home` had it: tests to come know nothing of the bundle's
+    return resources
 
 
 @pytest.fixture(scope="module")

@@ -25,17 +25,17 @@ SINCE = datetime.now(UTC) - timedelta(days=1)
 
 @pytest.fixture(scope="module")
 def runs(spark, tmp_path_factory):
-    """Four runs: gene vectors of two versions in one table, and cell vectors of both; eight rows of four samples.
+    """Three runs: gene vectors of two versions in one table, and cell vectors; nine rows, eight of three samples.
 
     One row is torn, one has genes that nobody knows, half of the genes of another are unknown.
     """
     folder = tmp_path_factory.mktemp("batch")
     with mlflow_store(folder):
-        embed_four_times(spark, folder)
+        embed_thrice(spark, folder)
         yield folder
 
 
-def embed_four_times(spark, folder):
+def embed_thrice(spark, folder):
     for checkpoint in (GOLDEN / "checkpoint_flash", trained_on(folder / "checkpoint")):
         registry.register(str(checkpoint), "scgpt")
     rows = [to_row(random_adata(4, 40, seed=i, genes=GENES)) | {"adata_id": f"row-{i}"} for i in range(6)]
