@@ -10,6 +10,7 @@ import h5py
 import mlflow
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import scipy.io
 import scipy.sparse as sp
@@ -19,6 +20,7 @@ from scgpt_batch.anndata_rows import from_row
 from scgpt_batch.cli import OK, TOO_MANY_FAILED_ROWS, WRONG_USAGE, main
 from scgpt_batch.embedder import load_embedder, loads_in_this_process
 from scgpt_batch.parameters import Parameters
+from scgpt_batch.spark.udf import ModelRef
 from tests.helpers import assert_close, small_rows, write_rows
 
 REPO = Path(__file__).parents[1]
@@ -398,3 +400,16 @@ def test_spark_submit_runs_the_job_file(home, model, rows_table):
     assert done.returncode == OK, done.stderr[-2000:]
     told = json.loads(done.stdout.strip().splitlines()[-1])
     assert (told["rows_ok"], told["embeddings"]) == (4, 8800)
+
+
+def test_workers_that_have_the_model_search_no_jars(spark, golden):
+    """Jars of `spark.jars.packages` lie on the workers' path, and each is read again before each task."""
+    model = ModelRef(str(golden / "checkpoint_flash"), "0" * 64, "", "", "")
+
+    def jars(batches):
+        model.load()
+        for batch in batches:
+            found = [path for path in (*sys.path, *sys.path_importer_cache) if path.endswith(".jar")]
+            yield pa.RecordBatch.from_pydict({"jars": [len(found)] * batch.num_rows})
+
+    assert {row["jars"] for row in spark.range(2).mapInArrow(jars, "jars LONG").collect()} == {0}
