@@ -274,7 +274,7 @@ def _empty_cells_warning(binned: sp.csr_matrix | None) -> str | None:
 def bin_matrix(matrix: sp.csr_matrix, names: np.ndarray, parameters: Parameters, n_bins: int) -> sp.csr_matrix:
     """Put bins in the place of values, cells × genes; `names` are the genes', by which ties are drawn."""
     matrix = sp.csr_matrix(matrix)
-    hashes = gene_hash(names)[matrix.indices]
+    hashes = gene_hash(names)[matrix.indices.astype(np.intp)]  # numpy is twice as fast with its own index type
     bins = bin_values(matrix.data, matrix.indptr, hashes, parameters, n_bins=n_bins)
     return sp.csr_matrix((bins, matrix.indices, matrix.indptr), matrix.shape)
 

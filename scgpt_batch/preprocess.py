@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 
 import anndata as ad
 import numpy as np
@@ -286,7 +287,8 @@ def bin_values(
             u = cell_noise(values[entries], within, gene_hashes[entries], parameters.seed, stream=0)
             # upstream draws ceil(u * (lo - hi) + hi) with lo = lower - 1 where the edges differ: uniform in
             # lower..upper
-            bins[entries] = upper - np.floor(u * (upper - lower + 1))
+            u *= (upper - lower + 1).astype(np.float64)
+            bins[entries] = upper - u.astype(np.int32)
         else:
             bins[entries] = upper if parameters.tie_break == "upper" else lower
     return bins
@@ -302,12 +304,14 @@ def tokenize(matrix: sp.csr_matrix, gene_ids: np.ndarray, *, cls_id: int, cls_va
     gene_ids
         Token id of each gene (column); none may be -1.
     """
-    starts = matrix.indptr[:-1]  # where each cell's <cls> goes in
-    return Tokens(
-        genes=np.insert(gene_ids[matrix.indices].astype(np.int64), starts, cls_id),
-        values=np.insert(matrix.data.astype(np.float32), starts, cls_value),
-        lengths=np.diff(matrix.indptr).astype(np.int64) + 1,
-    )
+    lengths = np.diff(matrix.indptr).astype(np.int64) + 1
+    starts = np.cumsum(lengths) - lengths
+    is_gene = np.ones(int(lengths.sum()), bool)
+    is_gene[starts] = False
+    genes, values = np.empty(len(is_gene), np.int64), np.empty(len(is_gene), np.float32)
+    genes[is_gene], values[is_gene] = gene_ids[matrix.indices.astype(np.intp)], matrix.data
+    genes[starts], values[starts] = cls_id, cls_value
+    return Tokens(genes, values, lengths)
 
 
 def sample_long_cells(indptr: np.ndarray, noise: np.ndarray, max_length: int) -> np.ndarray | None:
@@ -342,28 +346,37 @@ def cell_noise(
     stream
         Different streams are independent.
     """
-    value_bits = values.astype(np.float32).view(np.uint32).astype(np.uint64)
+    value_bits = values.astype(np.float32, copy=False).view(np.uint32).astype(np.uint64)
     entries = _mix(gene_hashes ^ _mix(value_bits))
-    totals = np.concatenate([np.zeros(1, np.uint64), np.cumsum(entries, dtype=np.uint64)])  # wraps, as it may
+    totals = np.zeros(len(entries) + 1, np.uint64)
+    np.cumsum(entries, out=totals[1:])  # wraps, as it may
     cells = totals[indptr[1:]] - totals[indptr[:-1]]
     salt = _mix(np.array([seed, stream], np.uint64))
     salt = _mix(salt[:1] + _mix(salt[1:] + np.uint64(0x632BE59BD9B4E019)))
     drawn = _mix(np.repeat(_mix(cells ^ salt), np.diff(indptr)) ^ gene_hashes)
-    return (drawn >> np.uint64(11)) * 2.0**-53
+    return (drawn >> np.uint64(11)).view(np.int64) * 2.0**-53
 
 
 def gene_hash(names: np.ndarray) -> np.ndarray:
-    """Hash gene names to 64 bits, the same in every process."""
-    return pd.util.hash_array(np.asarray(names, dtype=object), categorize=False)
+    """Hash gene names to 64 bits, the same in every process: read-only, (genes,)."""
+    return _gene_hash(tuple(names))
+
+
+@lru_cache(maxsize=4)  # the genes of a file come with each of its rows
+def _gene_hash(names: tuple[str, ...]) -> np.ndarray:
+    hashes = pd.util.hash_array(np.array(names, dtype=object), categorize=False)
+    hashes.flags.writeable = False
+    return hashes
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
     """Finalise as splitmix64 does (Steele, Lea and Flood 2014, Fast splittable pseudorandom number generators)."""
-    x = x ^ (x >> np.uint64(30))
+    shifted = x >> np.uint64(30)
+    x = x ^ shifted
     x *= np.uint64(0xBF58476D1CE4E5B9)
-    x ^= x >> np.uint64(27)
+    x ^= np.right_shift(x, np.uint64(27), out=shifted)
     x *= np.uint64(0x94D049BB133111EB)
-    x ^= x >> np.uint64(31)
+    x ^= np.right_shift(x, np.uint64(31), out=shifted)
     return x
 
 
@@ -381,37 +394,38 @@ def _blocks(indptr: np.ndarray) -> Iterator[tuple[slice, slice]]:
 
 def _bin_block(values: np.ndarray, lengths: np.ndarray, n_bins: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Bin cells of at least one entry between them; what `bin_range` returns."""
-    present = np.arange(max(1, lengths.max())) < lengths[:, None]  # (B, L)
-    padded = np.full(present.shape, np.inf, values.dtype)
-    padded[present] = values
-    ordered, order = _sort_rows(padded)
+    present = np.arange(max(1, lengths.max()), dtype=np.int32) < lengths.astype(np.int32)[:, None]  # (B, L)
+    ordered, order = _sort_rows(values, present, np.cumsum(lengths) - lengths)
     edges = _quantiles(ordered, lengths, n_bins - 1)
     # an edge lies below (at or below) all values from the position on that counts those below it (not above it)
     sought, among = torch.from_numpy(edges), torch.from_numpy(ordered.astype(np.float64))
-    starts = np.cumsum(lengths) - lengths
-    back = (order + starts[:, None])[present]  # where each value came from, in ascending order within its cell
-    upper, under = np.empty(len(values), np.int64), np.empty(len(values), np.int64)
+    back = order[present].astype(np.intp)  # where each value came from, in ascending order within its cell
+    upper, under = np.empty(len(values), np.int32), np.empty(len(values), np.int32)
     upper[back] = _edges_passed(torch.searchsorted(among, sought).numpy(), lengths)
     under[back] = _edges_passed(torch.searchsorted(among, sought, right=True).numpy(), lengths)
-    return np.minimum(under + 1, upper), upper, edges
+    under += 1
+    return np.minimum(under, upper, out=under), upper, edges
 
 
-def _sort_rows(padded: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sort each row of positive numbers: the sorted values, and where each stood; both (B, L).
+def _sort_rows(values: np.ndarray, present: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Lay positive numbers where `present` is True, infinity elsewhere, and sort each row; all are (B, L).
 
-    Bits of positive floats order as the floats do. With its position in the lower half of a 64-bit key, a float32 is
-    sorted four times as fast as by `argsort`.
+    Returns the sorted rows, and where in `values` each number stood; `starts` says where there each row begins. Bits
+    of positive floats order as the floats do: with its position in the lower half of a 64-bit key, a float32 is sorted
+    four times as fast as by `argsort`.
     """
-    if padded.dtype != np.float32:
+    if values.dtype != np.float32:
+        padded = np.full(present.shape, np.inf, values.dtype)
+        padded[present] = values
         order = np.argsort(padded, axis=1)
-        return np.take_along_axis(padded, order, axis=1), order
-    keys = padded.view(np.uint32).astype(np.uint64)
-    keys <<= np.uint64(32)
-    keys |= np.arange(padded.shape[1], dtype=np.uint64)
-    keys.sort(axis=1)
-    halves = keys.view(np.uint32).reshape(*keys.shape, 2)
+        return np.take_along_axis(padded, order, axis=1), order + starts[:, None]
+    keys = np.empty((*present.shape, 2), np.uint32)
     low, high = (0, 1) if sys.byteorder == "little" else (1, 0)
-    return halves[..., high].view(np.float32), halves[..., low].astype(np.int64)
+    np.add(starts[:, None].astype(np.uint32), np.arange(present.shape[1], dtype=np.uint32), out=keys[..., low])
+    keys[..., high] = np.float32(np.inf).view(np.uint32)
+    keys[..., high][present] = values.view(np.uint32)
+    keys.view(np.uint64)[..., 0].sort(axis=1)
+    return keys[..., high].view(np.float32), keys[..., low]
 
 
 def _quantiles(ordered: np.ndarray, lengths: np.ndarray, n: int) -> np.ndarray:
@@ -431,7 +445,7 @@ def _edges_passed(positions: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     n_cells, n_edges = positions.shape
     bounds = np.concatenate([np.zeros((n_cells, 1), np.int64), positions, lengths[:, None]], axis=1)
     bounds = np.minimum(np.maximum.accumulate(bounds, axis=1), lengths[:, None])
-    return np.repeat(np.tile(np.arange(n_edges + 1), n_cells), np.diff(bounds, axis=1).ravel())
+    return np.repeat(np.tile(np.arange(n_edges + 1, dtype=np.int32), n_cells), np.diff(bounds, axis=1).ravel())
 
 
 def _existing_layer(adata: ad.AnnData, use_key: str) -> str | None:
