@@ -403,13 +403,24 @@ def test_spark_submit_runs_the_job_file(home, model, rows_table):
 
 
 def test_workers_that_have_the_model_search_no_jars(spark, golden):
-    """Jars of `spark.jars.packages` lie on the workers' path, and each is read again before each task."""
+    """Under spark-submit the jars of `spark.jars.packages` lie on the workers' path: each is read before each task."""
     model = ModelRef(str(golden / "checkpoint_flash"), "0" * 64, "", "", "")
 
     def jars(batches):
+        sys.path.insert(1, "/jars/delta.jar")
+        sys.path_importer_cache["/jars/delta.jar"] = None
         model.load()
         for batch in batches:
             found = [path for path in (*sys.path, *sys.path_importer_cache) if path.endswith(".jar")]
             yield pa.RecordBatch.from_pydict({"jars": [len(found)] * batch.num_rows})
 
     assert {row["jars"] for row in spark.range(2).mapInArrow(jars, "jars LONG").collect()} == {0}
+
+
+def test_workers_and_driver_of_our_own_session_have_no_jars_on_their_path(spark):
+    def jars(batches):
+        for _ in batches:
+            yield pa.RecordBatch.from_pydict({"jars": [sum(path.endswith(".jar") for path in sys.path)]})
+
+    assert spark.range(1).mapInArrow(jars, "jars LONG").first()["jars"] == 0
+    assert not [path for path in sys.path if path.endswith(".jar")]

@@ -36,7 +36,8 @@ def get_spark(conf: Mapping[str, str] | None = None) -> SparkSession:
     # workers run `python3` of the PATH otherwise, which may be another installation
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
-    builder = SparkSession.builder.appName("scgpt_batch")
+    # else Spark puts the jars of `spark.jars.packages` on Python's path, where each import and task looks into them
+    builder = SparkSession.builder.appName("scgpt_batch").config("spark.submit.pyFiles", "")
     for name, value in (_read_conf(LOCAL_CONF) | dict(conf or {})).items():
         builder = builder.config(name, value)
     return builder.getOrCreate()
