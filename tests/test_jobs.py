@@ -404,7 +404,8 @@ def test_spark_submit_runs_the_job_file(home, model, rows_table):
 
 def test_workers_that_have_the_model_search_no_jars(spark, golden):
     """Under spark-submit the jars of `spark.jars.packages` lie on the workers' path: each is read before each task."""
-    model = ModelRef(str(golden / "checkpoint_flash"), "0" * 64, "", "", "")
+    checkpoint = golden / "checkpoint_flash"
+    model = ModelRef(str(checkpoint), load_embedder(checkpoint).digest, "", "", "")
 
     def jars(batches):
         sys.path.insert(1, "/jars/delta.jar")
