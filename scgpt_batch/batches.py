@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+import numba
 import numpy as np
 
 from scgpt_batch.answers import Answered, Piece, RowWork
@@ -73,10 +74,11 @@ def prefetched(items: Iterable[T]) -> Generator[T, None, None]:
     """Draw items in a thread, at most AHEAD before they are asked for.
 
     What `items` raises is raised here, in its place. Closing this generator waits for the item in the making and ends
-    the thread.
+    the thread. The thread keeps to the caller's share of cores, which numba remembers for each thread apart.
     """
     source, end = iter(items), object()
-    pool = ThreadPoolExecutor(1, thread_name_prefix="scgpt-prepare")
+    cores = numba.get_num_threads()
+    pool = ThreadPoolExecutor(1, "scgpt-prepare", initializer=numba.set_num_threads, initargs=(cores,))
     try:
         ahead = deque(pool.submit(next, source, end) for _ in range(AHEAD))
         while (item := ahead.popleft().result()) is not end:

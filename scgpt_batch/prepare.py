@@ -4,7 +4,7 @@ Errors of a row's own data are RowErrors here, whatever library raised them.
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -176,7 +176,7 @@ class RowReader:
             matrix = binned_layer(adata, parameters) if parameters.need_preprocess else adata.X
             if parameters.need_preprocess:
                 matrix = bin_matrix(matrix, names, parameters, parameters.binning)
-        columns, extra_warning = _one_column_a_token(ids, _totals(adata, decisions))
+        columns, extra_warning = _one_column_a_token(ids, lambda: _totals(adata, decisions))
         if not len(columns):
             raise PreprocessError("no gene that survives preprocessing is in the vocabulary")
         if parameters.mode != "static":
@@ -297,12 +297,12 @@ def _totals(adata: ad.AnnData, decisions: Decisions | None) -> np.ndarray:
     return decisions.totals if decisions.variable is None else decisions.totals[decisions.variable]
 
 
-def _one_column_a_token(ids: np.ndarray, totals: np.ndarray) -> tuple[np.ndarray, str | None]:
+def _one_column_a_token(ids: np.ndarray, totals: Callable[[], np.ndarray]) -> tuple[np.ndarray, str | None]:
     """Choose the columns of the vocabulary's genes; of columns mapped to one symbol, the one with most counts."""
     columns = np.flatnonzero(ids >= 0)
     if len(np.unique(ids[columns])) == len(columns):
         return columns, None
-    by_total = columns[np.argsort(-totals[columns], kind="stable")]
+    by_total = columns[np.argsort(-totals()[columns], kind="stable")]
     _, first = np.unique(ids[by_total], return_index=True)
     kept = np.sort(by_total[first])
     return kept, f"{len(columns) - len(kept)} genes map to a symbol taken by another with more counts: left out"

@@ -80,7 +80,7 @@ def preprocess(
 
     Returns
     -------
-    The surviving cells × genes, with upstream's layers and scanpy's statistics in `var`.
+    The surviving cells × genes, with upstream's layers and scanpy's statistics in `var`; with `genes_only` a view.
 
     Raises
     ------
@@ -93,8 +93,7 @@ def preprocess(
         if decisions is not None:
             adata = on_sample_genes(adata, decisions)
         elif p.filter_gene_by_counts:
-            sc.pp.filter_genes(adata, min_counts=p.filter_gene_by_counts)
-            _refuse_empty(adata, f"no gene reaches filter_gene_by_counts {p.filter_gene_by_counts}")
+            adata = _cut_to_genes_with_counts(adata, p)
         if wanted := min_counts(p):
             sc.pp.filter_cells(adata, min_counts=wanted)
             if decisions is None:
@@ -105,7 +104,8 @@ def preprocess(
         if decisions is not None:
             return adata if decisions.variable is None else adata[:, decisions.variable].copy()
         if p.subset_hvg:
-            _cut_to_variable_genes(adata, p)
+            variable = _cut_to_variable_genes(adata, p)
+            adata = variable if genes_only else variable.copy()
     return adata
 
 
@@ -477,17 +477,24 @@ def _set_layer(adata: ad.AnnData, layer: str | None, matrix: sp.csr_matrix) -> N
         adata.layers[layer] = matrix
 
 
-def _cut_to_variable_genes(adata: ad.AnnData, p: Parameters) -> None:
+def _cut_to_genes_with_counts(adata: ad.AnnData, p: Parameters) -> ad.AnnData:
+    enough, adata.var["n_counts"] = sc.pp.filter_genes(adata, min_counts=p.filter_gene_by_counts, inplace=False)
+    if not enough.any():
+        raise PreprocessError(f"no gene reaches filter_gene_by_counts {p.filter_gene_by_counts}")
+    return adata if enough.all() else adata[:, enough].copy()
+
+
+def _cut_to_variable_genes(adata: ad.AnnData, p: Parameters) -> ad.AnnData:
     batch_labels(adata, p)
     if p.hvg_flavor.startswith("seurat_v3"):
         _refuse_too_few_points(adata, p)
     try:
-        sc.pp.highly_variable_genes(
-            adata, n_top_genes=p.subset_hvg, batch_key=p.batch_key or None, flavor=p.hvg_flavor, subset=True
-        )
+        sc.pp.highly_variable_genes(adata, n_top_genes=p.subset_hvg, batch_key=p.batch_key or None, flavor=p.hvg_flavor)
     except HVG_ERRORS as exc:
         raise cannot_choose(p, adata.n_obs, adata.n_vars, exc) from exc
-    _refuse_empty(adata, "no variable gene is left")
+    variable = adata[:, adata.var["highly_variable"]]
+    _refuse_empty(variable, "no variable gene is left")
+    return variable
 
 
 def cannot_choose(p: Parameters, n_obs: int, n_vars: int, exc: Exception) -> PreprocessError:

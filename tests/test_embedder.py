@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import anndata as ad
+import numba
 import numpy as np
 import pandas as pd
 import pytest
@@ -280,6 +281,18 @@ def test_rows_are_drawn_only_a_little_ahead_and_not_at_all_once_closed(embedder)
     answers.close()
     assert 1 <= len(drawn) <= 4
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("scgpt-prepare")]
+
+
+def test_rows_are_prepared_on_the_callers_share_of_the_cores(embedder):
+    """Spark's tasks lie side by side: numba's threads of one, spinning on another's core, doubled the time of a row."""
+    seen, all_cores = [], numba.get_num_threads()
+    rows = (seen.append(numba.get_num_threads()) or to_row(small(2)) for _ in range(3))
+    try:
+        numba.set_num_threads(1)
+        list(embedder.embed_rows(rows, Parameters(**UNPROCESSED)))
+    finally:
+        numba.set_num_threads(all_cores)
+    assert all_cores == 1 or seen == [1, 1, 1]
 
 
 def test_what_the_rows_raise_reaches_the_caller(embedder):
