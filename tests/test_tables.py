@@ -9,7 +9,7 @@ from deltalake import DeltaTable
 from helpers import append
 from pyspark.sql import functions as F
 
-from scgpt_batch.errors import ConfigError
+from scgpt_batch.errors import ConfigError, ScgptBatchError
 from scgpt_batch.settings import MaintainSettings
 from scgpt_batch.spark import tables
 from scgpt_batch.spark.maintain import maintain, prune
@@ -137,6 +137,12 @@ def test_a_folder_of_other_files_is_refused(spark, table, tmp_path):
     with pytest.raises(ConfigError, match=r"the folder of delta.* holds files that are no Delta table"):
         tables.create(spark, table, tables.LEDGER)
     assert [file.name for file in (tmp_path / "table").iterdir()] == ["notes.txt"]
+
+
+def test_a_place_that_cannot_be_written_is_named_with_what_may_be_in_the_way(spark, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(ScgptBatchError, match=r"cannot make the folder of delta.*/file/table.*Read-only file system"):
+        tables.create(spark, f"delta.`{tmp_path}/file/table`", tables.LEDGER)
 
 
 def test_a_table_takes_vectors_of_one_length_and_tells_its_changes(spark, table, tmp_path):

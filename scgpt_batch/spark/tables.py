@@ -28,7 +28,7 @@ from pyspark.sql.types import (
 )
 
 from scgpt_batch.anndata_rows import PAYLOAD_COLUMNS
-from scgpt_batch.errors import ConfigError
+from scgpt_batch.errors import ConfigError, ScgptBatchError
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +73,9 @@ _CONFLICTS = (
     "DELTA_CONCURRENT", "DELTA_METADATA_CHANGED", "DELTA_PROTOCOL_CHANGED", "ALREADY_EXISTS", "FileAlreadyExists",
     "DELTA_TABLE_ID_MISMATCH", "NON_EMPTY_LOCATION",
 )  # fmt: skip
+
+# what may be in the way; Hadoop's file systems keep the reason to themselves
+_NO_FOLDER = "No space left, a Read-only file system, no permission, or a file where a folder should be"
 
 _PATH = re.compile(r"delta\.`(?P<path>[^`]+)`")
 _NAME = re.compile(r"(`[^`]+`|\w+)(\.(`[^`]+`|\w+)){0,2}")
@@ -159,6 +162,8 @@ def create(spark: SparkSession, table: str, columns: str, *, vector_length: int 
     ConfigError
         A table of this name is another's, or holds vectors of another length, or its folder holds other files;
         nothing was changed.
+    ScgptBatchError
+        Its file system cannot be written.
     """
     if exists(spark, table):
         _adapt(spark, table, columns, vector_length)
@@ -171,7 +176,9 @@ def create(spark: SparkSession, table: str, columns: str, *, vector_length: int 
     try:
         _retried(table, lambda: spark.sql(statement), tries=CREATE_TRIES)
         made = exists(spark, table)  # Delta takes an empty log for a table when it is asked to make one at a path
-    except AnalysisException as exc:
+    except Exception as exc:  # an error of Java's file systems has no class of its own here
+        if "DELTA_CANNOT_CREATE_LOG_PATH" in str(exc):
+            raise ScgptBatchError(f"cannot make the folder of {table}: {_NO_FOLDER}") from exc
         if "NON_EMPTY_LOCATION" not in str(exc):
             raise
         made = False
