@@ -145,6 +145,24 @@ def test_a_place_that_cannot_be_written_is_named_with_what_may_be_in_the_way(spa
         tables.create(spark, f"delta.`{tmp_path}/file/table`", tables.LEDGER)
 
 
+@pytest.mark.parametrize("theirs", [None, "true"])
+def test_lines_are_not_compared_with_each_key_of_a_wave_and_the_setting_is_left_as_it_was(spark, table, theirs):
+    """Delta would refuse lines that do not meet the condition; what it costs to ask grows with lines times keys."""
+    check = "spark.databricks.delta.replaceWhere.constraintCheck.enabled"
+    tables.create(spark, table, tables.GENE_EMBEDDINGS, vector_length=4)
+    try:
+        if theirs:
+            spark.conf.set(check, theirs)
+        tables.replace(vectors(spark), table, lambda: "adata_id IN ('another')")
+        assert spark.conf.get(check, None) == theirs
+        with pytest.raises(Exception, match="cannot be resolved"):
+            tables.replace(vectors(spark), table, lambda: "no_such_column = 1")
+        assert spark.conf.get(check, None) == theirs
+    finally:
+        spark.conf.unset(check)
+    assert spark.table(table).count() == len(GENES)
+
+
 def test_a_table_takes_vectors_of_one_length_and_tells_its_changes(spark, table, tmp_path):
     assert tables.create(spark, table, tables.GENE_EMBEDDINGS, vector_length=4)
     append(vectors(spark), table)

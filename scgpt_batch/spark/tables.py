@@ -7,7 +7,8 @@ import logging
 import random
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
@@ -28,7 +29,7 @@ from pyspark.sql.types import (
 )
 
 from scgpt_batch.anndata_rows import PAYLOAD_COLUMNS
-from scgpt_batch.errors import ConfigError, ScgptBatchError
+from scgpt_batch.errors import ConfigError, ScgptBatchError, in_one_line
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ IDENTITY = {
     "status", "x_data", "adata_obs", "adata_var",
 }  # fmt: skip
 
+_CHECK = "spark.databricks.delta.replaceWhere.constraintCheck.enabled"
 _VECTOR_LENGTH = "delta.constraints.vector_length"
 
 COMMIT_TRIES = 12  # over some four minutes
@@ -197,7 +199,31 @@ def replace(rows: DataFrame, table: str, condition: Callable[[], str]) -> None:
     tries again, so it sees what the first has written; `condition` is asked anew for each try.
     """
     writer = rows.write.format("delta").mode("overwrite").option("compression", "zstd")
-    _retried(table, lambda: writer.option("replaceWhere", condition()).saveAsTable(table))
+    with _lines_unchecked(rows.sparkSession):
+        _retried(table, lambda: writer.option("replaceWhere", condition()).saveAsTable(table))
+
+
+@contextmanager
+def _lines_unchecked(spark: SparkSession) -> Iterator[None]:
+    """Keep Delta from asking of each line that is written whether it meets `replaceWhere`.
+
+    It compares one after the other with each of a wave's thousands of keys, which takes longer than all other work on
+    small rows. Where the setting may not be touched (Databricks serverless), it goes on doing so.
+    """
+    before = spark.conf.get(_CHECK, None)
+    try:
+        spark.conf.set(_CHECK, "false")
+    except AnalysisException as exc:
+        logger.info("%s stays as it is, waves of many small rows are written slower: %s", _CHECK, in_one_line(exc))
+        yield
+        return
+    try:
+        yield
+    finally:
+        if before is None:
+            spark.conf.unset(_CHECK)
+        else:
+            spark.conf.set(_CHECK, before)
 
 
 def upsert(spark: SparkSession, table: str, rows: DataFrame, keys: Sequence[str]) -> None:
