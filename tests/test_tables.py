@@ -1,8 +1,10 @@
 """The tables: what others wrote is read, ours grow by columns, vectors have one length, files are kept few."""
 
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import pytest
 from deltalake import DeltaTable
@@ -161,6 +163,33 @@ def test_lines_are_not_compared_with_each_key_of_a_wave_and_the_setting_is_left_
     finally:
         spark.conf.unset(check)
     assert spark.table(table).count() == len(GENES)
+
+
+def test_runs_in_threads_of_one_session_leave_its_setting_as_it_was(spark, table):
+    """The second begins while the first writes, and ends after it."""
+    check = "spark.databricks.delta.replaceWhere.constraintCheck.enabled"
+    tables.create(spark, table, tables.GENE_EMBEDDINGS, vector_length=4)
+    second_begins, first_ended = Event(), Event()
+
+    def slowly() -> str:
+        assert second_begins.wait(60)
+        time.sleep(0.5)
+        return "adata_id = 'one'"
+
+    def after_the_first() -> str:
+        assert first_ended.wait(60)
+        return "adata_id = 'another'"
+
+    def second() -> None:
+        second_begins.set()
+        tables.replace(vectors(spark), table, after_the_first)
+
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(second)
+        tables.replace(vectors(spark), table, slowly)
+        first_ended.set()
+        other.result()
+    assert spark.conf.get(check, None) is None
 
 
 def test_a_table_takes_vectors_of_one_length_and_tells_its_changes(spark, table, tmp_path):

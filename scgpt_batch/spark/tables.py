@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+from threading import Lock
 from typing import TypeVar
 from uuid import uuid4
 
@@ -66,6 +67,7 @@ IDENTITY = {
 }  # fmt: skip
 
 _CHECK = "spark.databricks.delta.replaceWhere.constraintCheck.enabled"
+_CHECK_IS_OURS = Lock()  # runs in threads of one session share its settings
 _VECTOR_LENGTH = "delta.constraints.vector_length"
 
 COMMIT_TRIES = 12  # over some four minutes
@@ -196,10 +198,11 @@ def replace(rows: DataFrame, table: str, condition: Callable[[], str]) -> None:
     """Write rows in place of those that meet `condition`, in one commit; the rows must all meet it.
 
     Writing the same again changes nothing. Of two at once on one table the later to commit is refused by Delta and
-    tries again, so it sees what the first has written; `condition` is asked anew for each try.
+    tries again, so it sees what the first has written; `condition` is asked anew for each try. Threads of one process
+    write one after the other.
     """
     writer = rows.write.format("delta").mode("overwrite").option("compression", "zstd")
-    with _lines_unchecked(rows.sparkSession):
+    with _CHECK_IS_OURS, _lines_unchecked(rows.sparkSession):
         _retried(table, lambda: writer.option("replaceWhere", condition()).saveAsTable(table))
 
 
