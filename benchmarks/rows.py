@@ -85,9 +85,9 @@ def _command(store: Path, environment: dict[str, str], n: int) -> tuple[dict, fl
 def _write_rows(rows: pa.Table, n: int) -> None:
     """A table of n rows: those given, as often as it takes."""
     with _session(n) as spark:
-        copies = spark.range(n // DIFFERENT, numPartitions=8).select(F.col("id").cast("string").alias("copy"))
+        copies = spark.range(n // DIFFERENT, numPartitions=8).select(F.format_string("%06d", "id").alias("copy"))
         keyed = copies.crossJoin(F.broadcast(spark.createDataFrame(rows)))
-        keyed = keyed.withColumns({"adata_id": F.concat_ws("-", "adata_id", "copy"), "content_hash": content_hash()})
+        keyed = keyed.withColumns({"adata_id": F.concat_ws("-", "copy", "adata_id"), "content_hash": content_hash()})
         keyed.drop("copy").write.format("delta").save(f"{WORK}/rows_{n}")
 
 

@@ -1,20 +1,26 @@
 """The unattended run: killed, doubled, poisoned, planned, streamed, and over samples of several rows."""
 
+import itertools
 import os
 import re
 import threading
 from collections import defaultdict
+from datetime import datetime
+from unittest.mock import patch
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pyspark.sql import functions as F
 
 from scgpt_batch.anndata_rows import to_row
 from scgpt_batch.cli import FAILED, OK, WRONG_USAGE, main
 from scgpt_batch.embedder import load_embedder
 from scgpt_batch.parameters import Parameters
-from scgpt_batch.spark import embed, tables
+from scgpt_batch.spark import embed, missing, tables
 from scgpt_batch.spark.missing import missing_rows, n_tasks, with_tasks
 from tests.faults.bench import Bench
 from tests.faults.scenarios import poison
@@ -133,8 +139,83 @@ def test_an_idle_run_reads_neither_payload_nor_vectors(spark, run, tmp_path, wor
     _, before = scanned(spark, -1)
     assert run(*words)[1]["rows_skipped"] == 12
     columns, _ = scanned(spark, before)
-    assert {"adata_id"} < columns["rows"] <= {"adata_id", "content_hash", "n_obs", "sample_id"}
+    assert {"adata_id"} < columns["rows"] <= {"adata_id", "content_hash", "n_obs", "sample_id", "ingested_at"}
     assert {"adata_id"} < columns["out_ledger"] and "embedding" not in columns["out"]
+
+
+def payload_files(spark, since):
+    """How many files of the input each query after number `since` has read payload from."""
+    spark.sparkContext._jsc.sc().listenerBus().waitUntilEmpty()
+    store, files = spark._jsparkSession.sharedState().statusStore(), []
+    told = store.executionsList()
+    for number in (told.apply(i).executionId() for i in range(told.size())):
+        if number > since:
+            nodes, values = store.planGraph(number).allNodes(), store.executionMetrics(number)
+            for node in (nodes.apply(i) for i in range(nodes.size())):
+                metrics = node.metrics()
+                for metric in (metrics.apply(i) for i in range(metrics.size())):
+                    counted = metric.name() == "number of files read" and values.contains(metric.accumulatorId())
+                    if counted and re.search("ReadSchema.*x_data", node.desc()):
+                        files.append(int(values.apply(metric.accumulatorId())))
+    return files
+
+
+@pytest.mark.parametrize("neighbours", ["by key", "by time"])
+def test_a_wave_reads_the_payload_of_its_own_files(spark, run, tmp_path, words, golden, neighbours):
+    """Three commits of four rows, a wave each; then one of two new rows."""
+    table = f"delta.`{tmp_path}/table`"
+    words[words.index("--input-table") + 1] = table
+    made = [row | {"content_hash": row["adata_id"]} for row in small_rows(14, golden)]
+    parts = [made[0:4], made[4:8], made[8:12], made[12:]]
+    if neighbours == "by time":
+        mixed = [*(made[i:12:3] for i in range(3)), made[12:]]
+        parts = [[row | {"ingested_at": datetime(2026, 1, day)} for row in part] for day, part in enumerate(mixed, 1)]
+        parts[3][0]["adata_id"] = "a-new-one"  # its time alone tells it from the others
+    for part in parts[:3]:
+        write_rows(spark, part, table)
+    files = len(spark.table(table).inputFiles())
+    _, before = scanned(spark, -1)
+    assert run(*words)[1]["rows_ok"] == 12
+    assert payload_files(spark, before) == [files // 3] * 3
+    write_rows(spark, parts[3], table)
+    _, before = scanned(spark, -1)
+    assert run(*words)[1]["rows_ok"] == 2
+    assert payload_files(spark, before) == [len(spark.table(table).inputFiles()) - files]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_waves_are_bounded_and_of_neighbours_and_begin_with_the_largest_row(data):
+    n = data.draw(st.integers(1, 40))
+    column = lambda values: data.draw(st.lists(values, min_size=n, max_size=n))  # noqa: E731
+    pending = pd.DataFrame(
+        {
+            "adata_id": [f"row-{i:02}" for i in range(n)],
+            "cells": column(st.integers(1, 30)),
+            "sample": column(st.sampled_from([None, None, "a", "b"])),
+            "ingested_at": pd.array(column(st.sampled_from([None, 1, 2])), "Int64"),
+        }
+    ).sort_values("cells", ascending=False)
+    with patch.object(missing, "WAVE_ROWS", 5):
+        waves = list(missing.Missing(n, pending).waves(40))
+    assert sorted(name for wave in waves for name in wave["adata_id"]) == sorted(pending["adata_id"])
+    assert waves[0]["cells"].max() == pending["cells"].max()
+    ranges = []
+    for wave in waves:
+        alone = wave["sample"].isna()
+        one_sample = wave["sample"].nunique() == 1 and not alone.any()
+        assert (wave["cells"].sum() <= 40 and len(wave) <= 5) or len(wave) == 1 or one_sample
+        assert alone.all() or not alone.any()
+        if alone.all():
+            places = [
+                (-1 if at is pd.NA else at, name)
+                for at, name in zip(wave["ingested_at"], wave["adata_id"], strict=True)
+            ]
+            ranges.append((min(places), max(places)))
+    for (_, last), (first, _) in itertools.pairwise(sorted(ranges)):
+        assert last < first
+    for _, sample in pending.dropna(subset="sample").groupby("sample"):
+        assert sum(wave["adata_id"].isin(sample["adata_id"]).any() for wave in waves) == 1
 
 
 def test_a_stream_takes_new_rows_alone(spark, run, tmp_path, words, rows, golden):
@@ -154,8 +235,10 @@ def test_trigger_wants_a_checkpoint(run, words):
 
 def test_tasks_are_even_and_each_has_a_partition(spark):
     sizes = [4000, *[300] * 20]
-    pending = spark.createDataFrame([(f"r{i}", n, None, None) for i, n in enumerate(sizes)],
-                                    "adata_id string, n_obs int, content_hash string, sample_id string")  # fmt: skip
+    pending = spark.createDataFrame(
+        [(f"r{i}", n, None, None, None) for i, n in enumerate(sizes)],
+        "adata_id string, n_obs int, content_hash string, sample_id string, ingested_at timestamp",
+    )
     nothing = spark.createDataFrame([], tables.LEDGER)
     (wave,) = missing_rows(pending, nothing, retry_failed=False, name="t").waves(1_000_000)
     n = n_tasks(wave)

@@ -32,7 +32,7 @@ from scgpt_batch.parameters import Parameters
 from scgpt_batch.settings import EmbedSettings, Summary
 from scgpt_batch.spark import tables
 from scgpt_batch.spark.maintain import prune
-from scgpt_batch.spark.missing import Missing, missing_rows, n_tasks, with_tasks
+from scgpt_batch.spark.missing import Missing, between_neighbours, missing_rows, n_tasks, with_tasks
 from scgpt_batch.spark.samples import decisions, means
 from scgpt_batch.spark.udf import (
     ANSWERS_DDL,
@@ -332,6 +332,7 @@ def _replaceable(job: Job, wave: pd.DataFrame) -> str:
 
 def _payload(job: Job, rows: DataFrame, wave: pd.DataFrame) -> DataFrame:
     """Give each task its share of the wave's rows."""
+    rows = rows.where(between_neighbours(wave))
     if job.parameters.mode == "static" and (wave["copies"] == 1).all() and not _samples(wave):
         # some 25 ms a row: moving the payload between tasks would cost more
         chosen = rows.join(F.broadcast(job.spark.createDataFrame(wave[["adata_id"]])), "adata_id")

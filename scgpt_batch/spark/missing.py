@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pandas as pd
-from pyspark.sql import DataFrame, Row, SparkSession, Window
+from pyspark.sql import Column, DataFrame, Row, SparkSession, Window
 from pyspark.sql import functions as F
 
 from scgpt_batch.errors import ConfigError
@@ -31,27 +31,56 @@ class Missing:
     pending
         Rows without a result, largest first: adata_id, content_hash (None where not needed yet), cells, copies (equal
         rows of one key), known (another content of the key, or a failure, is in the ledger), sample (of a sample of
-        several rows, else None). A sample of which one row lacks a result is here with all of its rows.
+        several rows, else None), ingested_at (microseconds, where the table tells). A sample of which one row lacks a
+        result is here with all of its rows.
     """
 
     rows_in: int
     pending: pd.DataFrame
 
     def waves(self, cells: int) -> Iterator[pd.DataFrame]:
-        """Cut the pending rows into waves of at most so many cells.
+        """Cut the pending rows into waves of at most so many cells and `WAVE_ROWS` rows, that of the largest row first.
 
-        What is larger, a row or a sample, is a wave of its own. A sample is never divided, and never in one wave with
-        single rows.
+        Rows of a wave are neighbours in the table, by time of ingestion and by key, so that to read them passes over
+        the others (`between_neighbours`). What is larger than a wave, a row or a sample, is a wave of its own. A sample
+        is never divided, and never in one wave with single rows.
         """
         rows = self.pending.assign(unit=self.pending["sample"].fillna(self.pending["adata_id"]))
         rows["shared"] = rows["sample"].notna()
-        units = rows.groupby(["shared", "unit"], as_index=False).agg(size=("cells", "sum"), rows=("cells", "size"))
-        units = units.sort_values(["size", "unit"], ascending=[False, True])
-        units["by_cells"] = (units["size"].cumsum() - 1) // cells
-        units["by_rows"] = (units["rows"].cumsum() - 1) // WAVE_ROWS
-        placed = rows.merge(units[["shared", "unit", "by_cells", "by_rows"]], on=["shared", "unit"])
-        for _, wave in placed.groupby(["by_cells", "by_rows", "shared"], sort=True):
-            yield wave[self.pending.columns].reset_index(drop=True)
+        units = rows.groupby(["shared", "unit"], as_index=False).agg(
+            size=("cells", "sum"), rows=("cells", "size"), at=("ingested_at", "max")
+        )
+        units = units.sort_values(["shared", "at", "unit"], na_position="first")
+        units["wave"] = _cut(units, cells)
+        placed = rows.merge(units[["shared", "unit", "wave"]], on=["shared", "unit"])
+        waves = [wave[self.pending.columns].reset_index(drop=True) for _, wave in placed.groupby("wave")]
+        yield from sorted(waves, key=lambda wave: -wave["cells"].max())
+
+
+def _cut(units: pd.DataFrame, cells: int) -> list[int]:
+    """Number the waves that units fill in their order."""
+    numbers: list[int] = []
+    wave, in_it, cells_in_it, rows_in_it = 0, False, 0, 0
+    for shared, size, rows in zip(units["shared"], units["size"], units["rows"], strict=True):
+        if numbers and (shared != in_it or cells_in_it + size > cells or rows_in_it + rows > WAVE_ROWS):
+            wave, cells_in_it, rows_in_it = wave + 1, 0, 0
+        in_it, cells_in_it, rows_in_it = shared, cells_in_it + size, rows_in_it + rows
+        numbers.append(wave)
+    return numbers
+
+
+def between_neighbours(wave: pd.DataFrame) -> Column:
+    """The condition that rows stand between the wave's first and last, by key and, where told, by time of ingestion.
+
+    Delta passes over files, and Parquet over parts of them, whose least and greatest values don't meet it; a join with
+    the wave's keys alone reads the payload of the whole table.
+    """
+    ids, times = wave["adata_id"], wave["ingested_at"]
+    condition = F.col("adata_id").between(F.lit(ids.min()), F.lit(ids.max()))
+    if times.isna().any():
+        return condition
+    first, last = (F.timestamp_micros(F.lit(int(time))) for time in (times.min(), times.max()))
+    return condition & F.col("ingested_at").between(first, last)
 
 
 def missing_rows(rows: DataFrame, ledger: DataFrame, *, retry_failed: bool, name: str) -> Missing:
@@ -90,12 +119,13 @@ def _asked(found: DataFrame, name: str) -> Missing | None:
             raise ConfigError(f"{name} has rows without adata_id: give each row a key")
         if told["ambiguous"]:
             raise ConfigError(f"{name} has {told['ambiguous']} adata_id with several contents, first {told['first']!r}")
-        columns = ("adata_id", "content_hash", "cells", "copies", "known", "sample")
+        columns = ("adata_id", "content_hash", "cells", "copies", "known", "sample", "ingested_at")
         rows = _by_sample(found) if told["in_samples"] else found
         pending: pd.DataFrame = rows.where("NOT done").select(*columns).toPandas()
     finally:
         found.unpersist()
     pending = pending.sort_values(["cells", "adata_id"], ascending=[False, True], ignore_index=True)
+    pending = pending.astype({"ingested_at": "Int64"})
     return Missing(int(told["rows"]), pending)
 
 
@@ -124,6 +154,7 @@ def _found(rows: DataFrame, ledger: DataFrame, retry_failed: bool) -> DataFrame:
         F.min("content_hash").alias("lowest"),
         F.max("content_hash").alias("content_hash"),
         F.max("sample_id").alias("sample_id"),
+        F.unix_micros(F.max("ingested_at")).alias("ingested_at"),
     )
     counts = F.lit(True) if not retry_failed else F.col("status") == "ok"
     told = ledger.groupBy("adata_id").agg(
