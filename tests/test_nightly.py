@@ -21,7 +21,7 @@ from scgpt_batch.cli import FAILED, OK, WRONG_USAGE, main
 from scgpt_batch.embedder import load_embedder
 from scgpt_batch.parameters import Parameters
 from scgpt_batch.spark import embed, missing, tables
-from scgpt_batch.spark.missing import missing_rows, n_tasks, with_tasks
+from scgpt_batch.spark.missing import between_neighbours, missing_rows, n_tasks, with_tasks
 from tests.faults.bench import Bench
 from tests.faults.scenarios import poison
 from tests.helpers import assert_close, small_rows, write_rows
@@ -160,17 +160,14 @@ def payload_files(spark, since):
     return files
 
 
-@pytest.mark.parametrize("neighbours", ["by key", "by time"])
-def test_a_wave_reads_the_payload_of_its_own_files(spark, run, tmp_path, words, golden, neighbours):
-    """Three commits of four rows, a wave each; then one of two new rows."""
+def test_a_wave_reads_the_payload_of_its_own_files(spark, run, tmp_path, words, golden):
+    """Three commits of four rows, told apart by their time alone and a wave each; then one of two new rows."""
     table = f"delta.`{tmp_path}/table`"
     words[words.index("--input-table") + 1] = table
     made = [row | {"content_hash": row["adata_id"]} for row in small_rows(14, golden)]
-    parts = [made[0:4], made[4:8], made[8:12], made[12:]]
-    if neighbours == "by time":
-        mixed = [*(made[i:12:3] for i in range(3)), made[12:]]
-        parts = [[row | {"ingested_at": datetime(2026, 1, day)} for row in part] for day, part in enumerate(mixed, 1)]
-        parts[3][0]["adata_id"] = "a-new-one"  # its time alone tells it from the others
+    made[12]["adata_id"] = "a-new-one"
+    parts = [*(made[i:12:3] for i in range(3)), made[12:]]
+    parts = [[row | {"ingested_at": datetime(2026, 1, day)} for row in part] for day, part in enumerate(parts, 1)]
     for part in parts[:3]:
         write_rows(spark, part, table)
     files = len(spark.table(table).inputFiles())
@@ -181,6 +178,20 @@ def test_a_wave_reads_the_payload_of_its_own_files(spark, run, tmp_path, words, 
     _, before = scanned(spark, -1)
     assert run(*words)[1]["rows_ok"] == 2
     assert payload_files(spark, before) == [len(spark.table(table).inputFiles()) - files]
+
+
+def test_rows_without_a_time_are_found_by_the_range_of_their_keys(spark, tmp_path, golden):
+    table, made = f"delta.`{tmp_path}/table`", list(small_rows(12, golden))
+    for part in (made[:4], made[4:8], made[8:]):
+        write_rows(spark, part, table)
+    rows = tables.read(spark, table, tables.ADATA_ROWS)
+    files = len(spark.table(table).inputFiles())
+    pending = missing_rows(rows, spark.createDataFrame([], tables.LEDGER), retry_failed=False, name=table)
+    for wave, part in zip(pending.waves(12), (made[:4], made[4:8], made[8:]), strict=True):
+        _, before = scanned(spark, -1)
+        near = rows.where(between_neighbours(wave)).select("adata_id", F.size("x_data")).collect()
+        assert sorted(row["adata_id"] for row in near) == [row["adata_id"] for row in part]
+        assert payload_files(spark, before) == [files // 3]
 
 
 @settings(max_examples=100, deadline=None)
