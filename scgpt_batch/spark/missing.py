@@ -60,11 +60,11 @@ class Missing:
 def _cut(units: pd.DataFrame, cells: int) -> list[int]:
     """Number the waves that units fill in their order."""
     numbers: list[int] = []
-    wave, in_it, cells_in_it, rows_in_it = 0, False, 0, 0
+    wave, kind, n_cells, n_rows = 0, None, 0, 0
     for shared, size, rows in zip(units["shared"], units["size"], units["rows"], strict=True):
-        if numbers and (shared != in_it or cells_in_it + size > cells or rows_in_it + rows > WAVE_ROWS):
-            wave, cells_in_it, rows_in_it = wave + 1, 0, 0
-        in_it, cells_in_it, rows_in_it = shared, cells_in_it + size, rows_in_it + rows
+        if numbers and (shared != kind or n_cells + size > cells or n_rows + rows > WAVE_ROWS):
+            wave, n_cells, n_rows = wave + 1, 0, 0
+        kind, n_cells, n_rows = shared, n_cells + size, n_rows + rows
         numbers.append(wave)
     return numbers
 
