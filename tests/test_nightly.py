@@ -119,38 +119,52 @@ def test_a_plan_says_what_is_missing_and_writes_nothing(spark, run, tmp_path, wo
     assert run(*words, "--plan")[1]["rows"] == 0
 
 
-def scanned(spark, since):
-    """Columns that queries after number `since` have read from Parquet, by folder; the last query's number."""
+def queries(spark, since):
+    """What Spark tells of the queries after number `since`; it keeps the last 1,000."""
     spark.sparkContext._jsc.sc().listenerBus().waitUntilEmpty()
-    told = spark._jsparkSession.sharedState().statusStore().executionsList()
-    queries = [told.apply(i) for i in range(told.size())]  # Spark keeps the last 1,000
-    plans = [query.physicalPlanDescription() for query in queries if query.executionId() > since]
+    told, found = spark._jsparkSession.sharedState().statusStore().executionsList(), []
+    for i in reversed(range(told.size())):
+        query = told.apply(i)
+        if query.executionId() <= since:
+            break
+        found.append(query)
+    return found[::-1]
+
+
+def last_query(spark):
+    """The number of the last query."""
+    spark.sparkContext._jsc.sc().listenerBus().waitUntilEmpty()
+    return spark._jsparkSession.sharedState().statusStore().executionsList().last().executionId()
+
+
+def scanned(spark, since):
+    """Columns that queries after number `since` have read from Parquet, by folder."""
+    plans = [query.physicalPlanDescription() for query in queries(spark, since)]
     columns = defaultdict(set)
     scan = r"Location: [^\n]*/(\w+)\]\n(?:[^\n]+\n)*?ReadSchema: struct<(.*)>"
     for folder, read in re.findall(scan, "\n".join(plans)):
         assert "..." not in read  # Spark has cut it short
         columns[folder] |= {column.partition(":")[0] for column in read.split(",")}
-    return columns, max(query.executionId() for query in queries)
+    return columns
 
 
 def test_an_idle_run_reads_neither_payload_nor_vectors(spark, run, tmp_path, words, rows):
     spark.sql(f"UPDATE {rows} SET content_hash = md5(adata_id)")  # as ingest does; without, payload must be hashed
     run(*words)
-    _, before = scanned(spark, -1)
+    before = last_query(spark)
     assert run(*words)[1]["rows_skipped"] == 12
-    columns, _ = scanned(spark, before)
+    columns = scanned(spark, before)
     assert {"adata_id"} < columns["rows"] <= {"adata_id", "content_hash", "n_obs", "sample_id", "ingested_at"}
     assert {"adata_id"} < columns["out_ledger"] and "embedding" not in columns["out"]
 
 
 def payload_files(spark, since):
     """How many files of the input each query after number `since` has read payload from."""
-    spark.sparkContext._jsc.sc().listenerBus().waitUntilEmpty()
     store, files = spark._jsparkSession.sharedState().statusStore(), []
-    told = store.executionsList()
-    for number in (told.apply(i).executionId() for i in range(told.size())):
-        if number > since:
-            nodes, values = store.planGraph(number).allNodes(), store.executionMetrics(number)
+    for query in queries(spark, since):
+        if "x_data" in query.physicalPlanDescription():
+            nodes = store.planGraph(query.executionId()).allNodes()
+            values = store.executionMetrics(query.executionId())
             for node in (nodes.apply(i) for i in range(nodes.size())):
                 metrics = node.metrics()
                 for metric in (metrics.apply(i) for i in range(metrics.size())):
@@ -171,11 +185,11 @@ def test_a_wave_reads_the_payload_of_its_own_files(spark, run, tmp_path, words, 
     for part in parts[:3]:
         write_rows(spark, part, table)
     files = len(spark.table(table).inputFiles())
-    _, before = scanned(spark, -1)
+    before = last_query(spark)
     assert run(*words)[1]["rows_ok"] == 12
     assert payload_files(spark, before) == [files // 3] * 3
     write_rows(spark, parts[3], table)
-    _, before = scanned(spark, -1)
+    before = last_query(spark)
     assert run(*words)[1]["rows_ok"] == 2
     assert payload_files(spark, before) == [len(spark.table(table).inputFiles()) - files]
 
@@ -188,7 +202,7 @@ def test_rows_without_a_time_are_found_by_the_range_of_their_keys(spark, tmp_pat
     files = len(spark.table(table).inputFiles())
     pending = missing_rows(rows, spark.createDataFrame([], tables.LEDGER), retry_failed=False, name=table)
     for wave, part in zip(pending.waves(12), (made[:4], made[4:8], made[8:]), strict=True):
-        _, before = scanned(spark, -1)
+        before = last_query(spark)
         near = rows.where(between_neighbours(wave)).select("adata_id", F.size("x_data")).collect()
         assert sorted(row["adata_id"] for row in near) == [row["adata_id"] for row in part]
         assert payload_files(spark, before) == [files // 3]

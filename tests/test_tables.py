@@ -169,26 +169,24 @@ def test_runs_in_threads_of_one_session_leave_its_setting_as_it_was(spark, table
     """The second begins while the first writes, and ends after it."""
     check = "spark.databricks.delta.replaceWhere.constraintCheck.enabled"
     tables.create(spark, table, tables.GENE_EMBEDDINGS, vector_length=4)
-    second_begins, first_ended = Event(), Event()
-
-    def slowly() -> str:
-        assert second_begins.wait(60)
-        time.sleep(0.5)
-        return "adata_id = 'one'"
+    first_ended, others = Event(), []
 
     def after_the_first() -> str:
         assert first_ended.wait(60)
         return "adata_id = 'another'"
 
-    def second() -> None:
-        second_begins.set()
-        tables.replace(vectors(spark), table, after_the_first)
-
     with ThreadPoolExecutor(1) as pool:
-        other = pool.submit(second)
-        tables.replace(vectors(spark), table, slowly)
+
+        def while_the_other_begins() -> str:
+            others.append(pool.submit(tables.replace, vectors(spark), table, after_the_first))
+            time.sleep(0.5)
+            return "adata_id = 'one'"
+
+        tables.replace(vectors(spark), table, while_the_other_begins)
         first_ended.set()
-        other.result()
+        for other in others:
+            other.result()
+    assert len(others) == 1
     assert spark.conf.get(check, None) is None
 
 
