@@ -119,22 +119,26 @@ def test_a_plan_says_what_is_missing_and_writes_nothing(spark, run, tmp_path, wo
     assert run(*words, "--plan")[1]["rows"] == 0
 
 
-def queries(spark, since):
-    """What Spark tells of the queries after number `since`; it keeps the last 1,000."""
+def status(spark):
+    """Where Spark tells of its last 1,000 queries, all that have ended among them."""
     spark.sparkContext._jsc.sc().listenerBus().waitUntilEmpty()
-    told, found = spark._jsparkSession.sharedState().statusStore().executionsList(), []
+    return spark._jsparkSession.sharedState().statusStore()
+
+
+def last_query(spark):
+    """The number of the last query."""
+    return status(spark).executionsList().last().executionId()
+
+
+def queries(spark, since):
+    """What Spark tells of the queries after number `since`, in their order."""
+    told, found = status(spark).executionsList(), []
     for i in reversed(range(told.size())):
         query = told.apply(i)
         if query.executionId() <= since:
             break
         found.append(query)
     return found[::-1]
-
-
-def last_query(spark):
-    """The number of the last query."""
-    spark.sparkContext._jsc.sc().listenerBus().waitUntilEmpty()
-    return spark._jsparkSession.sharedState().statusStore().executionsList().last().executionId()
 
 
 def scanned(spark, since):
@@ -160,7 +164,7 @@ def test_an_idle_run_reads_neither_payload_nor_vectors(spark, run, tmp_path, wor
 
 def payload_files(spark, since):
     """How many files of the input each query after number `since` has read payload from."""
-    store, files = spark._jsparkSession.sharedState().statusStore(), []
+    store, files = status(spark), []
     for query in queries(spark, since):
         if "x_data" in query.physicalPlanDescription():
             nodes = store.planGraph(query.executionId()).allNodes()
@@ -212,7 +216,10 @@ def test_rows_without_a_time_are_found_by_the_range_of_their_keys(spark, tmp_pat
 @given(st.data())
 def test_waves_are_bounded_and_of_neighbours_and_begin_with_the_largest_row(data):
     n = data.draw(st.integers(1, 40))
-    column = lambda values: data.draw(st.lists(values, min_size=n, max_size=n))  # noqa: E731
+
+    def column(values):
+        return data.draw(st.lists(values, min_size=n, max_size=n))
+
     pending = pd.DataFrame(
         {
             "adata_id": [f"row-{i:02}" for i in range(n)],

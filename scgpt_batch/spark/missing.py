@@ -1,6 +1,6 @@
 """What a run has to do: the rows that have no result yet, cut into waves and tasks of even size.
 
-Only keys, hashes and sizes are read, of the input and of the ledger: neither payload nor vectors.
+Only keys, hashes, sizes and times are read, of the input and of the ledger: neither payload nor vectors.
 """
 
 import heapq
