@@ -54,13 +54,13 @@ def register(checkpoint: Path) -> tuple[Path, dict[str, str]]:
 def embed(checkpoint: Path, rows: Path, mode: str) -> tuple[dict, dict[str, int]]:
     """Register the checkpoint, run the job cold and warm in a process of its own; its summaries, its peak memory."""
     store, environment = register(checkpoint)
-    script = [sys.executable, ROOT / "benchmarks" / "embed_twice.py", "--model-uri", "models:/bench/1"]
+    script = [sys.executable, ROOT / "benchmarks" / "embed_cold_warm.py", "--model-uri", "models:/bench/1"]
     script += ["--rows", rows, "--out", WORK / "embeddings", "--set", f"mode={mode}", *AS_COUNTED]
     process = subprocess.Popen(list(map(str, script)), cwd=store, env=environment, text=True, stdout=subprocess.PIPE)
     with process, WorkerMemory(process.pid) as memory:
         told, _ = process.communicate()
     if process.returncode:
-        raise SystemExit(f"embed_twice.py ended with code {process.returncode}")
+        raise SystemExit(f"embed_cold_warm.py ended with code {process.returncode}")
     peaks = {
         "worker_peak_mb": round(memory.peak_mb),
         "driver_peak_mb": round(memory.driver_peak_mb),

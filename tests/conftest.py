@@ -37,6 +37,10 @@ def pbmc3k() -> ad.AnnData:
     return ad.read_h5ad(DATA / "pbmc3k.h5ad")
 
 
+# Of a few rows Spark's compiler takes longer than their work. (Tests of commands in processes of their own compile.)
+INTERPRETED = {"spark.sql.codegen.wholeStage": "false", "spark.sql.codegen.factoryMode": "NO_CODEGEN"}
+
+
 @pytest.fixture(scope="session")
 def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
     """The suite's one Spark session, as the commands build it, with its tables in a temporary folder."""
@@ -45,7 +49,7 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
     folder = tmp_path_factory.mktemp("spark")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        session = get_spark({"spark.sql.warehouse.dir": str(folder), "spark.master": "local[2]"})
+        session = get_spark({"spark.sql.warehouse.dir": str(folder), "spark.master": "local[2]"} | INTERPRETED)
     yield session
     session.stop()
 
