@@ -37,7 +37,7 @@ def pbmc3k() -> ad.AnnData:
     return ad.read_h5ad(DATA / "pbmc3k.h5ad")
 
 
-# Of a few rows Spark's compiler takes longer than their work. (Tests of commands in processes of their own compile.)
+# For a few rows Spark compiles longer than it works. (Tests of commands in processes of their own compile.)
 INTERPRETED = {"spark.sql.codegen.wholeStage": "false", "spark.sql.codegen.factoryMode": "NO_CODEGEN"}
 
 
