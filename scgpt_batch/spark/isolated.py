@@ -5,6 +5,7 @@ answer; the next row gets a new process.
 """
 
 import multiprocessing
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from multiprocessing.connection import Connection
@@ -19,6 +20,12 @@ Row = dict[str, Any]
 Work = Callable[[], Callable[[Row], Answer]]  # loads the model, then answers rows
 
 START_SECONDS = 600.0  # a new process imports the package and loads the model
+
+# Never forked from the worker itself: threads and CUDA do not survive that. On Linux the libraries, seconds to import,
+# are imported once, by a server that does nothing else and is forked for each process; macOS's don't survive even that.
+_LINUX = sys.platform == "linux"
+_CONTEXT = multiprocessing.get_context("forkserver") if _LINUX else multiprocessing.get_context("spawn")
+_CONTEXT.set_forkserver_preload(["scgpt_batch.embedder"])
 
 
 def answers_alone(rows: Iterable[Row], work: Work, seconds: float) -> Iterator[Answer]:
@@ -44,12 +51,11 @@ def answers_alone(rows: Iterable[Row], work: Work, seconds: float) -> Iterator[A
 
 
 class _Process:
-    """A child that answers rows; started anew (not forked: threads and CUDA do not survive a fork)."""
+    """A child that answers rows."""
 
     def __init__(self, work: Work) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process: BaseProcess = context.Process(target=_serve, args=(theirs, work), daemon=True)
+        self._pipe, theirs = _CONTEXT.Pipe()
+        self._process: BaseProcess = _CONTEXT.Process(target=_serve, args=(theirs, work), daemon=True)
         self._process.start()
         theirs.close()
         if not self._pipe.poll(START_SECONDS):
