@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 WAVE_TRIES = 3  # the first as fast as possible, the others with each row in a process of its own
 LIBRARIES_MB, ROW_MB_PER_1000_CELLS = 900, 120  # of a worker: torch and scanpy; a row of 2,000 genes a cell, measured
-RIVAL_HOURS = 24  # how long after its end a run may still be unknown to one that started beside it
+RIVAL_DAYS = 1  # how long after its end a run may still be unknown to one that started beside it, from midnight
 
 PAYLOAD = (
     "adata_id", "content_hash", "adata_sparsematrix", "x_data", "x_indices", "x_indptr", "n_obs", "n_vars",
@@ -300,7 +300,7 @@ def _rivals(job: Job) -> list[str]:
     That is: killed or failed ones, those at work beside this one, those that have just ended, and this one itself.
     """
     runs = job.spark.table(job.runs).where(F.col("output_table") == job.output)
-    since = F.lit(job.started - timedelta(hours=RIVAL_HOURS))
+    since = F.lit(job.started.date() - timedelta(days=RIVAL_DAYS))  # a time would be compiled anew in each run
     open_runs = runs.where((F.col("status") != "finished") | (F.col("finished_at") > since))
     return [row["run_id"] for row in open_runs.select("run_id").collect()]
 
