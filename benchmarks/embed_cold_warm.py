@@ -1,12 +1,13 @@
 """Our job over the same rows in one process: once with everything cold, then in the warm session.
 
 Cold is what a first run of the day pays: JVM code that isn't compiled yet, workers that import and load. Warm is
-what one more row costs in a long table; of several warm runs the one of median seconds is told. Each run writes fresh
-tables.
+what one more row costs in a long table: after runs that are not looked at, in which the JVM goes on compiling, the one
+of median seconds. Each run writes fresh tables.
 
     .venv/bin/python benchmarks/embed_cold_warm.py --model-uri URI --rows DIR --out DIR [--set mode=static ...]
 
-The last line is one JSON document: the command's summary of each run.
+The last line is one JSON document: the command's summary of the cold run and of the warm one, and the seconds of all
+runs in their order.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ def main() -> None:
     parser.add_argument("--model-uri", required=True, help="models:/name/version")
     parser.add_argument("--rows", required=True, help="path of the adata_rows table")
     parser.add_argument("--out", type=Path, required=True, help="path of the table that the warm runs write")
-    parser.add_argument("--warm-runs", type=int, default=1, help="how many after the cold one, an odd number")
+    parser.add_argument("--warm-up", type=int, default=0, help="runs after the cold one that are not looked at")
+    parser.add_argument("--warm-runs", type=int, default=1, help="how many after that, an odd number")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="parameters, such as mode=cell")
     args = parser.parse_args()
     parameters = Parameters.create(dict(pair.split("=", 1) for pair in args.set))
@@ -42,9 +44,11 @@ def main() -> None:
         return embed_table(spark, settings, parameters)
 
     cold = embed(args.out.with_name(args.out.name + "_cold"))
-    warm = sorted((embed(args.out) for _ in range(args.warm_runs)), key=lambda told: told["seconds"])
+    later = [embed(args.out) for _ in range(args.warm_up + args.warm_runs)]
     spark.stop()
-    print(json.dumps({"cold": cold, "warm": warm[len(warm) // 2]}))
+    warm = sorted(later[args.warm_up :], key=lambda told: told["seconds"])
+    seconds = [told["seconds"] for told in (cold, *later)]
+    print(json.dumps({"cold": cold, "warm": warm[len(warm) // 2], "seconds": seconds}))
 
 
 if __name__ == "__main__":
