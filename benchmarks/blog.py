@@ -51,7 +51,7 @@ COMMAND = Path(sys.executable).parent / "scgpt-batch"
 
 N_CELLS, N_GENES = 500, 3000
 GENES_OUT, EMBSIZE = 1200, 512  # what one row's answer holds: 2.5 MB of floats
-WARM_UP, WARM_RUNS = 3, 5  # of ours, after the cold one; in the first three each run is faster than the one before
+WARM_UP, WARM_RUNS = 3, 5  # of ours, after the cold one
 ROWS_A_FILE: dict[Format, int] = {"dense": 1, "csr": 25}  # 12 MB a row and 2 MB a row in memory
 
 
