@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 WAVE_TRIES = 3  # the first as fast as possible, the others with each row in a process of its own
 LIBRARIES_MB, ROW_MB_PER_1000_CELLS = 900, 120  # of a worker: torch and scanpy; a row of 2,000 genes a cell, measured
-RIVAL_DAYS = 1  # how long after its end a run may still be unknown to one that started beside it, from midnight
+RIVAL_DAYS = 2  # from midnight, so a day or more in any time zone: as long a run may be unknown to one beside it
 
 PAYLOAD = (
     "adata_id", "content_hash", "adata_sparsematrix", "x_data", "x_indices", "x_indptr", "n_obs", "n_vars",
