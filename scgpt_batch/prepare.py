@@ -183,6 +183,8 @@ class RowReader:
             binned = sp.csr_matrix(matrix[:, columns])
             if not (parameters.need_preprocess or parameters.data_is_binned):
                 binned = bin_matrix(binned, names[columns], parameters, COLLATOR_BINS)
+        counted = parameters.need_preprocess and parameters.mode == "static"
+        n_cells = adata.var["n_cells"].to_numpy() if counted else adata.X.getnnz(axis=0)
         told = (extra_warning, _empty_cells_warning(binned), decisions and decisions.warning)
         extra = [w for w in told if w]
         return PreparedRow(
@@ -190,7 +192,7 @@ class RowReader:
             groups=group_labels(adata, parameters.group_by) if parameters.group_by else None,
             genes=names[columns],
             token_ids=ids[columns],
-            n_cells=adata.X.getnnz(axis=0)[columns].astype(np.int32),
+            n_cells=n_cells[columns].astype(np.int32),
             binned=None if binned is None else _sampled(binned, names[columns], parameters),
             report=replace(report, cells=adata.n_obs, warnings=(*report.warnings, *extra)),
         )

@@ -19,11 +19,13 @@ import pandas as pd
 import scanpy as sc
 import scipy.sparse as sp
 import torch
+from scanpy.preprocessing._utils import _get_mean_var
 
 from scgpt_batch.decisions import Decisions
 from scgpt_batch.errors import PayloadError, PreprocessError
 from scgpt_batch.model import SPECIAL_TOKENS, Vocabulary
 from scgpt_batch.parameters import Parameters
+from scgpt_batch.variable_genes import by_dispersion
 
 COLLATOR_BINS = 51  # upstream's data collator takes this number whatever args.json says
 BLOCK = 65_536  # entries binned at once: what they need stays in the cache
@@ -73,7 +75,8 @@ def preprocess(
         Cells × genes, X in CSR. It is changed.
     genes_only
         Leave out normalising and logs where they do not decide which genes survive (they do when their result key
-        is empty and they so replace X, which the choice of variable genes looks at).
+        is empty and they so replace X, which the choice of variable genes looks at), and count in var's `n_cells` the
+        cells that carry each gene: to look at X after the cut would copy it.
     decisions
         Of the sample that the row belongs to: they take the place of the row's own choice of genes. Its cells may all
         be dropped then.
@@ -101,12 +104,12 @@ def preprocess(
         genes_known = decisions is not None and decisions.final
         if adata.n_obs and not (genes_only and (genes_known or (p.result_normed_key and p.result_log1p_key))):
             _normalize(adata, layer, p)
-        if decisions is not None:
-            return adata if decisions.variable is None else adata[:, decisions.variable].copy()
-        if p.subset_hvg:
-            variable = _cut_to_variable_genes(adata, p)
-            adata = variable if genes_only else variable.copy()
-    return adata
+        if genes_only:
+            adata.var["n_cells"] = adata.X.getnnz(axis=0)
+        variable = _variable_genes(adata, p) if decisions is None else decisions.variable
+    if variable is None:
+        return adata
+    return adata[:, variable] if genes_only else adata[:, variable].copy()
 
 
 def min_counts(parameters: Parameters) -> float:
@@ -484,16 +487,27 @@ def _cut_to_genes_with_counts(adata: ad.AnnData, p: Parameters) -> ad.AnnData:
     return adata if enough.all() else adata[:, enough].copy()
 
 
-def _cut_to_variable_genes(adata: ad.AnnData, p: Parameters) -> ad.AnnData:
+def _variable_genes(adata: ad.AnnData, p: Parameters) -> np.ndarray | None:
+    """Choose variable genes, with scanpy's statistics in var: a mask, (genes,); None where all are kept."""
+    if not p.subset_hvg:
+        return None
     batch_labels(adata, p)
     if p.hvg_flavor.startswith("seurat_v3"):
         _refuse_too_few_points(adata, p)
     try:
-        sc.pp.highly_variable_genes(adata, n_top_genes=p.subset_hvg, batch_key=p.batch_key or None, flavor=p.hvg_flavor)
+        if p.hvg_flavor == "cell_ranger" and not p.batch_key:
+            mean, var = _get_mean_var(adata.X)
+            for column, values in by_dispersion(mean, var, p.subset_hvg, p.hvg_flavor).items():
+                adata.var[column] = values
+        else:
+            sc.pp.highly_variable_genes(
+                adata, n_top_genes=p.subset_hvg, batch_key=p.batch_key or None, flavor=p.hvg_flavor
+            )
     except HVG_ERRORS as exc:
         raise cannot_choose(p, adata.n_obs, adata.n_vars, exc) from exc
-    variable = adata[:, adata.var["highly_variable"]]
-    _refuse_empty(variable, "no variable gene is left")
+    variable = adata.var["highly_variable"].to_numpy(bool)
+    if not variable.any():
+        raise PreprocessError("no variable gene is left")
     return variable
 
 

@@ -290,7 +290,7 @@ def _of_kept_cells(statistics: Statistics, p: Parameters, decisions: Decisions) 
         if p.batch_key:
             found = by_dispersion_in_batches(decided.genes, list(batches.values()), p.subset_hvg, p.hvg_flavor)
         else:
-            found = by_dispersion(decided.genes, batches[ALL], p.subset_hvg, p.hvg_flavor)
+            found = by_dispersion(*batches[ALL].mean_var(), p.subset_hvg, p.hvg_flavor)["highly_variable"]
     return replace(decided, variable=found)
 
 

@@ -11,11 +11,14 @@ import pytest
 import scanpy as sc
 import scipy.sparse as sp
 from helpers import assert_close, random_adata
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from scgpt_batch.errors import PayloadError, PreprocessError
 from scgpt_batch.model import Vocabulary
 from scgpt_batch.parameters import Parameters
 from scgpt_batch.preprocess import (
+    HVG_ERRORS,
     SYMBOL_COLUMNS,
     bin_range,
     bin_values,
@@ -241,6 +244,36 @@ def test_cut_keeps_layers_and_order():
     assert cut.var_names.tolist() == [name for name in adata.var_names if name in cut.var_names]
     for layer in ("X_normed", "X_log1p"):
         assert_close(cut.layers[layer].toarray(), uncut.layers[layer].toarray())
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 60), st.integers(1, 400), st.integers(1, 500), st.booleans())
+def test_choice_by_cell_ranger_is_scanpys_bit_for_bit(seed, n_obs, n_vars, n_top, counts):
+    rng = np.random.default_rng(seed)
+    x = sp.random(n_obs, n_vars, rng.choice([0.05, 0.5, 0.9]), "csr", np.float32, rng)
+    if counts:  # many equal means and dispersions
+        x.data = np.ceil(5 * x.data)
+    adata = ad.AnnData(x)
+    wanted = adata.copy()
+    try:
+        sc.pp.highly_variable_genes(wanted, n_top_genes=n_top, flavor="cell_ranger")
+        wanted = wanted.var[wanted.var["highly_variable"]]
+    except HVG_ERRORS:
+        wanted = []
+    if not len(wanted):
+        with pytest.raises(PreprocessError, match=r"cannot choose|no variable gene is left"):
+            prepared(adata, subset_hvg=n_top)
+        return
+    found = prepared(adata, subset_hvg=n_top).var
+    assert found.index.tolist() == wanted.index.tolist()
+    for name in wanted:
+        assert found[name].to_numpy().astype(wanted[name].dtype).tobytes() == wanted[name].to_numpy().tobytes()
+
+
+def test_genes_alone_come_with_the_cells_that_carry_them():
+    adata = small()
+    whole, genes = (prepared(adata, subset_hvg=10, min_cell_counts=1, genes_only=only) for only in (False, True))
+    assert genes.var["n_cells"].tolist() == whole.X.getnnz(axis=0).tolist()
 
 
 @pytest.mark.parametrize("case", ["seed", "raw_v3"])

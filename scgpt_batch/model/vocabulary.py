@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from itertools import repeat
 from pathlib import Path
 
@@ -47,6 +48,7 @@ class Vocabulary:
         self._ids = {name: i for i, name in enumerate(self.tokens)}
         self.pad_id = self._ids[PAD]
         self.cls_id = self._ids[CLS]
+        self._found = lru_cache(maxsize=4)(self._look_up)  # the genes of a file come with each of its rows
 
     @classmethod
     def from_file(cls, path: Path) -> "Vocabulary":
@@ -70,6 +72,9 @@ class Vocabulary:
 
         Names are matched exactly and with their case, as upstream does. A special token is no gene.
         """
+        return self._found(tuple(names)).copy()
+
+    def _look_up(self, names: tuple[str, ...]) -> np.ndarray:
         found = np.fromiter(map(self._ids.get, names, repeat(-1)), dtype=np.int64)
         found[np.isin(found, [self._ids[token] for token in SPECIAL_TOKENS])] = -1
         return found
