@@ -259,7 +259,7 @@ def _csr(row: Mapping[str, Any], n_obs: int, n_vars: int) -> sp.csr_matrix:
         raise PayloadError(f"no matrix: {', '.join(missing)} and adata_sparsematrix are null")
     data = _numbers(row["x_data"], "x_data")
     indices = _whole_numbers(row["x_indices"], "x_indices")
-    indptr = _whole_numbers(row["x_indptr"], "x_indptr")
+    indptr = _whole_numbers(row["x_indptr"], "x_indptr").astype(np.int64)  # whose differences no number overflows
     if len(indptr) != n_obs + 1:
         raise PayloadError(f"x_indptr has {len(indptr)} entries, {n_obs} cells in adata_obs want {n_obs + 1}")
     if indptr[0] != 0 or (np.diff(indptr) < 0).any():
@@ -313,10 +313,10 @@ def _objects_as_numbers(array: np.ndarray, column: str) -> np.ndarray:
 
 
 def _whole_numbers(values: Any, column: str) -> np.ndarray:
-    """Read a flat list of whole numbers as int64."""
+    """Read a flat list of whole numbers: int32 stay, which scipy's matrices hold; others become int64."""
     array = _numpy(values, column)
     if array.ndim == 1 and array.dtype.kind in "iu" and array.dtype != np.uint64:
-        return array.astype(np.int64, copy=False)
+        return array if array.dtype == np.int32 else array.astype(np.int64, copy=False)
     floats = _numbers(array, column)
     if not (np.isfinite(floats).all() and (floats == np.floor(floats)).all() and (abs(floats) < 2**53).all()):
         raise PayloadError(f"{column} holds NaN, fractions or huge numbers where indices are due")

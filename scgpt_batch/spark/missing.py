@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pandas as pd
-from pyspark.sql import Column, DataFrame, Row, SparkSession, Window
+from pyspark.sql import Column, DataFrame, Observation, SparkSession, Window
 from pyspark.sql import functions as F
 
 from scgpt_batch.errors import ConfigError
@@ -110,18 +110,20 @@ def missing_rows(rows: DataFrame, ledger: DataFrame, *, retry_failed: bool, name
 
 def _asked(found: DataFrame, name: str) -> Missing | None:
     """Ask what is missing; None where content hashes decide it that the table lacks."""
-    found = found.persist()  # asked twice
+    found = found.persist()  # where there are samples, asked twice
+    columns = ("adata_id", "content_hash", "cells", "copies", "known", "sample", "ingested_at")
+    keys = Observation("keys")
     try:
-        told = _told(found)
+        pending: pd.DataFrame = found.observe(keys, *_told()).where("NOT done").select(*columns).toPandas()
+        told = keys.get
         if told["undecided"]:
             return None
         if told["nameless"]:
             raise ConfigError(f"{name} has rows without adata_id: give each row a key")
         if told["ambiguous"]:
             raise ConfigError(f"{name} has {told['ambiguous']} adata_id with several contents, first {told['first']!r}")
-        columns = ("adata_id", "content_hash", "cells", "copies", "known", "sample", "ingested_at")
-        rows = _by_sample(found) if told["in_samples"] else found
-        pending: pd.DataFrame = rows.where("NOT done").select(*columns).toPandas()
+        if told["in_samples"]:
+            pending = _by_sample(found).where("NOT done").select(*columns).toPandas()
     finally:
         found.unpersist()
     pending = pending.sort_values(["cells", "adata_id"], ascending=[False, True], ignore_index=True)
@@ -129,20 +131,18 @@ def _asked(found: DataFrame, name: str) -> Missing | None:
     return Missing(int(told["rows"]), pending)
 
 
-def _told(found: DataFrame) -> Row:
-    """Ask all at once what the keys are like: how many rows, and what is wrong with them."""
+def _told() -> list[Column]:
+    """What the keys are like: how many rows, and what is wrong with them."""
     differ = F.col("lowest") != F.col("content_hash")
     compared = (F.col("copies") > 1) | F.col("known")
-    told = found.select(
+    return [
         F.coalesce(F.sum("copies"), F.lit(0)).alias("rows"),
         F.count_if(F.isnull("adata_id")).alias("nameless"),
         F.count_if(compared & (F.col("hashes") < F.col("copies"))).alias("undecided"),
         F.count_if(differ).alias("ambiguous"),
         F.min(F.when(differ, F.col("adata_id"))).alias("first"),
         F.count("sample_id").alias("in_samples"),
-    ).first()
-    assert told is not None  # an aggregate has one row
-    return told
+    ]
 
 
 def _found(rows: DataFrame, ledger: DataFrame, retry_failed: bool) -> DataFrame:

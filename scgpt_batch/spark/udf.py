@@ -224,7 +224,7 @@ def list_array(vectors: np.ndarray) -> pa.ListArray:
 
 
 def _batch(key: dict[str, Any], *, lines: int, **columns: Any) -> pa.RecordBatch:
-    columns |= {name: [value] * lines for name, value in key.items()}
+    columns |= {name: pa.repeat(pa.scalar(value, pa.string()), lines) for name, value in key.items()}
     arrays = []
     for field in ANSWERS:
         values = columns.get(field.name)
