@@ -183,8 +183,7 @@ class RowReader:
             binned = sp.csr_matrix(matrix[:, columns])
             if not (parameters.need_preprocess or parameters.data_is_binned):
                 binned = bin_matrix(binned, names[columns], parameters, COLLATOR_BINS)
-        counted = parameters.need_preprocess and parameters.mode == "static"
-        n_cells = adata.var["n_cells"].to_numpy() if counted else adata.X.getnnz(axis=0)
+        n_cells = adata.var["n_cells"].to_numpy() if adata.is_view else adata.X.getnnz(axis=0)
         told = (extra_warning, _empty_cells_warning(binned), decisions and decisions.warning)
         extra = [w for w in told if w]
         return PreparedRow(

@@ -75,15 +75,15 @@ def preprocess(
         Cells × genes, X in CSR. It is changed.
     genes_only
         Leave out normalising and logs where they do not decide which genes survive (they do when their result key
-        is empty and they so replace X, which the choice of variable genes looks at), and count in var's `n_cells` the
-        cells that carry each gene: to look at X after the cut would copy it.
+        is empty and they so replace X, which the choice of variable genes looks at). A cut is a view then, and var's
+        `n_cells` tells how many cells carry each gene: to look at the view's X would copy it.
     decisions
         Of the sample that the row belongs to: they take the place of the row's own choice of genes. Its cells may all
         be dropped then.
 
     Returns
     -------
-    The surviving cells × genes, with upstream's layers and scanpy's statistics in `var`; with `genes_only` a view.
+    The surviving cells × genes, with upstream's layers and scanpy's statistics in `var`.
 
     Raises
     ------
@@ -104,12 +104,13 @@ def preprocess(
         genes_known = decisions is not None and decisions.final
         if adata.n_obs and not (genes_only and (genes_known or (p.result_normed_key and p.result_log1p_key))):
             _normalize(adata, layer, p)
-        if genes_only:
-            adata.var["n_cells"] = adata.X.getnnz(axis=0)
         variable = _variable_genes(adata, p) if decisions is None else decisions.variable
     if variable is None:
         return adata
-    return adata[:, variable] if genes_only else adata[:, variable].copy()
+    if genes_only:
+        adata.var["n_cells"] = adata.X.getnnz(axis=0)
+        return adata[:, variable]
+    return adata[:, variable].copy()
 
 
 def min_counts(parameters: Parameters) -> float:
