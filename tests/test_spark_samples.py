@@ -4,14 +4,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import assert_close
 from pyspark.sql import functions as F
+from pyspark.sql.pandas.types import from_arrow_schema
 
 from scgpt_batch.anndata_rows import arrow_rows, to_row
 from scgpt_batch.embedder import load_embedder
 from scgpt_batch.parameters import Parameters
 from scgpt_batch.spark.samples import decisions, means
-from scgpt_batch.spark.udf import ANSWERS_DDL, ROW_KEY, ModelRef, answer_batches
+from scgpt_batch.spark.udf import ANSWERS, ROW_KEY, ModelRef, answer_batches
+from tests.helpers import assert_close
 
 CHECKPOINT = Path(__file__).parent / "data/golden/checkpoint_flash"
 ROWS = "sample_id STRING, adata_id STRING, content_hash STRING, x_data ARRAY<FLOAT>, x_indices ARRAY<INT>, \
@@ -74,7 +75,7 @@ def test_the_means_of_larger_samples_are_those_of_the_joined_cells(spark, rows, 
     keys = rows.select("adata_id", "sample_id")
     sums = (
         rows.join(F.broadcast(decided), "sample_id")
-        .mapInArrow(embed_sums(ref, parameters), ANSWERS_DDL)
+        .mapInArrow(embed_sums(ref, parameters), from_arrow_schema(ANSWERS))
         .where("report IS NULL")
         .join(keys, "adata_id")
     )

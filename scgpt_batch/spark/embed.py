@@ -22,6 +22,7 @@ import pandas as pd
 from pyspark import StorageLevel
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
+from pyspark.sql.pandas.types import from_arrow_schema
 from pyspark.sql.utils import is_remote
 
 import scgpt_batch
@@ -35,8 +36,8 @@ from scgpt_batch.spark.maintain import prune
 from scgpt_batch.spark.missing import Missing, between_neighbours, missing_rows, n_tasks, with_tasks
 from scgpt_batch.spark.samples import decisions, means
 from scgpt_batch.spark.udf import (
-    ANSWERS_DDL,
-    VECTORS_DDL,
+    ANSWERS,
+    VECTORS,
     ModelRef,
     Work,
     embed_rows,
@@ -281,7 +282,7 @@ def _answered(job: Job, rows: DataFrame, wave: pd.DataFrame, *, alone: bool) -> 
     """Compute the answers once, onto the executors' disks; commit the embeddings, then the ledger; return its lines."""
     work = replace(job.work, sums=_summed(job, wave))
     run = embed_rows_alone(work) if alone else embed_rows(work)
-    answers = _payload(job, rows, wave).mapInArrow(run, ANSWERS_DDL).persist(StorageLevel.DISK_ONLY)
+    answers = _payload(job, rows, wave).mapInArrow(run, from_arrow_schema(ANSWERS)).persist(StorageLevel.DISK_ONLY)
     try:
         ledger: pd.DataFrame = _ledger_lines(job, answers).toPandas()
         lines = answers.where("report IS NULL")
@@ -393,7 +394,7 @@ def _with_static_vectors(job: Job, lines: DataFrame, order: Sequence[str]) -> Da
     Lines are put in order while they are small. A merge join by gene keeps it, so equal vectors lie side by side and
     compress to nothing.
     """
-    vectors = lines.select("gene").distinct().mapInArrow(static_vectors(job.work.model), VECTORS_DDL)
+    vectors = lines.select("gene").distinct().mapInArrow(static_vectors(job.work.model), from_arrow_schema(VECTORS))
     ordered = lines.drop("embedding").repartition("gene").sortWithinPartitions(*order)
     return ordered.hint("merge").join(vectors.hint("merge"), "gene")
 

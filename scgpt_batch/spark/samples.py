@@ -14,26 +14,30 @@ import numpy as np
 import pyarrow as pa
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
+from pyspark.sql.pandas.types import from_arrow_schema
 
 from scgpt_batch.anndata_rows import PAYLOAD_COLUMNS, arrow_rows
 from scgpt_batch.decisions import Decisions
 from scgpt_batch.parameters import Parameters
 from scgpt_batch.prepare import given_decisions
 from scgpt_batch.samples import Statistics, decide, merge, passes, statistics
-from scgpt_batch.spark.udf import Batches, ModelRef, list_array
+from scgpt_batch.spark.udf import VECTOR, Batches, ModelRef, list_array
 
 SAMPLES_AT_ONCE = 8  # whose sums a task holds back to add further rows to: some MB each
 GENE_SHARES = 64  # a sample's means are taken in so many parts: its rows × genes never meet in one task
 
 PARTS = pa.schema([("sample_id", pa.string()), ("statistics", pa.binary()), ("decisions", pa.binary())])
-PARTS_DDL = "sample_id STRING, statistics BINARY, decisions BINARY"
 DECISIONS = pa.schema([("sample_id", pa.string()), ("decisions", pa.binary())])
-DECISIONS_DDL = "sample_id STRING, decisions BINARY"
-MEANS_DDL = "sample_id STRING, `group` STRING, gene STRING, n_cells INT, embedding ARRAY<FLOAT>"
+MEANS = pa.schema(
+    [
+        ("sample_id", pa.string()), ("group", pa.string()), ("gene", pa.string()), ("n_cells", pa.int32()),
+        ("embedding", VECTOR),
+    ]
+)  # fmt: skip
 
 
 def decisions(rows: DataFrame, model: ModelRef, parameters: Parameters, min_coverage: float) -> DataFrame:
-    """Decide which genes each sample keeps, as scanpy would on all of its cells: `DECISIONS_DDL`, a line a sample.
+    """Decide which genes each sample keeps, as scanpy would on all of its cells: `DECISIONS`, a line a sample.
 
     Reads the rows once a pass (`samples.passes`). Between passes the decisions come to the driver: some 10 bytes a
     gene and sample, whatever the number of cells.
@@ -51,17 +55,17 @@ def decisions(rows: DataFrame, model: ModelRef, parameters: Parameters, min_cove
         held = [name for name in (*PAYLOAD_COLUMNS, "n_obs", "n_vars", "x_dtype") if name in rows.columns]
         step = (
             given.select("sample_id", "decisions", *held)
-            .mapInArrow(contributions(model, parameters, min_coverage), PARTS_DDL)
+            .mapInArrow(contributions(model, parameters, min_coverage), from_arrow_schema(PARTS))
             .groupBy("sample_id")
-            .applyInArrow(decider(parameters), DECISIONS_DDL)
+            .applyInArrow(decider(parameters), from_arrow_schema(DECISIONS))
         )
-        decided = rows.sparkSession.createDataFrame(step.toPandas(), DECISIONS_DDL)
+        decided = rows.sparkSession.createDataFrame(step.toPandas(), from_arrow_schema(DECISIONS))
     assert decided is not None
     return decided
 
 
 def means(sums: DataFrame) -> DataFrame:
-    """Turn the rows' contextual sums into the samples' means over all cells: `MEANS_DDL`.
+    """Turn the rows' contextual sums into the samples' means over all cells: `MEANS`.
 
     Parameters
     ----------
@@ -70,7 +74,7 @@ def means(sums: DataFrame) -> DataFrame:
     """
     share = F.pmod(F.xxhash64("gene"), F.lit(GENE_SHARES))
     columns = ("sample_id", "adata_id", "group", "gene", "n_cells", "embedding")
-    return sums.select(*columns).groupBy("sample_id", share).applyInArrow(_means, MEANS_DDL)
+    return sums.select(*columns).groupBy("sample_id", share).applyInArrow(_means, from_arrow_schema(MEANS))
 
 
 def contributions(model: ModelRef, parameters: Parameters, min_coverage: float) -> Callable[[Batches], Batches]:
@@ -129,7 +133,8 @@ def _means(lines: pa.Table) -> pa.Table:
             "sample_id": first["sample_id"],
             "group": first["group"],
             "gene": first["gene"],
-            "n_cells": pa.array(cells, pa.int32()),
+            "n_cells": cells,
             "embedding": list_array(np.add.reduceat(sums, starts) / cells[:, None]),
-        }
+        },
+        MEANS,
     )

@@ -28,6 +28,9 @@ from scgpt_batch.spark.isolated import answers_alone
 
 Batches = Iterable[pa.RecordBatch]
 
+# What goes from workers to the JVM is told by Arrow schemas; Spark's own are made of them (`from_arrow_schema`).
+VECTOR = pa.list_(pa.field("element", pa.float32(), nullable=False))  # else the JVM asks of each number if it is null
+
 REPORT = pa.struct(
     [
         ("status", pa.string()), ("cells", pa.int64()), ("embeddings", pa.int64()), ("genes_in", pa.int32()),
@@ -40,16 +43,10 @@ REPORT = pa.struct(
 ANSWERS = pa.schema(
     [
         ("adata_id", pa.string()), ("content_hash", pa.string()), ("group", pa.string()), ("gene", pa.string()),
-        ("cell_id", pa.string()), ("n_cells", pa.int32()), ("embedding", pa.list_(pa.float32())), ("report", REPORT),
+        ("cell_id", pa.string()), ("n_cells", pa.int32()), ("embedding", VECTOR), ("report", REPORT),
     ]
 )  # fmt: skip
-ANSWERS_DDL = """
-    adata_id STRING, content_hash STRING, `group` STRING, gene STRING, cell_id STRING, n_cells INT,
-    embedding ARRAY<FLOAT>, report STRUCT<status: STRING, cells: BIGINT, embeddings: BIGINT, genes_in: INT,
-    genes_matched: INT, coverage: DOUBLE, warnings: ARRAY<STRING>, error_class: STRING, error_message: STRING>
-"""
-VECTORS = pa.schema([("gene", pa.string()), ("embedding", pa.list_(pa.float32()))])
-VECTORS_DDL = "gene STRING, embedding ARRAY<FLOAT>"
+VECTORS = pa.schema([("gene", pa.string()), ("embedding", VECTOR)])
 
 ROW_KEY = ("adata_id", "content_hash")
 LINES = 4096  # of a batch: 8 MB of vectors at d 512
@@ -220,7 +217,7 @@ def list_array(vectors: np.ndarray) -> pa.ListArray:
     """Lay a list array over the rows of a float32 matrix, without copying it."""
     n, d = vectors.shape
     flat = pa.array(np.ascontiguousarray(vectors, dtype=np.float32).ravel())
-    return pa.ListArray.from_arrays(np.arange(0, n * d + 1, d, dtype=np.int32), flat)
+    return pa.ListArray.from_arrays(np.arange(0, n * d + 1, d, dtype=np.int32), flat, type=VECTOR)
 
 
 def _batch(key: dict[str, Any], *, lines: int, **columns: Any) -> pa.RecordBatch:
