@@ -18,13 +18,15 @@ import pyspark
 REPO = Path(__file__).parents[1]
 SPARK_HOME = Path(pyspark.__file__).parent
 CONF = REPO / "conf/spark-local.conf"
+# These JVMs live for a minute or two: the second compiler would not pay.
+QUICK_JVM = {"JAVA_TOOL_OPTIONS": "-XX:TieredStopAtLevel=1"}
 
 
 def environment(**more: str) -> dict[str, str]:
-    """What a service gets: nothing of the test's own environment but the way to Java and to this Python."""
+    """What a process gets: nothing of the test's own environment but the way to Java and to this Python."""
     kept = {name: os.environ[name] for name in ("HOME", "JAVA_HOME", "LANG", "TMPDIR") if name in os.environ}
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return kept | {"PATH": path, "PYSPARK_PYTHON": sys.executable, "SPARK_LOCAL_IP": "127.0.0.1"} | more
+    return kept | QUICK_JVM | {"PATH": path, "PYSPARK_PYTHON": sys.executable, "SPARK_LOCAL_IP": "127.0.0.1"} | more
 
 
 def free_port() -> int:

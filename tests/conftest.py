@@ -57,7 +57,7 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with an MLflow store that MLflow uses until the module ends."""
-    from helpers import mlflow_store
+    from tests.helpers import mlflow_store
 
     folder = tmp_path_factory.mktemp("jobs")
     with mlflow_store(folder):

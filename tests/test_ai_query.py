@@ -9,8 +9,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import uvicorn
-from endpoint_process import EndpointProcess, payload
-from helpers import assert_close, mlflow_store, random_adata, write_rows
 from mlflow.pyfunc import scoring_server
 from pyspark.errors import PythonException
 
@@ -22,6 +20,8 @@ from scgpt_batch.demo import nearest_genes
 from scgpt_batch.errors import ConfigError
 from scgpt_batch.model import Vocabulary
 from scgpt_batch.spark import register_ai_query
+from tests.endpoint_process import EndpointProcess, payload
+from tests.helpers import assert_close, mlflow_store, random_adata, write_rows
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 EXAMPLES = Path(__file__).parents[1] / "examples" / "sql"

@@ -8,12 +8,12 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 import scipy.sparse as sp
-from helpers import assert_close, random_adata
 from hypothesis import given, settings
 
 from scgpt_batch.anndata_rows import PAYLOAD_COLUMNS, arrow_rows, from_row, is_empty, table_to_json, to_row
 from scgpt_batch.errors import PayloadError
 from tests.damaged_rows import LAYOUTS, ROW_TYPES, damaged_rows, plain
+from tests.helpers import assert_close, random_adata
 
 # Names that a reader who guesses types would turn into numbers, dates or missing values.
 ODD_NAMES = ["1", "01", "1.0", "1e5", "2020-01-01", "MARCH1", "NaN", "null", "", " a ", "β-catenin", "遺伝子", "🧬"]

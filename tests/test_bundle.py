@@ -4,7 +4,6 @@ import copy
 import tomllib
 from pathlib import Path
 
-import databricks_bundle as bundles
 import pytest
 import yaml
 from databricks.bundles.alerts import Alert
@@ -18,6 +17,7 @@ from databricks.bundles.volumes import Volume
 
 from scgpt_batch import cli
 from scgpt_batch.monitoring import bundle as generator
+from tests import databricks_bundle as bundles
 
 REPO = Path(__file__).parents[1]
 CLASSES = {

@@ -11,8 +11,6 @@ import tomllib
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 
-import databricks_bundle as bundles
-import inference_tables
 import mlflow
 import pytest
 from pyspark.sql import functions as F
@@ -21,6 +19,8 @@ from scgpt_batch.cli import main
 from scgpt_batch.monitoring.health import batch_alerts, endpoint_alerts
 from scgpt_batch.monitoring.monitor import SAMPLE, SHOWN, Findings
 from scgpt_batch.settings import MonitorSettings
+from tests import databricks_bundle as bundles
+from tests import inference_tables
 
 REPO = Path(__file__).parents[1]
 CATALOG = "spark_catalog"

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_close
 from safetensors.torch import save_file
 
 from scgpt_batch.errors import CheckpointError
 from scgpt_batch.model import ModelConfig, ScGPT, Vocabulary, checkpoint_digest, load_checkpoint
+from tests.helpers import assert_close
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 LAYOUTS = ("flash", "torch")

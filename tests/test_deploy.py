@@ -9,17 +9,16 @@ from copy import deepcopy
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-import databricks_workspace
-import inference_tables
 import mlflow
 import numpy as np
 import pytest
-from databricks_workspace import Fault, Workspace, serve
-from helpers import assert_close, small_rows
 from mlflow.pyfunc import scoring_server
 
 from scgpt_batch.anndata_rows import from_row
 from scgpt_batch.cli import FAILED, OK, WRONG_USAGE
+from tests import databricks_workspace, inference_tables
+from tests.databricks_workspace import Fault, Workspace, serve
+from tests.helpers import assert_close, small_rows
 
 MODEL = "main.lab.scgpt"
 TABLE = "main.lab.scgpt_payload"

@@ -16,7 +16,6 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 import torch
-from helpers import assert_close, random_adata
 
 from scgpt_batch import answers as answers_module
 from scgpt_batch import embedder as embedder_module
@@ -36,6 +35,7 @@ from scgpt_batch.model import Checkpoint, ScGPT, Vocabulary, load_checkpoint
 from scgpt_batch.parameters import Parameters
 from scgpt_batch.prepare import RowReader, allowed_path
 from scgpt_batch.preprocess import tokenize
+from tests.helpers import assert_close, random_adata
 
 DATA = Path(__file__).parent / "data"
 GOLDEN = DATA / "golden"

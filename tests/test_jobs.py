@@ -21,9 +21,9 @@ from scgpt_batch.cli import OK, TOO_MANY_FAILED_ROWS, WRONG_USAGE, main
 from scgpt_batch.embedder import load_embedder, loads_in_this_process
 from scgpt_batch.parameters import Parameters
 from scgpt_batch.spark.udf import ModelRef
+from tests.cluster import CONF, REPO, environment
 from tests.helpers import assert_close, small_rows, write_rows
 
-REPO = Path(__file__).parents[1]
 BINS_ONLY = ["--need-preprocess", "false", "--data-is-raw", "true"]
 
 
@@ -385,18 +385,12 @@ def test_settings_come_from_file_environment_and_flags_in_this_order(spark, run,
 
 def test_spark_submit_runs_the_job_file(home, model, rows_table):
     """The same from outside: a JVM of its own, flags, the JSON line last."""
-    bin_folder = Path(sys.executable).parent
     command = [
-        bin_folder / "spark-submit", "--properties-file", REPO / "conf/spark-local.conf", REPO / "jobs/embed_genes.py",
+        Path(sys.executable).with_name("spark-submit"), "--properties-file", CONF, REPO / "jobs/embed_genes.py",
         "--model-uri", model, "--input-table", rows_table, "--output-table", f"delta.`{home}/submitted`",
         "--tracking-uri", mlflow.get_tracking_uri(), *BINS_ONLY,
     ]  # fmt: skip
-    environment = {
-        "PATH": f"{bin_folder}:/usr/bin:/bin",
-        "SPARK_LOCAL_IP": "127.0.0.1",
-        "PYSPARK_PYTHON": sys.executable,
-    }
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=600, check=False)
     assert done.returncode == OK, done.stderr[-2000:]
     told = json.loads(done.stdout.strip().splitlines()[-1])
     assert (told["rows_ok"], told["embeddings"]) == (4, 8800)

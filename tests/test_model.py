@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_close
 from torch import nn
 
 from scgpt_batch.errors import ConfigError
@@ -15,6 +14,7 @@ from scgpt_batch.model import ScGPT, load_checkpoint
 from scgpt_batch.model import attention as attention_module
 from scgpt_batch.model.attention import BACKENDS, LONG, Packing, attention, choose_backend
 from scgpt_batch.model.transformer import SelfAttention
+from tests.helpers import assert_close
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 

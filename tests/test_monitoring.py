@@ -7,19 +7,19 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-import inference_tables
 import numpy as np
 import pandas as pd
 import pytest
 from deltalake import DeltaTable
-from endpoint_process import EndpointProcess, payload
-from helpers import assert_close, mlflow_store, random_adata
 
 from scgpt_batch import registry
 from scgpt_batch.anndata_rows import to_row
 from scgpt_batch.errors import ConfigError
 from scgpt_batch.model import Vocabulary
 from scgpt_batch.monitoring import queries
+from tests import inference_tables
+from tests.endpoint_process import EndpointProcess, payload
+from tests.helpers import assert_close, mlflow_store, random_adata
 
 UNTIL = datetime(2026, 11, 20, 12, 30, tzinfo=UTC)
 SINCE = UNTIL - timedelta(days=5)

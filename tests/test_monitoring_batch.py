@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import assert_close, mlflow_store, random_adata, write_rows
 from pyspark.sql import functions as F
 
 from scgpt_batch import registry
@@ -16,6 +15,7 @@ from scgpt_batch.anndata_rows import to_row
 from scgpt_batch.cli import ALERTS, OK, main
 from scgpt_batch.model import Vocabulary
 from scgpt_batch.monitoring import queries
+from tests.helpers import assert_close, mlflow_store, random_adata, write_rows
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 # all over the vocabulary: in `trained_on` the later a gene, the farther it moved

@@ -5,13 +5,13 @@ import threading
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
-import inference_tables
 import pytest
 
 from scgpt_batch.cli import ALERTS, OK, WRONG_USAGE, main
 from scgpt_batch.monitoring.health import batch_alerts
 from scgpt_batch.monitoring.monitor import monitor
 from scgpt_batch.settings import MonitorSettings
+from tests import inference_tables
 
 NOW = datetime(2026, 11, 20, 12, 30, tzinfo=UTC)
 

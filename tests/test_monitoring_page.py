@@ -4,7 +4,6 @@ import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 
-import inference_tables
 import pandas as pd
 import pytest
 from playwright.sync_api import sync_playwright
@@ -12,6 +11,7 @@ from playwright.sync_api import sync_playwright
 from scgpt_batch.cli import ALERTS, main
 from scgpt_batch.monitoring import page as pages
 from scgpt_batch.settings import MonitorSettings
+from tests import inference_tables
 
 SCREENSHOTS = Path(__file__).parents[1] / ".cache" / "screenshots"
 HOSTILE = [

@@ -10,7 +10,6 @@ import pandas as pd
 import pytest
 import scanpy as sc
 import scipy.sparse as sp
-from helpers import assert_close, random_adata
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,6 +31,7 @@ from scgpt_batch.preprocess import (
     tokenize,
     value_warning,
 )
+from tests.helpers import assert_close, random_adata
 
 DATA = Path(__file__).parent / "data"
 RAW_V3 = ("raw_v3", "raw_v3_batch")  # scanpy ranks these genes with an unstable sort

@@ -8,10 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import small_rows, write_rows
 
 from scgpt_batch import promotion, registry
 from scgpt_batch.cli import FAILED, OK, WRONG_USAGE
+from tests.helpers import small_rows, write_rows
 
 PATIENT = ("--max-slowdown", "100")  # two processes on a busy machine: their times are no subject here
 

@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
-from helpers import assert_close, mlflow_store, random_adata
 from mlflow.models import convert_input_example_to_serving_input
 from mlflow.pyfunc.scoring_server import invocations
 from mlflow.types import DataType
@@ -25,6 +24,7 @@ from scgpt_batch.anndata_rows import PAYLOAD_COLUMNS, to_row
 from scgpt_batch.errors import ConfigError, LowCoverage, PayloadError
 from scgpt_batch.model import Vocabulary
 from scgpt_batch.parameters import Parameters
+from tests.helpers import assert_close, mlflow_store, random_adata
 
 DATA = Path(__file__).parent / "data"
 GOLDEN = DATA / "golden"

@@ -9,13 +9,13 @@ from pathlib import Path
 import mlflow
 import pytest
 import torch
-from helpers import assert_close, mlflow_store
 
 import scgpt_batch
 from scgpt_batch import registry
 from scgpt_batch.errors import CheckpointError, ConfigError
 from scgpt_batch.model import checkpoint_digest, load_checkpoint
 from scgpt_batch.parameters import Parameters
+from tests.helpers import assert_close, mlflow_store
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "data" / "golden"

@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
-from helpers import assert_close
 
 from scgpt_batch.anndata_rows import from_row, to_row
 from scgpt_batch.decisions import Decisions
@@ -20,6 +19,7 @@ from scgpt_batch.parameters import Parameters
 from scgpt_batch.prepare import RowReader
 from scgpt_batch.preprocess import preprocess
 from scgpt_batch.samples import Statistics, decide, exact_sums, merge, passes, statistics
+from tests.helpers import assert_close
 
 DATA = Path(__file__).parent / "data"
 FLAVORS = ["cell_ranger", "seurat", "seurat_v3", "seurat_v3_paper"]

@@ -17,8 +17,6 @@ import psutil
 import pytest
 import requests
 from deltalake import DeltaTable
-from endpoint_process import EndpointProcess, payload
-from helpers import assert_close, mlflow_store, random_adata
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -28,6 +26,8 @@ from scgpt_batch.errors import ConfigError, PartsFailed
 from scgpt_batch.model import Vocabulary
 from scgpt_batch.parameters import Parameters
 from scgpt_batch.serving import client
+from tests.endpoint_process import EndpointProcess, payload
+from tests.helpers import assert_close, mlflow_store, random_adata
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 GENES = [*Vocabulary.from_file(GOLDEN / "checkpoint_flash" / "vocab.json").tokens[:30], "not-a-gene"]

@@ -12,8 +12,6 @@ from pathlib import Path
 import pytest
 import requests
 from deltalake import DeltaTable, write_deltalake
-from endpoint_process import EndpointProcess, payload
-from helpers import mlflow_store, random_adata
 
 from scgpt_batch import registry
 from scgpt_batch.anndata_rows import to_row
@@ -21,6 +19,8 @@ from scgpt_batch.errors import ConfigError
 from scgpt_batch.model import Vocabulary
 from scgpt_batch.serving.inference_log import MAX_PAYLOAD, SCHEMA, Exchange, InferenceLog, Spool, table_path
 from scgpt_batch.serving.metrics import Metrics
+from tests.endpoint_process import EndpointProcess, payload
+from tests.helpers import mlflow_store, random_adata
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 GENES = Vocabulary.from_file(GOLDEN / "checkpoint_flash" / "vocab.json").tokens[:30]

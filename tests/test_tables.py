@@ -8,13 +8,13 @@ from threading import Event
 
 import pytest
 from deltalake import DeltaTable
-from helpers import append
 from pyspark.sql import functions as F
 
 from scgpt_batch.errors import ConfigError, ScgptBatchError
 from scgpt_batch.settings import MaintainSettings
 from scgpt_batch.spark import tables
 from scgpt_batch.spark.maintain import maintain, prune
+from tests.helpers import append
 
 GENES = [f"GENE{i:03}" for i in range(200)]
 FIRST_VERSION = """

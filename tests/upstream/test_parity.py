@@ -9,7 +9,6 @@ import pytest
 import scanpy as sc
 import scgpt.tasks
 import torch
-from helpers import assert_close
 from scgpt.model import TransformerModel
 from scgpt.preprocess import Preprocessor, binning
 from scgpt.tokenizer.gene_tokenizer import GeneVocab
@@ -20,6 +19,7 @@ from scgpt_batch.embedder import Embedder
 from scgpt_batch.model import load_checkpoint
 from scgpt_batch.parameters import Parameters
 from scgpt_batch.preprocess import bin_range, binned_layer, preprocess
+from tests.helpers import assert_close
 
 pytestmark = pytest.mark.upstream
 
