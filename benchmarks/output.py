@@ -19,6 +19,7 @@ from scgpt_batch.spark.session import get_spark
 from scgpt_batch.spark.udf import ANSWERS, list_array
 
 EMBSIZE, LINES = 512, 153_600  # 128 rows of 1,200 genes
+WARM_UPS, RUNS = 10, 5  # until some ten runs the JVM compiles Spark's planner beside the writer, on the same cores
 LAYOUTS = {
     "contextual": "adata_id STRING, gene STRING, embedding ARRAY<FLOAT>, n_cells INT",
     "cell": "adata_id STRING, cell_id STRING, embedding ARRAY<FLOAT>",
@@ -56,7 +57,7 @@ def _pyarrow_seconds() -> float:
 
 
 def _delta_seconds(spark: SparkSession, name: str, schema: str) -> float:
-    """The median of three, after three that do not count: the JVM compiles its writer until then."""
+    """The median of `RUNS`, after `WARM_UPS` that do not count."""
     out = WORK / f"output_{name}"
     columns = pa.schema([ANSWERS.field(column.split()[0]) for column in schema.split(", ")])
     width = EMBSIZE  # workers know nothing of this folder
@@ -71,10 +72,10 @@ def _delta_seconds(spark: SparkSession, name: str, schema: str) -> float:
 
     tables.create(spark, f"delta.`{out}`", schema)
     taken = []
-    for _ in range(6):
+    for _ in range(WARM_UPS + RUNS):
         lines = spark.range(LINES // 1200, numPartitions=2).mapInArrow(answers, from_arrow_schema(columns))
         started = time.perf_counter()
         lines.write.format("delta").option("compression", "zstd").mode("overwrite").save(str(out))
         taken.append(time.perf_counter() - started)
     shutil.rmtree(out)
-    return statistics.median(taken[3:])
+    return statistics.median(taken[WARM_UPS:])
