@@ -60,10 +60,9 @@ def _delta_seconds(spark: SparkSession, name: str, schema: str) -> float:
     """The median of `RUNS`, after `WARM_UPS` that do not count."""
     out = WORK / f"output_{name}"
     columns = pa.schema([ANSWERS.field(column.split()[0]) for column in schema.split(", ")])
-    width = EMBSIZE  # workers know nothing of this folder
 
     def answers(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        buffer = np.random.default_rng(0).standard_normal((1200, width), dtype=np.float32)
+        buffer = np.random.default_rng(0).standard_normal((1200, EMBSIZE), dtype=np.float32)
         filled = {"embedding": list_array(buffer), "n_cells": pa.array([7] * 1200, pa.int32())}
         names = pa.array([f"NAME{i:05d}" for i in range(1200)])
         lines = pa.RecordBatch.from_arrays([filled.get(name, names) for name in columns.names], schema=columns)

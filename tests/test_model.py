@@ -206,9 +206,9 @@ def test_a_new_gpu_runs_packed_attention_in_bfloat16_alone(monkeypatch):
 
 
 def on_gpu(test):
-    """Mark a test of CUDA kernels. It is skipped without a GPU because these exist nowhere else: on another device it
-    would test what the tests above do. Whoever has one runs all of them, `pytest -m gpu`."""
-    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")(test))
+    """Mark a test of CUDA kernels, which elsewhere would test again what the tests above do."""
+    reason = "CUDA kernels run on a GPU alone: `pytest -m gpu` where there is one"
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason=reason)(test))
 
 
 def backends_of_this_gpu():

@@ -31,6 +31,7 @@ from deltalake import DeltaTable, write_deltalake
 from scgpt_batch.anndata_rows import to_row
 from scgpt_batch.embedder import Embedder, load_embedder
 from scgpt_batch.parameters import Parameters
+from tests.cluster import QUICK_JVM
 
 REPO = Path(__file__).parents[2]
 CHECKPOINT = REPO / "tests" / "data" / "golden" / "checkpoint_flash"
@@ -40,9 +41,6 @@ KEY = ["adata_id", "cell_id", "mode", "model_name", "model_version", "params_has
 CELLS = 3  # of a row
 WAVE = 4  # rows of a wave
 TOLERANCE = 1e-5  # of a vector's numbers in float32, whatever the partitions, waves and order
-
-# These JVMs live for a minute: the second compiler would not pay (measured: a start of 19 s instead of 26).
-QUICK_JVM = "spark.driver.extraJavaOptions=-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
 
 ADATA_ROWS = pa.schema(
     [
@@ -102,7 +100,7 @@ class Driver:
 
     def __init__(self, folder: Path, environment: dict[str, str], *conf: str) -> None:
         folder.mkdir()
-        self._conf, self._log, self._read = conf, folder / "stderr", 0
+        self._conf, self._log, self._read = ["--spark-conf", *conf] if conf else [], folder / "stderr", 0
         self._reader = ThreadPoolExecutor(1)
         self._ending: Future[Ended] | None = None
         with self._log.open("w") as log:
@@ -114,7 +112,7 @@ class Driver:
     def start(self, words: Iterable[object]) -> None:
         """Begin a command; the settings of Spark count when it is the first."""
         self._read = self._log.stat().st_size
-        line = json.dumps([*map(str, words), "--spark-conf", QUICK_JVM, *self._conf])
+        line = json.dumps([*map(str, words), *self._conf])
         self.process.stdin.write(line + "\n")
         self.process.stdin.flush()
         self._ending = self._reader.submit(self._wait)
@@ -152,6 +150,7 @@ class Bench:
         # the caller's own experiment and store are not ours
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
         self.environment = inherited | {
+            **QUICK_JVM,
             "PYTHONPATH": str(REPO),
             "SPARK_LOCAL_IP": "127.0.0.1",
             "MLFLOW_TRACKING_URI": f"sqlite:///{self.folder}/mlflow.db",
@@ -181,7 +180,7 @@ class Bench:
         """The console script, as a user calls it."""
         with log.open("w") as said:
             process = subprocess.Popen(
-                [COMMAND, *map(str, words), "--spark-conf", QUICK_JVM], cwd=self.folder, env=self.environment,
+                [COMMAND, *map(str, words)], cwd=self.folder, env=self.environment,
                 stdout=subprocess.DEVNULL, stderr=said, start_new_session=True,
             )  # fmt: skip
         self._stack.callback(kill, process)
