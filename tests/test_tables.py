@@ -4,7 +4,7 @@ import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Event
+from threading import Event, Timer
 
 import pytest
 from deltalake import DeltaTable
@@ -87,7 +87,7 @@ def test_an_older_table_of_ours_gets_the_new_columns_and_keeps_its_rows(spark, t
     older = tables.GENE_EMBEDDINGS.replace(", n_cells INT", "")
     spark.sql(f"CREATE TABLE {table} ({older}) USING delta")
     append(vectors(spark).drop("n_cells"), table)
-    assert tables.create(spark, table, tables.GENE_EMBEDDINGS, vector_length=4) is False
+    tables.create(spark, table, tables.GENE_EMBEDDINGS, vector_length=4)
     append(vectors(spark, version="2"), table)
     assert [tuple(row) for row in spark.table(table).groupBy("n_cells").count().orderBy("n_cells").collect()] == [
         (None, len(GENES)),
@@ -118,22 +118,46 @@ def test_runs_that_make_a_table_at_once_all_find_it_made(spark, table):
 
 
 @pytest.mark.parametrize("named", [False, True])
+def test_a_table_that_another_run_is_about_to_commit_is_waited_for(spark, table, tmp_path, named):
+    """Between its folder and its first commit Delta says that the place is taken, or that the table is made."""
+    folder, name = _place(spark, table, tmp_path, "committed_late", named=named)
+    tables.create(spark, f"delta.`{tmp_path}/other`", tables.LEDGER)
+    (folder / "_delta_log").mkdir(parents=True)
+
+    def commit():
+        shutil.copy(tmp_path / "other/_delta_log/00000000000000000000.json", folder / "_delta_log")
+
+    late = Timer(2, commit)
+    late.start()
+    tables.create(spark, name, tables.LEDGER)
+    late.join()
+    assert spark.table(name).count() == 0
+
+
+@pytest.mark.parametrize("named", [False, True])
 def test_what_a_run_left_that_was_killed_while_it_made_a_table_is_told_and_can_be_removed(
-    spark, table, tmp_path, named
+    spark, table, tmp_path, monkeypatch, named
 ):
-    folder, name = tmp_path / "table", table
-    if named:
-        folder, name = Path(spark.conf.get("spark.sql.warehouse.dir").removeprefix("file:")) / "half_made", "half_made"
+    monkeypatch.setattr(tables, "CREATE_TRIES", 2)  # nobody is going to commit it
+    folder, name = _place(spark, table, tmp_path, "half_made", named=named)
     (folder / "_delta_log").mkdir(parents=True)
     (folder / "_delta_log" / ".00000000000000000000.json.tmp").write_text("{")
     with pytest.raises(ConfigError, match=r"the folder of .* holds files .* remove it"):
         tables.create(spark, name, tables.LEDGER)
     shutil.rmtree(folder)
-    assert tables.create(spark, name, tables.LEDGER)
+    tables.create(spark, name, tables.LEDGER)
     assert spark.table(name).count() == 0
 
 
-def test_a_folder_of_other_files_is_refused(spark, table, tmp_path):
+def _place(spark, table, tmp_path, name, *, named):
+    """The folder of a table, and what it is called: by its path, or by a name in the warehouse."""
+    if not named:
+        return tmp_path / "table", table
+    return Path(spark.conf.get("spark.sql.warehouse.dir").removeprefix("file:")) / name, name
+
+
+def test_a_folder_of_other_files_is_refused(spark, table, tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "CREATE_TRIES", 2)
     (tmp_path / "table").mkdir()
     (tmp_path / "table" / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match=r"the folder of delta.* holds files that are no Delta table"):
@@ -191,7 +215,7 @@ def test_runs_in_threads_of_one_session_leave_its_setting_as_it_was(spark, table
 
 
 def test_a_table_takes_vectors_of_one_length_and_tells_its_changes(spark, table, tmp_path):
-    assert tables.create(spark, table, tables.GENE_EMBEDDINGS, vector_length=4)
+    tables.create(spark, table, tables.GENE_EMBEDDINGS, vector_length=4)
     append(vectors(spark), table)
     tables.create(spark, table, tables.GENE_EMBEDDINGS, vector_length=4)
     with pytest.raises(ConfigError, match="one length"):

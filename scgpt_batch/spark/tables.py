@@ -72,10 +72,11 @@ _VECTOR_LENGTH = "delta.constraints.vector_length"
 
 COMMIT_TRIES = 12  # over some four minutes
 CREATE_TRIES = 4  # over some seven seconds: another run makes the table at most once
-# how Delta says that another writer was faster, also in making the table
+_NO_TABLE = "holds files that are no Delta table"
+# how Delta says that another writer was faster, also in making the table; and how we say that it may be making it
 _CONFLICTS = (
     "DELTA_CONCURRENT", "DELTA_METADATA_CHANGED", "DELTA_PROTOCOL_CHANGED", "ALREADY_EXISTS", "FileAlreadyExists",
-    "DELTA_TABLE_ID_MISMATCH", "NON_EMPTY_LOCATION",
+    "DELTA_TABLE_ID_MISMATCH", _NO_TABLE,
 )  # fmt: skip
 
 # what may be in the way; Hadoop's file systems keep the reason to themselves
@@ -155,8 +156,8 @@ def _completed(rows: DataFrame, table: str, columns: str) -> DataFrame:
     return rows.select(*taken, *lacking)
 
 
-def create(spark: SparkSession, table: str, columns: str, *, vector_length: int | None = None) -> bool:
-    """Create a table with these columns unless it is there; tell whether it was created.
+def create(spark: SparkSession, table: str, columns: str, *, vector_length: int | None = None) -> None:
+    """Create a table with these columns unless it is there.
 
     A table that is there gets those columns which newer versions of this package added. With `vector_length` the
     table takes vectors of that length only, and keeps a change feed, so that a search index can follow it.
@@ -171,27 +172,33 @@ def create(spark: SparkSession, table: str, columns: str, *, vector_length: int 
     """
     if exists(spark, table):
         _adapt(spark, table, columns, vector_length)
-        return False
+        return
     schema = table.rsplit(".", 1)[0] if not _PATH.fullmatch(table) and "." in table else None
     if schema:
         spark.sql(f"CREATE SCHEMA IF NOT EXISTS {schema}")
     promises = "" if vector_length is None else f"TBLPROPERTIES ({_promises(vector_length)})"
     statement = f"CREATE TABLE IF NOT EXISTS {table} ({columns}) USING delta {promises}"
+    _retried(table, lambda: _make(spark, table, statement), tries=CREATE_TRIES)
+
+
+def _make(spark: SparkSession, table: str, statement: str) -> None:
+    """Make the table and look that it is there.
+
+    Between the folder of another run's table and its first commit Delta says either that the place is taken, or, asked
+    to make a table at a path, that it is made. A run that was killed there looks the same, until one has waited.
+    """
     try:
-        _retried(table, lambda: spark.sql(statement), tries=CREATE_TRIES)
-        made = exists(spark, table)  # Delta takes an empty log for a table when it is asked to make one at a path
+        spark.sql(statement)
     except Exception as exc:  # an error of Java's file systems has no class of its own here
         if "DELTA_CANNOT_CREATE_LOG_PATH" in str(exc):
             raise ScgptBatchError(f"cannot make the folder of {table}: {_NO_FOLDER}") from exc
         if "NON_EMPTY_LOCATION" not in str(exc):
             raise
-        made = False
-    if not made:
+    if not exists(spark, table):
         raise ConfigError(
-            f"the folder of {table} holds files that are no Delta table: name another table, or, where a run was "
-            "killed while it made this one, remove it"
+            f"the folder of {table} {_NO_TABLE}: name another table, or, where a run was killed while it made this "
+            "one, remove it"
         )
-    return True
 
 
 def replace(rows: DataFrame, table: str, condition: Callable[[], str]) -> None:
