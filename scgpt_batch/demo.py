@@ -23,8 +23,12 @@ from scgpt_batch.settings import Summary, SummarySettings
 logger = logging.getLogger(__name__)
 
 EMBSIZE, NHEADS, NLAYERS, D_HID = 128, 4, 3, 128
+N_BINS = 51
+BIAS = 0.1  # standard deviation of the biases of linear layers
 FACTORS = 32  # of the co-expression that are kept: cell types and their programmes, not single cells' noise
 MIN_CELLS = 10  # a gene seen in fewer gets a random vector: so few cells say nothing about it
+
+MODEL = ["mode", "model_name", "model_version", "params_hash"]  # columns that tell the vectors of one model from others
 
 WHAT_IT_IS = (
     "Demo checkpoint of scgpt_batch: gene vectors from the co-expression of {source}, random transformer layers. "
@@ -58,7 +62,7 @@ def write_demo_checkpoint(h5ad: Path, out: Path, *, seed: int = 0) -> Summary:
     torch.save(_state_dict(table, seed), out / "best_model.pt")
     (out / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
     args = {
-        "data_source": told, "input_style": "binned", "input_emb_style": "continuous", "n_bins": 51,
+        "data_source": told, "input_style": "binned", "input_emb_style": "continuous", "n_bins": N_BINS,
         "pad_token": "<pad>", "pad_value": -2, "mask_value": -1, "embsize": EMBSIZE, "nheads": NHEADS,
         "nlayers": NLAYERS, "d_hid": D_HID, "n_layers_cls": 3, "dropout": 0.2, "max_seq_len": 1200,
     }  # fmt: skip
@@ -109,37 +113,76 @@ def summarize(spark: Any, settings: SummarySettings) -> Summary:
     from scgpt_batch.spark import tables
 
     table = tables.table_name(settings.output_table)
-    rows = tables.read(spark, table, tables.GENE_EMBEDDINGS)
-    samples, n_genes, n_lines = rows.agg(F.countDistinct("adata_id"), F.countDistinct("gene"), F.count("*")).collect()[
-        0
-    ]
-    ledger = tables.read(spark, tables.beside(table, "_ledger"), tables.LEDGER).where("status = 'ok'")
-    cells = ledger.agg(F.sum("cells")).collect()[0][0] or 0
-    # a static vector is the same in every row: one of each gene
-    one = rows.where("mode = 'static'").groupBy("gene").agg(F.first("embedding").alias("embedding")).toArrow()
-    genes = one["gene"].to_pylist()
-    vectors = np.array(one["embedding"].to_pylist(), np.float32)
-    neighbours = {gene: nearest_genes(genes, vectors, gene, settings.neighbours) for gene in settings.genes}
-    print(f"{samples} rows (samples) with {cells} cells; {n_genes} genes, {n_lines} embeddings")
+    ledger_table = tables.beside(table, "_ledger")
+    lines = tables.read(spark, table, tables.GENE_EMBEDDINGS)
+    rows = embedded_rows(tables.read(spark, ledger_table, tables.LEDGER))
+    counted = lines.groupBy(*MODEL).agg(F.countDistinct("gene").alias("genes"), F.count("*").alias("embeddings"))
+    counted = counted.join(rows.groupBy(*MODEL).agg(F.count("*").alias("rows"), F.sum("cells").alias("cells")), MODEL,
+                           "left").orderBy(*MODEL)  # fmt: skip
+    models = [line.asDict() for line in counted.fillna(0, ["rows", "cells"]).collect()]
+    genes = lines.agg(F.countDistinct("gene")).collect()[0][0]
+    # a row that was embedded in several modes, or by several models, counts once
+    once = rows.groupBy("adata_id").agg(F.max_by("cells", "at").alias("cells"))
+    n_rows, cells = once.agg(F.count("*"), F.coalesce(F.sum("cells"), F.lit(0))).collect()[0]
+    neighbours = _nearest(lines, settings)
+    print(f"{n_rows} rows with {cells} cells; {genes} genes, {sum(model['embeddings'] for model in models)} embeddings")
+    for model in models:
+        print(
+            "  {mode}, {model_name} version {model_version}, parameters {params_hash}: {rows} rows with {cells} cells; "
+            "{genes} genes, {embeddings} embeddings".format_map(model)
+        )
     print(f"embeddings in {table}")
-    print(f"what happened to each row in {tables.beside(table, '_ledger')}")
+    print(f"what happened to each row in {ledger_table}")
     print("\nnearest genes by cosine similarity of their static embeddings")
     for gene, near in neighbours.items():
         found = ", ".join(f"{name} {cosine:.2f}" for name, cosine in near) or "not among the genes of this table"
         print(f"  {gene:<8} {found}")
     return {
-        "output_table": table, "rows": samples, "cells": cells, "genes": n_genes, "embeddings": n_lines,
+        "output_table": table, "rows": n_rows, "cells": cells, "genes": genes,
+        "embeddings": sum(model["embeddings"] for model in models), "models": models,
         "nearest_genes": {gene: [name for name, _ in near] for gene, near in neighbours.items()},
     }  # fmt: skip
 
 
+def embedded_rows(ledger: Any) -> Any:
+    """Return the ledger's line of each row, mode, model and parameters, if the last of them is "ok".
+
+    A row whose content changed has a line for each content: the last one counts.
+    """
+    from pyspark.sql import functions as F
+
+    last = ledger.groupBy("adata_id", *MODEL).agg(
+        F.max_by(F.struct("status", "cells"), "at").alias("last"), F.max("at").alias("at")
+    )
+    return last.where("last.status = 'ok'").select("adata_id", *MODEL, "last.cells", "at")
+
+
+def _nearest(lines: Any, settings: SummarySettings) -> dict[str, list[tuple[str, float]]]:
+    """Return the nearest genes of each that is asked for, among the static vectors that were written last."""
+    from pyspark.sql import functions as F
+
+    static = lines.where("mode = 'static'")
+    last = static.groupBy(*MODEL).agg(F.max("embedded_at").alias("at")).orderBy(F.desc("at")).limit(1)
+    # a static vector is the same in every row: one of each gene
+    one = static.join(last, MODEL).groupBy("gene").agg(F.first("embedding").alias("embedding")).toArrow()
+    genes = one["gene"].to_pylist()
+    vectors = np.array(one["embedding"].to_pylist(), np.float32)
+    return {gene: nearest_genes(genes, vectors, gene, settings.neighbours) for gene in settings.genes}
+
+
 def _state_dict(table: np.ndarray, seed: int) -> dict[str, torch.Tensor]:
-    """Tensors under the published names; LayerNorms are the identity, layers are random and small."""
+    """Return tensors under the published names; LayerNorms are the identity, layers are random and small.
+
+    Linear layers have biases: without them the value encoder is a multiple of the value, which its LayerNorm cancels.
+    """
     generator = torch.Generator().manual_seed(seed)
     d = table.shape[1]
 
     def matrix(rows: int, columns: int) -> torch.Tensor:
         return torch.randn(rows, columns, generator=generator) * columns**-0.5
+
+    def bias(rows: int) -> torch.Tensor:
+        return BIAS * torch.randn(rows, generator=generator)
 
     state = {"encoder.embedding.weight": torch.from_numpy(table)}
     norms = ["encoder.enc_norm", "value_encoder.norm"]
@@ -154,5 +197,8 @@ def _state_dict(table: np.ndarray, seed: int) -> dict[str, torch.Tensor]:
     for name in norms:
         state |= {f"{name}.weight": torch.ones(d), f"{name}.bias": torch.zeros(d)}
     for name, (rows, columns) in linears.items():
-        state |= {f"{name}.weight": matrix(rows, columns), f"{name}.bias": torch.zeros(rows)}
+        state |= {f"{name}.weight": matrix(rows, columns), f"{name}.bias": bias(rows)}
+    # each unit of the value encoder starts at a bin of its own, so that vectors differ over the whole range of bins
+    starts = N_BINS * torch.rand(d, generator=generator)
+    state["value_encoder.linear1.bias"] = -starts * state["value_encoder.linear1.weight"][:, 0]
     return state

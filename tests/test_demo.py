@@ -1,0 +1,96 @@
+"""The demo's checkpoint and the summary of an embeddings table."""
+
+from datetime import datetime, timedelta
+
+import numpy as np
+import pytest
+
+from scgpt_batch.anndata_rows import to_row
+from scgpt_batch.demo import summarize, write_demo_checkpoint
+from scgpt_batch.embedder import Embedder
+from scgpt_batch.model import load_checkpoint
+from scgpt_batch.parameters import Parameters
+from scgpt_batch.settings import SummarySettings
+from scgpt_batch.spark import tables
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("demo") / "checkpoint"
+    write_demo_checkpoint(data / "pbmc3k.h5ad", folder)
+    return Embedder(load_checkpoint(folder), device="cpu")
+
+
+@pytest.mark.parametrize("mode", ["cell", "contextual"])
+def test_demo_vectors_depend_on_expression_values(demo, pbmc3k, mode):
+    cells = pbmc3k[:5].copy()
+    other = cells.copy()
+    other.X.data = np.random.default_rng(0).permutation(other.X.data)
+    first, second = (
+        demo.embed(
+            to_row(adata), Parameters(mode=mode, need_preprocess=False, tie_break="upper", max_length=5000)
+        ).embeddings
+        for adata in (cells, other)
+    )
+    assert abs(first - second).max() > 0.01
+
+
+# The summary
+
+START = datetime(2026, 1, 1)
+
+
+def write_table(spark, table, runs):
+    """Write lines of two genes and the ledger's lines: a run is (rows, mode, version, status, vector, hours)."""
+    ledger, lines = [], []
+    for rows, mode, version, status, vector, hours in runs:
+        at = START + timedelta(hours=hours)
+        stamps = {"mode": mode, "model_name": "m", "model_version": version, "params_hash": "p", "run_id": f"r{hours}"}
+        ledger += [
+            stamps | {"adata_id": row, "content_hash": f"h{hours}", "status": status, "cells": 10, "at": at}
+            for row in rows
+        ]
+        near = {"A": [1.0, 0.0], "B": vector, "C": [0.0, 1.0]} if status == "ok" else {}
+        lines += [
+            stamps | {"adata_id": row, "gene": gene, "embedding": values, "embedded_at": at}
+            for row in rows
+            for gene, values in near.items()
+        ]
+    append(spark, table, tables.GENE_EMBEDDINGS, lines)
+    append(spark, tables.beside(table, "_ledger"), tables.LEDGER, ledger)
+
+
+def append(spark, table, columns, lines):
+    tables.create(spark, table, columns)
+    schema = spark.table(table).schema
+    values = [tuple(line.get(field.name) for field in schema) for line in lines]
+    spark.createDataFrame(values, schema).write.format("delta").mode("append").saveAsTable(table)
+
+
+@pytest.fixture(scope="module")
+def told(spark, tmp_path_factory):
+    """The summary of a table of two modes and two versions, whose row "b" failed first and "a" was embedded twice."""
+    table = f"delta.`{tmp_path_factory.mktemp('summary')}/genes`"
+    runs = [
+        (["a"], "static", "1", "ok", [1.0, 0.1], 0),
+        (["b"], "static", "1", "failed", None, 1),
+        (["b", "c"], "static", "1", "ok", [1.0, 0.1], 2),
+        (["c"], "static", "1", "failed", None, 3),
+        (["a", "b"], "contextual", "1", "ok", [1.0, 0.1], 4),
+        (["a"], "static", "2", "ok", [0.1, 1.0], 5),
+    ]
+    write_table(spark, table, runs)
+    return summarize(spark, SummarySettings(output_table=table, genes=("A", "B"), neighbours=1))
+
+
+def test_summary_counts_each_row_once_over_modes_and_versions(told):
+    assert (told["rows"], told["cells"], told["genes"], told["embeddings"]) == (2, 20, 3, 18)
+
+
+def test_summary_counts_rows_and_cells_of_each_mode_and_version(told):
+    found = [(m["mode"], m["model_version"], m["rows"], m["cells"], m["embeddings"]) for m in told["models"]]
+    assert found == [("contextual", "1", 2, 20, 6), ("static", "1", 2, 20, 9), ("static", "2", 1, 10, 3)]
+
+
+def test_summary_takes_neighbours_from_the_newest_static_vectors(told):
+    assert told["nearest_genes"] == {"A": ["B"], "B": ["C"]}
