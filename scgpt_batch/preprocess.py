@@ -19,13 +19,12 @@ import pandas as pd
 import scanpy as sc
 import scipy.sparse as sp
 import torch
-from scanpy.preprocessing._utils import _get_mean_var
 
 from scgpt_batch.decisions import Decisions
 from scgpt_batch.errors import PayloadError, PreprocessError
 from scgpt_batch.model import SPECIAL_TOKENS, Vocabulary
 from scgpt_batch.parameters import Parameters
-from scgpt_batch.variable_genes import by_dispersion
+from scgpt_batch.variable_genes import by_dispersion, mean_var
 
 COLLATOR_BINS = 51  # upstream's data collator takes this number whatever args.json says
 BLOCK = 65_536  # entries binned at once: what they need stays in the cache
@@ -497,8 +496,7 @@ def _variable_genes(adata: ad.AnnData, p: Parameters) -> np.ndarray | None:
         _refuse_too_few_points(adata, p)
     try:
         if p.hvg_flavor == "cell_ranger" and not p.batch_key:
-            mean, var = _get_mean_var(adata.X)
-            for column, values in by_dispersion(mean, var, p.subset_hvg, p.hvg_flavor).items():
+            for column, values in by_dispersion(*mean_var(adata.X), p.subset_hvg, p.hvg_flavor).items():
                 adata.var[column] = values
         else:
             sc.pp.highly_variable_genes(

@@ -1,17 +1,18 @@
 """The choice of variable genes from each gene's mean and variance.
 
 For samples whose cells are never in one place, and for rows by "cell_ranger", without the cost of scanpy's tables.
-Equal to `scanpy.pp.highly_variable_genes` (1.11.5): the same formulas in the same order, and scanpy's own helpers
-where they are fast. Only the sums over a sample are not rounded here, so genes that are equally variable but for the
-rounding of scanpy's sums may change places.
+Equal to `scanpy.pp.highly_variable_genes` (1.10 to 1.12): the same formulas in the same order (see NOTICE). Only the
+sums over a sample are not rounded here, so genes that are equally variable but for the rounding of scanpy's sums may
+change places.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numba
 import numpy as np
 import pandas as pd
-from scanpy.preprocessing._highly_variable_genes import _get_disp_stats, _get_mean_bins
+import scipy.sparse as sp
 from scipy import ndimage
 from scipy.stats import norm as normal
 from skmisc.loess import loess
@@ -44,6 +45,23 @@ class Moments:
         mean = self.sums / self.cells
         var = self.squares / self.cells - mean**2
         return mean, var * (self.cells / (self.cells - 1)) if self.cells != 1 else var
+
+
+def mean_var(x: sp.csr_matrix) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean and unbiased variance of each gene, equal to scanpy's bit for bit: float64, (genes,).
+
+    scanpy adds up in float64: first the cells of each of numba's threads, then the threads. Squares have X's type.
+    """
+    n_obs, n_vars = x.shape
+    threads = numba.get_num_threads()
+    thread = np.repeat(np.arange(n_obs) % threads, np.diff(x.indptr))
+    values = x.data if x.data.dtype.kind == "f" else x.data.astype(np.int64)  # as numba widens whole numbers
+    place = thread * n_vars + x.indices
+
+    def summed(values: np.ndarray) -> np.ndarray:
+        return np.bincount(place, values, threads * n_vars).reshape(threads, n_vars).sum(axis=0)
+
+    return Moments(n_obs, summed(values), summed(values * values)).mean_var()
 
 
 def by_dispersion(mean: np.ndarray, var: np.ndarray, n_top: int, flavor: str) -> dict[str, np.ndarray]:
@@ -95,10 +113,13 @@ def by_dispersion_in_batches(genes: np.ndarray, batches: Sequence[Moments], n_to
 
 def _over_bins_mean(mean: np.ndarray, dispersion: np.ndarray) -> np.ndarray:
     """Scale each gene's dispersion by mean and deviation of its bin ("seurat")."""
-    table = pd.DataFrame({"means": mean, "dispersions": dispersion})
-    table["mean_bin"] = _get_mean_bins(table["means"], "seurat", MEAN_BINS)
-    stats = _get_disp_stats(table, "seurat")
-    return ((table["dispersions"] - stats["avg"]) / stats["dev"]).to_numpy()
+    bins = pd.cut(pd.Series(mean), MEAN_BINS)
+    stats = pd.Series(dispersion).groupby(bins, observed=True).agg(avg="mean", dev="std")
+    alone = stats["dev"].isna()  # a bin of one gene: its scaled dispersion is 1
+    stats.loc[alone, "dev"] = stats.loc[alone, "avg"]
+    stats.loc[alone, "avg"] = 0.0
+    of_gene = stats.loc[bins]
+    return (dispersion - of_gene["avg"].to_numpy()) / of_gene["dev"].to_numpy()
 
 
 def _over_bins_median(mean: np.ndarray, dispersion: np.ndarray) -> np.ndarray:

@@ -1,10 +1,13 @@
 """Preprocessing, binning and tokens: equal to the published package, and the same for a cell wherever it is."""
 
 import json
+import re
+import warnings
 from functools import cache
 from pathlib import Path
 
 import anndata as ad
+import numba
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,6 +16,7 @@ import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import scgpt_batch
 from scgpt_batch.errors import PayloadError, PreprocessError
 from scgpt_batch.model import Vocabulary
 from scgpt_batch.parameters import Parameters
@@ -31,9 +35,11 @@ from scgpt_batch.preprocess import (
     tokenize,
     value_warning,
 )
+from scgpt_batch.variable_genes import by_dispersion, mean_var
 from tests.helpers import assert_close, random_adata
 
 DATA = Path(__file__).parent / "data"
+PACKAGE = Path(scgpt_batch.__file__).parent
 RAW_V3 = ("raw_v3", "raw_v3_batch")  # scanpy ranks these genes with an unstable sort
 EXACT = ("seed", "seed_batch", "raw_nohvg", "raw_nohvg_cellfilter")
 CASES = EXACT + RAW_V3
@@ -268,6 +274,44 @@ def test_choice_by_cell_ranger_is_scanpys_bit_for_bit(seed, n_obs, n_vars, n_top
     assert found.index.tolist() == wanted.index.tolist()
     for name in wanted:
         assert found[name].to_numpy().astype(wanted[name].dtype).tobytes() == wanted[name].to_numpy().tobytes()
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 60), st.integers(1, 400), st.integers(1, 500), st.integers(1, 2))
+def test_choice_by_seurat_is_scanpys_bit_for_bit(seed, n_obs, n_vars, n_top, threads):
+    rng = np.random.default_rng(seed)
+    adata = ad.AnnData(sp.random(n_obs, n_vars, rng.choice([0.05, 0.5, 0.9]), "csr", np.float32, rng))
+    before = numba.get_num_threads()
+    numba.set_num_threads(threads)
+    try:
+        mean, var = mean_var(np.expm1(adata.X))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            wanted = scanpys_genes(adata, n_top_genes=n_top, flavor="seurat")
+            if wanted is None:
+                with pytest.raises(HVG_ERRORS):
+                    by_dispersion(mean, var, n_top, "seurat")
+                return
+            found = by_dispersion(mean, var, n_top, "seurat")
+    finally:
+        numba.set_num_threads(before)
+    for name in ("highly_variable", "means", "dispersions", "dispersions_norm"):
+        assert found[name].tobytes() == wanted[name].to_numpy().astype(found[name].dtype).tobytes()
+
+
+def scanpys_genes(adata: ad.AnnData, **arguments) -> pd.DataFrame | None:
+    """What scanpy says about each gene; None where it cannot choose."""
+    try:
+        return sc.pp.highly_variable_genes(adata, inplace=False, **arguments)
+    except HVG_ERRORS:
+        return None
+
+
+def test_package_imports_no_private_name_of_another_package():
+    private = re.compile(r"^ *(?:from|import) (?!scgpt_batch)\w+(?:\S*\._| ?.*import .*\b_).*", re.MULTILINE)
+    assert private.search("from scanpy.preprocessing._utils import njit")
+    assert private.search("from scanpy.preprocessing import one, _two")
+    assert {path.name: found for path in PACKAGE.rglob("*.py") if (found := private.findall(path.read_text()))} == {}
 
 
 def test_genes_alone_come_with_the_cells_that_carry_them():
