@@ -22,10 +22,13 @@ COMMAND = Path(sys.executable).with_name("scgpt-batch")
 class EndpointProcess:
     """`scgpt-batch serve` on a free port of 127.0.0.1; killed, if it still runs, on leaving the context."""
 
-    def __init__(self, model_uri: str, folder: Path, *flags: str, token: str = "") -> None:
+    def __init__(self, model_uri: str, folder: Path, *flags: str, token: str = "", path: str = "") -> None:
+        """Start it; `path` is a folder that its Python processes find modules in before all others."""
         self.table, self.log = folder / "payload", folder / "serve.log"
         environment = os.environ | {"MLFLOW_TRACKING_URI": mlflow.get_tracking_uri(), "OMP_NUM_THREADS": "1"}
         environment |= {"SCGPT_BATCH_TOKEN": token} if token else {}
+        if path:
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, [path, os.environ.get("PYTHONPATH")]))
         command = [COMMAND, "serve", "--model-uri", model_uri, "--port", "0"]
         command += ["--inference-table", f"delta.`{self.table}`", "--flush-seconds", "0.2", *flags]
         with self.log.open("w") as log:

@@ -294,6 +294,21 @@ def test_without_the_token_only_health_is_told(guarded):
     assert "s3cr" not in guarded.log.read_text()
 
 
+def test_a_crash_in_a_native_fit_costs_one_request(registered, tmp_path):
+    crashing = str(Path(__file__).parent / "faults" / "crashing_fit")  # crashes on fewer than 20 genes
+    fit = {"hvg_flavor": "seurat_v3", "subset_hvg": 5, "filter_gene_by_counts": 0}
+    few = to_row(random_adata(6, 12, genes=GENES[:12]))
+    with EndpointProcess(registered.uri, tmp_path, path=crashing) as endpoint:
+        for _ in range(2):  # one crash, and one in the process that follows it
+            message = refusal(endpoint.post({"dataframe_records": [payload(few)], "params": fit}), 500)
+            assert message == "row 0: the process died with the row, alone in it: signal 11"
+        recorded, well = ask(endpoint, few, row(n_obs=200), on_error="record", **fit)
+        assert recorded["error"].startswith("WorkerCrash") and well["error"] is None and well["genes"]
+        assert endpoint.stop()[0] == 0
+    logged = DeltaTable(endpoint.table).to_pyarrow_table()["status_code"].to_pylist()
+    assert sorted(logged) == [200, 500, 500]
+
+
 # Anything at all
 
 SCALARS = st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False) | st.text(max_size=9)

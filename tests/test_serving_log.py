@@ -1,6 +1,7 @@
 """The inference table: what is in it after kills, full disks and refused writes, and that Spark reads it."""
 
 import os
+import shutil
 import signal
 import threading
 import time
@@ -109,11 +110,37 @@ def test_a_process_that_dies_after_the_commit_does_not_write_twice(tmp_path, mon
 
 def test_a_process_that_dies_before_the_commit_is_made_up_for(tmp_path):
     spool = Spool(tmp_path / "payload_spool")
-    spool.append(b'{"databricks_request_id": "a", "request_time": 0}')
+    spool.append(b'{"databricks_request_id": "a", "request_time": 0}', request_id="a")
     os.write(spool._file, b'{"databricks_request_id": "torn')  # killed in the middle of a write: never answered
     spool.close()
     open_log(tmp_path).close()
     assert ids(tmp_path) == ["a"]
+
+
+def test_a_request_that_ended_the_process_is_logged_at_the_next_start(tmp_path):
+    log = open_log(tmp_path)
+    answered, deadly = uuid.uuid4().hex, uuid.uuid4().hex
+    for name in (answered, deadly):
+        log.begin(exchange(name, b'{"client_request_id": "mine"}'))
+    log.append(exchange(answered))
+    log.spool.close()  # dead
+    open_log(tmp_path).close()
+    rows = DeltaTable(tmp_path / "payload").to_pyarrow_table().to_pylist()
+    (told,) = [row for row in rows if row["databricks_request_id"] == deadly]
+    assert sorted(row["databricks_request_id"] for row in rows) == sorted([answered, deadly])
+    assert (told["status_code"], told["logging_error_codes"]) == (200, ["REQUEST_UNANSWERED"])
+    assert told["client_request_id"] == "mine" and told["request"] and told["response"] is None
+    assert list((tmp_path / "payload_spool" / "unanswered").iterdir()) == []
+
+
+def test_a_process_that_dies_between_record_and_note_logs_once(tmp_path, monkeypatch):
+    log, name = open_log(tmp_path), uuid.uuid4().hex
+    log.begin(exchange(name))
+    monkeypatch.setattr(log.spool, "forget", lambda request_id: None)  # dead before the note is removed
+    log.append(exchange(name))
+    log.spool.close()
+    open_log(tmp_path).close()
+    assert ids(tmp_path) == [name]
 
 
 def test_numbers_rise_over_restarts_when_all_was_written(tmp_path):
@@ -128,8 +155,7 @@ def test_a_lost_spool_does_not_hide_new_records(tmp_path):
     for name in "ab":
         with open_log(tmp_path) as log:
             log.append(exchange(name))
-        for file in (tmp_path / "payload_spool").iterdir():
-            file.unlink()
+        shutil.rmtree(tmp_path / "payload_spool")
     assert ids(tmp_path) == ["a", "b"]
 
 
@@ -248,6 +274,29 @@ class Load:
 def registered(tmp_path):
     with mlflow_store(tmp_path):
         yield registry.register(str(GOLDEN / "checkpoint_flash"), "small").uri
+
+
+def _ask_in_vain(endpoint, document):
+    with pytest.raises(requests.RequestException):
+        endpoint.post(document)
+
+
+def test_a_request_in_flight_when_the_process_dies_leaves_a_trace(registered, tmp_path):
+    heavy = payload(to_row(random_adata(5_000, len(GENES), genes=GENES)))
+    document = {"dataframe_records": [heavy], "client_request_id": "deadly"}
+    document["params"] = {"need_preprocess": False, "mode": "contextual"}
+    with EndpointProcess(registered, tmp_path) as endpoint:
+        asking = threading.Thread(target=_ask_in_vain, args=(endpoint, document))
+        asking.start()
+        while not list((tmp_path / "payload_spool" / "unanswered").iterdir()):
+            time.sleep(0.01)
+        endpoint.kill()
+        asking.join()
+    with EndpointProcess(registered, tmp_path) as endpoint:
+        assert endpoint.stop()[0] == 0
+    (told,) = DeltaTable(tmp_path / "payload").to_pyarrow_table().to_pylist()
+    assert (told["client_request_id"], told["status_code"]) == ("deadly", 500)
+    assert told["logging_error_codes"] == ["REQUEST_UNANSWERED"]
 
 
 def test_every_answered_request_is_in_the_table_once_after_kills(registered, tmp_path):

@@ -32,11 +32,12 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from scgpt_batch.embedder import Answer, Embedder
-from scgpt_batch.errors import CheckpointError, ConfigError, NonFiniteOutput, RequestRefused
+from scgpt_batch.errors import CheckpointError, ConfigError, NonFiniteOutput, RequestRefused, WorkerCrash
 from scgpt_batch.parameters import Parameters
 from scgpt_batch.pyfunc import answer_columns
 from scgpt_batch.registry import ResolvedModel, resolve
 from scgpt_batch.serving.inference_log import Exchange, InferenceLog
+from scgpt_batch.serving.isolated import IsolatedReader
 from scgpt_batch.serving.metrics import Metrics
 from scgpt_batch.serving.microbatch import MicroBatcher, Rows
 from scgpt_batch.serving.reading import LESS, Asked, AskedRow, RequestReader, inflate, too_large
@@ -120,6 +121,9 @@ class Endpoint:
         self._served_entity = served_entity
         self.log: InferenceLog | None = None
         self._embedder: Embedder = model.unwrap_python_model().embedder
+        self._embedder.reader = IsolatedReader(
+            self._embedder.reader, seconds=settings.timeout_seconds, processes=THREADS
+        )
         self._reader = RequestReader(model, self._embedder, answer_bytes=settings.max_answer_bytes)
         # Python runs one thread at a time: more of them only take it from each other. Two pools, so that a refusal
         # need not wait for embeddings that nobody waits for any more.
@@ -207,6 +211,8 @@ class Endpoint:
             call.body = inflate(packed, self._settings.max_request_bytes)
         elif encoding.strip().lower() != "identity":
             raise RequestRefused(415, f"Content-Encoding must be gzip or none, not {encoding!r}")
+        if self.log is not None:
+            self.log.begin(self._exchange(call, HTTPStatus.INTERNAL_SERVER_ERROR, b""))
         asked = self._reader.read(call.body)
         call.client_request_id = asked.client_request_id
         return asked
@@ -244,16 +250,19 @@ class Endpoint:
         """Log and count an answer, then let it go."""
         seconds = time.monotonic() - call.began
         if self.log is not None:
-            exchange = Exchange(
-                call.request_id, call.at, status, seconds, call.body, content, call.client_request_id,
-                self._served_entity, call.requester, too_large_to_read=status == 413 and call.body is None,
-            )  # fmt: skip
-            self.log.append(exchange)
+            self.log.append(self._exchange(call, status, content))
         self._metrics.requests.labels(str(int(status))).inc()
         self._metrics.seconds.observe(seconds)
         self._metrics.answer_bytes.observe(len(content))
         headers = {"x-request-id": call.request_id, **({"retry-after": "1"} if status == 429 else {})}
         return Response(content, status, headers, media_type=JSON)
+
+    def _exchange(self, call: _Call, status: int, content: bytes) -> Exchange:
+        return Exchange(
+            call.request_id, call.at, status, time.monotonic() - call.began, call.body, content,
+            call.client_request_id, self._served_entity, call.requester,
+            too_large_to_read=status == 413 and call.body is None,
+        )  # fmt: skip
 
 
 async def _run_in(pool: Executor, function: Callable[..., Any], *args: Any) -> Any:
@@ -267,7 +276,7 @@ def _error(status: int, message: str) -> tuple[int, bytes]:
 
 
 def _models_fault(error: Exception) -> bool:
-    return isinstance(error, (NonFiniteOutput, CheckpointError))
+    return isinstance(error, (NonFiniteOutput, CheckpointError, WorkerCrash))
 
 
 def _by_parameters(rows: list[AskedRow]) -> dict[Parameters, list[int]]:

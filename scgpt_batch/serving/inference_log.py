@@ -1,6 +1,9 @@
 """The inference table: each request with its answer as one row of Delta, in the columns of Databricks' payload table.
 
 A record is appended to a local file (the spool) before its answer leaves; a thread moves closed files to the table.
+A request is noted in a file of its own before it is computed, and that file goes when the record is appended. Such a
+file that is there at the start belongs to a request that a dead process did not answer: it becomes a record with
+status 500 and the code REQUEST_UNANSWERED.
 Each file is one Delta transaction under the spool's own id, so a file is written once however often the process dies:
 before writing, the table is asked for the last transaction that it holds.
 
@@ -14,6 +17,7 @@ import os
 import re
 import threading
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -47,6 +51,7 @@ SCHEMA = pa.schema(
     ]
 )
 MAX_PAYLOAD = 2**20  # bytes of a request or response that Databricks still logs
+UNANSWERED = "REQUEST_UNANSWERED"  # our own code: the process died before it answered
 MAX_SEGMENT = 32 * 2**20  # bytes of a spool file: what is held in memory to write it
 
 # Table features with which delta-rs cannot append.
@@ -89,6 +94,12 @@ class Exchange:
             "requester": self.requester,
         }
 
+    def unanswered(self) -> dict[str, Any]:
+        """Give the record of a request whose process died; how long it took is not known."""
+        record = self.record()
+        codes = [*record["logging_error_codes"], UNANSWERED]
+        return record | {"response": None, "execution_duration_ms": None, "logging_error_codes": codes}
+
 
 def _text(payload: bytes | None) -> str | None:
     if payload is None or len(payload) > MAX_PAYLOAD:
@@ -105,8 +116,9 @@ class Spool:
     def __init__(self, folder: Path) -> None:
         """Take the folder, or raise a ConfigError: another process has it, or it cannot be written."""
         self.folder, self._lock, self._torn = folder, threading.Lock(), False
+        self._begun = folder / "unanswered"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            self._begun.mkdir(parents=True, exist_ok=True)
             self._owner = os.open(folder / "lock", os.O_CREAT | os.O_RDWR, 0o600)
             fcntl.flock(self._owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.app_id = self._read_app_id()
@@ -116,14 +128,48 @@ class Spool:
         except OSError as exc:
             raise ConfigError(f"spool {folder} cannot be written: {exc.strerror}") from exc
 
-    def append(self, line: bytes) -> None:
-        """Write one line; an OSError means that it is not there."""
+    def begin(self, request_id: str, line: bytes) -> None:
+        """Note a request that is not answered yet; an OSError means that the note is not there."""
+        file = os.open(self._note(request_id), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        try:
+            _write(file, line)
+        finally:
+            os.close(file)
+
+    def unanswered(self) -> Iterator[tuple[str, dict[str, Any] | None]]:
+        """Yield the requests that an earlier process noted: id and record, None where there is nothing to make up for.
+
+        A process that died between a record and the removal of its note left the record in one of the files that are
+        still here: both are done under the lock that closing a file takes.
+        """
+        notes = [path for path in self._begun.iterdir() if re.fullmatch(r"[0-9a-f]{32}\.json", path.name)]
+        answered = {
+            record["databricks_request_id"]
+            for number in (self.closed(rotate=False) if notes else ())
+            for record in self.read(number)
+        }
+        for path in notes:
+            request_id = path.stem
+            try:
+                record = orjson.loads(path.read_bytes())
+            except orjson.JSONDecodeError:  # not whole: nothing was computed
+                record = None
+            yield request_id, None if request_id in answered else record
+
+    def forget(self, request_id: str) -> None:
+        """Remove the note of a request, if there is one."""
+        self._note(request_id).unlink(missing_ok=True)
+
+    def append(self, line: bytes, *, request_id: str) -> None:
+        """Write one line and remove the request's note; an OSError means that the line is not there."""
         with self._lock:
             # after a failed write the rest of that line is closed, so that this one is whole
             line = b"\n" + line + b"\n" if self._torn else line + b"\n"
             self._torn = True
-            if os.write(self._file, line) != len(line):
-                raise OSError("short write: the disk is full")
+            try:
+                _write(self._file, line)
+            finally:
+                self.forget(request_id)
             self._torn = False
             self._size += len(line)
             if self._size > MAX_SEGMENT:
@@ -183,8 +229,16 @@ class Spool:
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:012d}.jsonl"
 
+    def _note(self, request_id: str) -> Path:
+        return self._begun / f"{request_id}.json"
+
     def _numbers(self) -> list[int]:
         return sorted(int(path.stem) for path in self.folder.glob("*.jsonl"))
+
+
+def _write(file: int, line: bytes) -> None:
+    if os.write(file, line) != len(line):
+        raise OSError("short write: the disk is full")
 
 
 class PayloadTable:
@@ -261,20 +315,41 @@ class InferenceLog:
         self.table = PayloadTable(path)
         self._metrics, self._flush_seconds = metrics, flush_seconds
         self._stop, self._draining = threading.Event(), threading.Lock()
+        self._make_up()
         self._thread = threading.Thread(target=self._drain_regularly, name="inference-log", daemon=True)
         self._thread.start()
 
+    def begin(self, exchange: Exchange) -> None:
+        """Note a request before it is computed, so that it leaves a trace if it ends the process."""
+        try:
+            self.spool.begin(exchange.request_id, orjson.dumps(exchange.unanswered()))
+        except OSError as exc:
+            self._warn_of_spool(exchange.request_id, exc)
+
     def append(self, exchange: Exchange) -> None:
         """Spool a record; where that fails it is lost, counted and warned of."""
+        self._append(exchange.request_id, exchange.record())
+
+    def _append(self, request_id: str, record: dict[str, Any]) -> None:
         try:
-            self.spool.append(orjson.dumps(exchange.record()))
+            self.spool.append(orjson.dumps(record), request_id=request_id)
         except OSError as exc:
-            self._metrics.log_failures.labels("spool").inc()
-            logger.warning(
-                "request %s is not in the inference table: %s: %s", exchange.request_id, self.spool.folder, exc
-            )
+            self._warn_of_spool(request_id, exc)
         else:
             self._metrics.spooled.inc()
+
+    def _warn_of_spool(self, request_id: str, exc: OSError) -> None:
+        self._metrics.log_failures.labels("spool").inc()
+        logger.warning("request %s is not in the inference table: %s: %s", request_id, self.spool.folder, exc)
+
+    def _make_up(self) -> None:
+        """Log the requests that a dead process did not answer."""
+        for request_id, record in self.spool.unanswered():
+            if record is None:
+                self.spool.forget(request_id)
+                continue
+            logger.warning("request %s was not answered: the process that computed it died", request_id)
+            self._append(request_id, record | {"client_request_id": _client_request_id(record["request"])})
 
     def drain(self) -> bool:
         """Bring all spooled records to the table; False, with a warning, when the table refuses them for now."""
@@ -316,6 +391,16 @@ class InferenceLog:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _client_request_id(request: str | None) -> str | None:
+    """Read the caller's id in a request; None where there is none, or the request was not logged."""
+    try:
+        document = orjson.loads(request or "")
+    except orjson.JSONDecodeError:
+        return None
+    client_id = document.get("client_request_id") if isinstance(document, dict) else None
+    return None if client_id is None else str(client_id)
 
 
 def table_path(table: str) -> str:
