@@ -3,6 +3,7 @@
 * ScgptBatchError
   + ConfigError            the command cannot start: a setting, table, model or program is missing or wrong
     + CheckpointError      weights, args.json and vocabulary do not fit each other or this package
+  + FileError              one file of counts cannot be read; other files are unaffected
   + RowError               one row has no answer; it is quarantined and the job goes on
     + PayloadError         the row cannot be read as AnnData
     + PreprocessError      its genes or cells could not be filtered, normalised or binned
@@ -27,6 +28,10 @@ class ConfigError(ScgptBatchError):
 
 class CheckpointError(ConfigError):
     """Weights, args.json and vocab.json do not fit each other or this package."""
+
+
+class FileError(ScgptBatchError):
+    """One file of counts cannot be read; the message says what is wrong with it. Other files are unaffected."""
 
 
 class RowError(ScgptBatchError):

@@ -18,12 +18,12 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 import zarr
-from anndata.experimental import read_dispatched
-from anndata.io import read_elem, sparse_dataset
+from anndata.io import sparse_dataset
 from pydantic import BaseModel, ConfigDict, Field
 
 from scgpt_batch.anndata_rows import to_row
-from scgpt_batch.errors import ConfigError
+from scgpt_batch.errors import ConfigError, FileError
+from scgpt_batch.io.annotations import open_annotations
 
 PARTITION_CELLS = 5_000  # of a task: some seconds of reading, some 100 MB
 CSC_PARTITION_VALUES = 50_000_000  # the same where X lies gene by gene and each task reads all of it; 1 GB of memory
@@ -64,7 +64,14 @@ class Backed:
         x = group["X"]
         # a dense X is an array, a sparse one a group
         self.x: Any = x if isinstance(x, (h5py.Dataset, zarr.Array)) else sparse_dataset(x)
+        uns = group.get("uns")
+        self.obs_table, self.var_table = open_annotations(group, "obs", uns), open_annotations(group, "var", uns)
         self.n_obs = int(self.x.shape[0])
+        if tuple(self.x.shape) != (self.obs_table.n, self.var_table.n):
+            raise FileError(
+                f"X is {' × '.join(map(str, self.x.shape))}, but obs has {self.obs_table.n} cells and var "
+                f"{self.var_table.n} genes"
+            )
         self.by_gene = getattr(self.x, "format", None) == "csc"
 
     @property
@@ -76,34 +83,23 @@ class Backed:
 
     def columns(self, table: str) -> list[str]:
         """Name the columns of obs or var."""
-        held = self.group[table]
-        if isinstance(held, h5py.Dataset):  # as anndata before 0.7 wrote it
-            return list(held.dtype.names)[1:]
-        return [str(name) for name in held.attrs["column-order"]]
+        return {"obs": self.obs_table, "var": self.var_table}[table].columns
 
     def labels(self, column: str) -> pd.Series:
         """Read one column of obs, and no other."""
-        held = self.group["obs"]
-        values = read_elem(held)[column] if isinstance(held, h5py.Dataset) else read_elem(held[column])
-        return pd.Series(values)
+        return self.obs_table.column(column)
 
     def var(self) -> pd.DataFrame:
         """Read the table of genes."""
-        return read_elem(self.group["var"])
+        return self.var_table.read()
+
+    def names(self, positions: np.ndarray) -> np.ndarray:
+        """Read the names of these cells."""
+        return self.obs_table.names(positions)
 
     def obs(self, positions: np.ndarray) -> pd.DataFrame:
         """Read the table of these cells."""
-        first, last = int(positions.min()), int(positions.max()) + 1
-
-        def of_these(read: Any, name: str, elem: Any, *, iospec: Any) -> Any:
-            per_cell = iospec.encoding_type in ("array", "string-array") and not name.endswith("/categories")
-            if not per_cell:
-                return read(elem)
-            strings = isinstance(elem, h5py.Dataset) and h5py.check_string_dtype(elem.dtype)
-            return np.asarray((elem.asstr() if strings else elem)[first:last])[positions - first]
-
-        table = read_dispatched(self.group["obs"], of_these)
-        return table.iloc[positions] if isinstance(self.group["obs"], h5py.Dataset) else table
+        return self.obs_table.read(positions)
 
     def matrices(self, rows: Sequence[np.ndarray]) -> Iterator[Any]:
         """Read X of each row's cells."""
@@ -156,6 +152,10 @@ class TenX:
         """The table of genes."""
         return self.adata.var
 
+    def names(self, positions: np.ndarray) -> np.ndarray:
+        """The names of these cells."""
+        return self.adata.obs_names[positions].to_numpy(object)
+
     def obs(self, positions: np.ndarray) -> pd.DataFrame:
         """The table of these cells."""
         return self.adata.obs.iloc[positions]
@@ -199,18 +199,43 @@ def plan(patterns: Sequence[str], options: ReadOptions) -> list[list[Slice]]:
 
 
 def read(slices: Sequence[Slice], options: ReadOptions) -> Iterator[dict[str, Any]]:
-    """Read the rows of one task, all of one file: payload columns with adata_id and source."""
+    """Read the rows of one task, all of one file: payload columns with adata_id and source.
+
+    Raises
+    ------
+    FileError
+        The file cannot be read; the message names it.
+    """
     path = Path(slices[0].path)
+    try:
+        yield from _read(path, slices, options)
+    except (ConfigError, FileError) as exc:
+        raise type(exc)(str(exc) if str(path) in str(exc) else f"{path}: {exc}") from exc
+
+
+def _read(path: Path, slices: Sequence[Slice], options: ReadOptions) -> Iterator[dict[str, Any]]:
     file = open_counts(path, options)
     groups = _groups(file, options.split_by)
     rows = [groups[piece.group][piece.start : piece.stop] for piece in slices]
+    for piece, positions in zip(slices, rows, strict=True):
+        if len(positions) != piece.stop - piece.start:
+            raise FileError(f"{path} changed while it was read: row {piece.adata_id} has {len(positions)} cells")
     var, obs = _genes(file, options.gene_symbols), file.obs(np.concatenate(rows))
+    _check_identity(path, obs, file.names(np.concatenate(rows)))
     first = 0
-    for piece, x in zip(slices, file.matrices(rows), strict=True):
-        cells = obs.iloc[first : first + x.shape[0]]
-        first += x.shape[0]
+    for piece, positions, x in zip(slices, rows, file.matrices(rows), strict=True):
+        if x.shape != (len(positions), len(var)):
+            raise FileError(f"{path}: X of row {piece.adata_id} is {x.shape}, not {(len(positions), len(var))}")
+        cells = obs.iloc[first : first + len(positions)]
+        first += len(positions)
         adata = ad.AnnData(sp.csr_matrix(x).astype(np.float32), obs=cells, var=var)
         yield to_row(adata) | {"adata_id": piece.adata_id, "source": piece.path}
+
+
+def _check_identity(path: Path, obs: pd.DataFrame, names: np.ndarray) -> None:
+    """Refuse a table of cells whose rows are not the cells that were asked for."""
+    if len(obs) != len(names) or (obs.index.to_numpy(object) != names).any():
+        raise FileError(f"{path}: obs was read for {len(names)} cells, but returned {len(obs)} rows or other cells")
 
 
 def open_counts(path: Path, options: ReadOptions) -> Backed | TenX:
