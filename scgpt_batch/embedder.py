@@ -59,11 +59,9 @@ class Embedder:
             table = self._model("float32").gene_vectors(torch.arange(len(self.vocabulary), device=self.device))
         return table.cpu().numpy()
 
-    def embed(
-        self, row: Mapping[str, Any], parameters: Parameters, *, min_coverage: float = 0.0, with_vectors: bool = True
-    ) -> Answer:
+    def embed(self, row: Mapping[str, Any], parameters: Parameters, *, with_vectors: bool = True) -> Answer:
         """Answer one row, as `embed_rows` does."""
-        (answer,) = self.embed_rows([row], parameters, min_coverage=min_coverage, with_vectors=with_vectors)
+        (answer,) = self.embed_rows([row], parameters, with_vectors=with_vectors)
         return answer
 
     def embed_rows(
@@ -71,7 +69,6 @@ class Embedder:
         rows: Iterable[Mapping[str, Any]],
         parameters: Parameters,
         *,
-        min_coverage: float = 0.0,
         with_vectors: bool = True,
         sums: bool = False,
     ) -> Generator[Answer, None, None]:
@@ -87,8 +84,6 @@ class Embedder:
             or their bytes). Other columns are not looked at.
         parameters
             As for the PyFunc; `on_error` and `encoding` are the caller's to act on.
-        min_coverage
-            Least share of a row's counts in genes of the vocabulary.
         with_vectors
             False leaves out static mode's vectors, which are rows of `gene_table`: the weights are not read.
         sums
@@ -104,7 +99,7 @@ class Embedder:
             The parameters state another model than the checkpoint's.
         """
         check_model_parameters(parameters, self.config)
-        works = (self._work(row, parameters, min_coverage, with_vectors, sums) for row in rows)
+        works = (self._work(row, parameters, with_vectors, sums) for row in rows)
         return self._answers(works, parameters)
 
     def _answers(self, works: Iterator[RowWork | Answered], parameters: Parameters) -> Generator[Answer, None, None]:
@@ -118,13 +113,13 @@ class Embedder:
                     yield waiting.popleft().answer()
 
     def _work(
-        self, row: Mapping[str, Any], parameters: Parameters, min_coverage: float, with_vectors: bool, sums: bool
+        self, row: Mapping[str, Any], parameters: Parameters, with_vectors: bool, sums: bool
     ) -> RowWork | Answered:
         """Prepare a row for the device; static mode and errors are answered at once."""
         try:
             if is_empty(row) and not parameters.need_preprocess and not parameters.input_data_path:
                 return Answered(self._whole_vocabulary(parameters, with_vectors))
-            prepared = self.reader.prepare(row, parameters, min_coverage, given_decisions(row))
+            prepared = self.reader.prepare(row, parameters, given_decisions(row))
         except RowError as exc:
             return Answered(Answer(report=getattr(exc, "report", RowReport()), error=exc))
         if parameters.mode == "static":

@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from scgpt_batch.errors import ConfigError, RowError
 
-# These change how an answer travels, not what it says; or they repeat what the checkpoint says.
-_NOT_IN_HASH = {"on_error", "encoding", "embsize", "nhead", "d_hid", "nlayers", "n_layers_cls"}
+# These affect the output format or which rows fail, not the numbers; or they repeat what the checkpoint says.
+_NOT_IN_HASH = {"on_error", "min_coverage", "encoding", "embsize", "nhead", "d_hid", "nlayers", "n_layers_cls"}
 
 
 class Parameters(BaseModel):
@@ -53,6 +53,9 @@ class Parameters(BaseModel):
     )
     group_by: str = Field("", description="obs column: contextual means per value of it")
     genes: tuple[str, ...] = Field((), description="answer these genes only; empty: all")
+    min_coverage: float = Field(
+        0.2, ge=0, le=1, description="a row fails when known genes carry a smaller share of its counts"
+    )
     data_is_binned: bool = Field(False, description="X holds bins already (with need_preprocess false)")
     max_length: int = Field(1200, ge=2, description="tokens a cell, <cls> included; longer cells are sampled")
     seed: int = Field(0, ge=0, lt=2**63, description="of random ties and of sampled genes")

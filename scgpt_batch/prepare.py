@@ -88,7 +88,6 @@ class RowReader:
         self,
         row: Mapping[str, Any],
         parameters: Parameters,
-        min_coverage: float,
         decisions: Decisions | None = None,
     ) -> PreparedRow:
         """Read and preprocess one row, by the `decisions` of its sample where it is one of several.
@@ -99,14 +98,14 @@ class RowReader:
             The row has no answer, whatever a library calls the reason; `report` on it says what was seen before.
         """
         with row_errors():
-            adata, report = self.open(row, parameters, min_coverage)
+            adata, report = self.open(row, parameters)
             try:
                 return self._preprocess(adata, parameters, report, decisions)
             except RowError as exc:
                 exc.report = report  # type: ignore[attr-defined]  # the ledger tells it of failed rows too
                 raise
 
-    def open(self, row: Mapping[str, Any], parameters: Parameters, min_coverage: float) -> tuple[ad.AnnData, RowReport]:
+    def open(self, row: Mapping[str, Any], parameters: Parameters) -> tuple[ad.AnnData, RowReport]:
         """Read one row, with the names by which the vocabulary knows its genes in var's `_name`.
 
         Raises
@@ -118,7 +117,7 @@ class RowReader:
         names, name_warning = gene_names(adata.var, self.vocabulary)
         report = self._coverage(adata, names, parameters, name_warning)
         try:
-            _refuse_low_coverage(report, min_coverage, name_warning)
+            _refuse_low_coverage(report, parameters.min_coverage, name_warning)
         except RowError as exc:
             exc.report = report  # type: ignore[attr-defined]
             raise

@@ -76,6 +76,8 @@ def answer_columns(answer: Answer, parameters: Parameters, dim: int) -> dict[str
         "cell_embeddings": [],
         "embeddings_base64": None,
         "embedding_dim": dim,
+        "coverage": answer.report.coverage,
+        "warnings": list(answer.report.warnings),
         "error": None if answer.error is None else f"{type(answer.error).__name__}: {answer.error}",
     }
     if parameters.encoding != "list":
@@ -144,6 +146,8 @@ _OUTPUT: dict[str, Any] = {
     "cell_embeddings": Array(Array(DataType.float)),
     "embeddings_base64": DataType.string,
     "embedding_dim": DataType.integer,
+    "coverage": DataType.double,
+    "warnings": Array(DataType.string),
     "error": DataType.string,
 }
 OUTPUT_NAMES = tuple(_OUTPUT)

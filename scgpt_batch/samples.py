@@ -2,7 +2,7 @@
 
     decisions = None
     for _ in range(passes(parameters)):
-        parts = [statistics(reader, row, parameters, min_coverage, decisions) for row in rows]   # anywhere, any order
+        parts = [statistics(reader, row, parameters, decisions) for row in rows]   # anywhere, any order
         decisions = decide(merge(parts), parameters, decisions)                                  # once a sample
 
 The result is what scanpy decides on the joined AnnData (`anndata.concat(rows, join="outer")`): which genes reach the
@@ -137,7 +137,6 @@ def statistics(
     reader: RowReader,
     row: Mapping[str, Any],
     parameters: Parameters,
-    min_coverage: float,
     decisions: Decisions | None = None,
 ) -> Statistics:
     """Return what a row contributes to the next pass; a row that will fail by itself contributes nothing.
@@ -148,7 +147,7 @@ def statistics(
         What the passes before decided; None in the first.
     """
     try:
-        return _contribution(reader, row, parameters, min_coverage, decisions)
+        return _contribution(reader, row, parameters, decisions)
     except RowError:  # told in the ledger when the row is embedded
         return Statistics(left_out=1)
 
@@ -209,11 +208,9 @@ def exact_sums(columns: np.ndarray, values: np.ndarray, n_columns: int) -> dict[
     return sums
 
 
-def _contribution(
-    reader: RowReader, row: Mapping[str, Any], p: Parameters, min_coverage: float, decisions: Decisions | None
-) -> Statistics:
+def _contribution(reader: RowReader, row: Mapping[str, Any], p: Parameters, decisions: Decisions | None) -> Statistics:
     with row_errors(), np.errstate(over="ignore", invalid="ignore"):  # values too large for scanpy: `decide` tells
-        adata, _ = reader.open(row, p, min_coverage)
+        adata, _ = reader.open(row, p)
         check_columns(adata, p)
         if decisions is None:
             names = adata.var["_name"].to_numpy(dtype=object)

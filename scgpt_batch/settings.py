@@ -54,7 +54,6 @@ class EmbedSettings(Settings):
     output_table: str = Field(description="gene_embeddings (or cell_embeddings) table; made if it is not there")
     ledger_table: str = Field("", description="what happened to each row; empty: output table + _ledger")
     runs_table: str = Field("", description="one row a run; empty: output table + _runs")
-    min_coverage: float = Field(0.2, ge=0, le=1, description="least share of a row's counts in known genes")
     max_failed_fraction: float = Field(0.1, ge=0, le=1, description="exit code 3 when more of the run's rows fail")
     retry_failed: bool = Field(False, description="take rows again that failed with the same content and parameters")
     wave_cells: int = Field(200_000, ge=1, description="cells of a wave: what a killed run has to do again at most")

@@ -85,8 +85,8 @@ def embedder():
 def embed(embedder):
     """Answer an AnnData; an error in the answer fails the test."""
 
-    def embed(adata, layout="csr", min_coverage=0.0, **parameters):
-        answer = embedder.embed(to_row(adata, layout=layout), Parameters(**parameters), min_coverage=min_coverage)
+    def embed(adata, layout="csr", **parameters):
+        answer = embedder.embed(to_row(adata, layout=layout), Parameters(**parameters))
         assert answer.error is None, answer.error
         return answer
 
@@ -97,8 +97,8 @@ def embed(embedder):
 def refuse(embedder):
     """Answer an AnnData that must come back with an error."""
 
-    def refuse(adata, min_coverage=0.0, **parameters):
-        return embedder.embed(to_row(adata), Parameters(**parameters), min_coverage=min_coverage).error
+    def refuse(adata, **parameters):
+        return embedder.embed(to_row(adata), Parameters(**parameters)).error
 
     return refuse
 
@@ -197,7 +197,7 @@ def test_chunks_do_not_change_tokens_or_bins(embedder, max_length):
     parameters = Parameters(**CELLS, max_length=max_length)
 
     def tokens(adata):
-        prepared = RowReader(embedder.vocabulary, []).prepare(to_row(adata), parameters, 0.0)
+        prepared = RowReader(embedder.vocabulary, []).prepare(to_row(adata), parameters)
         return tokenize(prepared.binned, prepared.token_ids, cls_id=embedder.vocabulary.cls_id, cls_value=-2)
 
     whole = tokens(small(1000))
@@ -501,9 +501,9 @@ def test_a_row_without_a_known_gene_is_low_coverage(refuse, min_coverage):
 
 def test_a_row_below_min_coverage_is_refused_and_one_above_is_not(refuse):
     adata = small(10)
-    coverage = 1 - 10 / adata.X.sum()
-    assert isinstance(refuse(adata, **UNPROCESSED, min_coverage=coverage + 0.001), LowCoverage)
-    assert refuse(adata, **UNPROCESSED, min_coverage=coverage - 0.001) is None
+    coverage = 1 - 10 / float(adata.X.sum(dtype=np.float64))
+    assert isinstance(refuse(adata, **UNPROCESSED, min_coverage=coverage + 1e-6), LowCoverage)
+    assert refuse(adata, **UNPROCESSED, min_coverage=coverage - 1e-6) is None
 
 
 def test_a_refused_row_still_carries_its_report(embedder):
@@ -584,7 +584,7 @@ def test_a_cell_without_any_known_gene_counts_for_no_gene(embed):
 def test_a_row_of_zeros_is_answered_without_a_crash(embed, mode):
     adata = small(3)
     zeros = ad.AnnData(sp.csr_matrix(adata.shape, dtype=np.float32), obs=adata.obs, var=adata.var)
-    answer = embed(zeros, **UNPROCESSED, mode=mode)
+    answer = embed(zeros, **UNPROCESSED, mode=mode, min_coverage=0)
     assert np.isfinite(answer.embeddings).all()
     assert answer.report.coverage == 0
 

@@ -16,8 +16,9 @@ DEFAULTS = {
     "filter_cell_by_counts": False, "min_cell_counts": 0, "normalize_total": 1e4, "result_normed_key": "X_normed",
     "log1p": False, "result_log1p_key": "X_log1p", "subset_hvg": 1200, "hvg_flavor": "cell_ranger", "binning": 51,
     "result_binned_key": "X_binned", "embsize": None, "nhead": None, "d_hid": None, "nlayers": None,
-    "n_layers_cls": None, "mode": "static", "group_by": "", "genes": (), "data_is_binned": False, "max_length": 1200,
-    "seed": 0, "tie_break": "random", "dtype": "float32", "encoding": "list", "on_error": "raise", "batch_key": "",
+    "n_layers_cls": None, "mode": "static", "group_by": "", "genes": (), "min_coverage": 0.2, "data_is_binned": False,
+    "max_length": 1200, "seed": 0, "tie_break": "random", "dtype": "float32", "encoding": "list", "on_error": "raise",
+    "batch_key": "",
 }  # fmt: skip
 
 
@@ -154,7 +155,7 @@ def test_hash_tells_group_and_bins():
 
 @pytest.mark.parametrize(
     "given",
-    [{"encoding": "float16_base64"}, {"on_error": "record"}]
+    [{"encoding": "float16_base64"}, {"on_error": "record"}, {"min_coverage": 0.5}]
     + [{name: 64} for name in ("embsize", "nhead", "d_hid", "nlayers", "n_layers_cls")]
     + [{"normalize_total": 10000}, {"seed": np.int64(0)}, {"genes": []}],
     ids=str,

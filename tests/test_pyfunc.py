@@ -41,6 +41,8 @@ OUTPUTS = {
     "cell_embeddings": Array(Array(DataType.float)),
     "embeddings_base64": DataType.string,
     "embedding_dim": DataType.integer,
+    "coverage": DataType.double,
+    "warnings": Array(DataType.string),
     "error": DataType.string,
 }
 # The call of the blog post that this model replaces, word for word.
@@ -144,6 +146,31 @@ def test_matrix_and_table_objects_work_in_python(model, wrap):
     )
     found = model.unwrap_python_model().predict(None, objects, CELLS)
     assert_same_answers(found, model.predict(frame(to_row(adata)), params=CELLS))
+
+
+# Coverage and warnings
+
+
+def test_answer_carries_coverage_and_warnings(model):
+    answer = model.predict(frame(row()), params=CELLS).iloc[0]
+    counts = random_adata(4, len(GENES), genes=GENES).X
+    assert_close(answer["coverage"], counts[:, :30].sum() / counts.sum(), atol=1e-6)
+    assert answer["warnings"] == []
+    contradicted = model.predict(frame(row()), params=CELLS | {"data_is_raw": True})
+    assert "X looks log-transformed" in contradicted["warnings"][0][0]
+
+
+def test_row_below_min_coverage_fails(model):
+    mixed = random_adata(4, 20, genes=[*GENES[:2], *(f"unknown{i}" for i in range(18))])
+    with pytest.raises(LowCoverage, match="row 0: 2 of 20 gene names"):
+        model.predict(frame(to_row(mixed)), params=CELLS)
+    answer = model.predict(frame(to_row(mixed)), params=CELLS | {"min_coverage": 0}).iloc[0]
+    assert 0 < answer["coverage"] < 0.2 and len(answer["cell_ids"]) == 4
+
+
+def test_failed_row_reports_its_coverage(model):
+    answers = model.predict(frame(to_row(random_adata(3, 5)), row()), params=CELLS | {"on_error": "record"})
+    assert answers["coverage"][0] == 0 and answers["coverage"][1] > 0.2
 
 
 # Golden parity through MLflow
@@ -381,7 +408,15 @@ def test_every_parameter_is_in_the_signature_with_its_default_and_as_an_optional
 
 def test_defaults_are_those_of_the_blogs_call_and_of_the_published_model():
     assert Parameters.create(BLOGS_CALL) == Parameters()
-    ours = {"mode": "static", "group_by": "", "genes": (), "data_is_binned": False, "max_length": 1200, "seed": 0}
+    ours = {
+        "mode": "static",
+        "group_by": "",
+        "genes": (),
+        "min_coverage": 0.2,
+        "data_is_binned": False,
+        "max_length": 1200,
+        "seed": 0,
+    }
     ours |= {"tie_break": "random", "dtype": "float32", "encoding": "list", "on_error": "raise", "batch_key": ""}
     assert {name: getattr(Parameters(), name) for name in ours} == ours
     assert set(Parameters.model_fields) == {*BLOGS_CALL, *SIZES, *ours, "min_cell_counts"}

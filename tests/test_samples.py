@@ -61,11 +61,11 @@ def cut(adata, n):
     return [to_row(adata[i:j]) for i, j in itertools.pairwise(edges)]
 
 
-def decisions_of(rows, parameters, reader, *, min_coverage=0.0):
+def decisions_of(rows, parameters, reader):
     """Take all passes, with the rows in another order each, and everything through its bytes."""
     rng, decisions = np.random.default_rng(1), None
     for _ in range(passes(parameters)):
-        parts = [statistics(reader, rows[i], parameters, min_coverage, decisions) for i in rng.permutation(len(rows))]
+        parts = [statistics(reader, rows[i], parameters, decisions) for i in rng.permutation(len(rows))]
         together = merge(Statistics.from_bytes(part.to_bytes()) for part in parts)
         decisions = Decisions.from_bytes(decide(together, parameters, decisions).to_bytes())
     assert decisions.final
@@ -121,7 +121,7 @@ def test_rows_of_different_genes_are_joined_as_anndata_joins_them(reader):
     wanted = preprocess(from_row(to_row(joined)), parameters)
     decisions = decisions_of([to_row(part) for part in parts], parameters, reader)
     assert kept(decisions) == wanted.var_names.tolist()
-    rows = [reader.prepare(to_row(part), parameters, 0.0, decisions) for part in parts]
+    rows = [reader.prepare(to_row(part), parameters, decisions) for part in parts]
     assert all(row.genes.tolist() == kept(decisions) for row in rows)
     assert np.concatenate([row.cell_ids for row in rows]).tolist() == wanted.obs_names.tolist()
     assert_close(np.sum([row.n_cells for row in rows], axis=0), wanted.X.getnnz(axis=0))
@@ -131,10 +131,10 @@ def test_rows_of_different_genes_are_joined_as_anndata_joins_them(reader):
 @pytest.mark.parametrize("n", [3, 10])
 def test_cells_get_the_bins_that_they_get_in_the_joined_anndata(reader, changes, n):
     parameters = Parameters(mode="cell", max_length=300, **changes)
-    joined = reader.prepare(to_row(pbmc()), parameters, 0.0)
+    joined = reader.prepare(to_row(pbmc()), parameters)
     rows = cut(pbmc(), n)
     decisions = decisions_of(rows, parameters, reader)
-    prepared = [reader.prepare(row, parameters, 0.0, decisions) for row in rows]
+    prepared = [reader.prepare(row, parameters, decisions) for row in rows]
     assert all(row.genes.tolist() == joined.genes.tolist() for row in prepared)
     found = sp.vstack([row.binned for row in prepared], format="csr")
     assert (found != joined.binned).nnz == 0
@@ -198,7 +198,7 @@ def test_of_genes_with_one_symbol_the_sample_keeps_the_one_with_most_counts(read
     parameters = Parameters(need_preprocess=False, data_is_raw=True)
     rows = [to_row(first), to_row(second)]
     decisions = decisions_of(rows, parameters, reader)
-    prepared = [reader.prepare(row, parameters, 0.0, decisions) for row in rows]
+    prepared = [reader.prepare(row, parameters, decisions) for row in rows]
     assert [row.n_cells.tolist() for row in prepared] == [[1, 1, 1], [1, 1, 1]]
     assert all(row.genes.tolist() == [names[1], names[0], names[2]] for row in prepared)
 
@@ -211,12 +211,12 @@ def test_a_bad_row_is_left_out_and_the_others_say_so(reader):
     bad = [good[0] | {"x_indptr": None}, to_row(nameless)]
     decisions = decisions_of([*good, *bad], parameters, reader)
     assert kept(decisions) == kept(decisions_of(good, parameters, reader))
-    prepared = reader.prepare(good[0], parameters, 0.0, decisions)
+    prepared = reader.prepare(good[0], parameters, decisions)
     assert "2 rows of the sample had no part in choosing its genes" in prepared.report.warnings
     with pytest.raises(PayloadError, match="x_indptr"):
-        reader.prepare(bad[0], parameters, 0.0, decisions)
+        reader.prepare(bad[0], parameters, decisions)
     with pytest.raises(PreprocessError, match="batch_key 'donor' is no column"):
-        reader.prepare(bad[1], parameters, 0.0, decisions)
+        reader.prepare(bad[1], parameters, decisions)
 
 
 def most_counts(n):
@@ -241,7 +241,7 @@ def test_a_sample_without_an_answer_says_why_on_each_row(reader, cells, changes,
     decisions = decisions_of(rows, parameters, reader)
     for row in rows:
         with pytest.raises(PreprocessError, match=f"the sample has no answer: .*{message}"):
-            reader.prepare(row, parameters, 0.0, decisions)
+            reader.prepare(row, parameters, decisions)
 
 
 @pytest.mark.parametrize("given", [b"no Arrow", 7, b""], ids=str)

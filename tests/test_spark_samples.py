@@ -70,7 +70,7 @@ def test_the_means_of_larger_samples_are_those_of_the_joined_cells(spark, rows, 
     parameters = Parameters(
         mode="contextual", hvg_flavor="seurat", result_normed_key="", log1p=True, result_log1p_key="", subset_hvg=30
     )
-    decided = decisions(rows, ref, parameters, 0.0)
+    decided = decisions(rows, ref, parameters)
     assert sorted(row["sample_id"] for row in decided.collect()) == sorted(samples)
     keys = rows.select("adata_id", "sample_id")
     sums = (

@@ -106,7 +106,7 @@ class Job:
             tracking_uri=mlflow.get_tracking_uri(),
             registry_uri=mlflow.get_registry_uri(),
         )
-        return Work(model, self.parameters, self.settings.min_coverage, self.settings.row_timeout)
+        return Work(model, self.parameters, self.settings.row_timeout)
 
 
 def embed_table(spark: SparkSession, settings: EmbedSettings, parameters: Parameters) -> Summary:
@@ -342,7 +342,7 @@ def _payload(job: Job, rows: DataFrame, wave: pd.DataFrame) -> DataFrame:
         if (wave["copies"] > 1).any():
             chosen = chosen.dropDuplicates(["adata_id"])
     if _samples(wave):
-        decided = decisions(chosen, job.work.model, job.parameters, job.settings.min_coverage)
+        decided = decisions(chosen, job.work.model, job.parameters)
         chosen = chosen.join(F.broadcast(decided), "sample_id")
     else:
         chosen = chosen.withColumn("decisions", F.lit(None).cast("binary"))

@@ -1,6 +1,6 @@
 """Samples of several rows on Spark: decisions before the rows are embedded, means after.
 
-    decided = decisions(rows, model, parameters, min_coverage)          # sample_id, decisions
+    decided = decisions(rows, model, parameters)          # sample_id, decisions
     rows.join(F.broadcast(decided), "sample_id")                        # each row carries its sample's decisions
         .mapInArrow(...)                                                # embed; contextual mode with `sums`
         .transform(means)                                               # contextual mode: one mean a sample and gene
@@ -36,7 +36,7 @@ MEANS = pa.schema(
 )  # fmt: skip
 
 
-def decisions(rows: DataFrame, model: ModelRef, parameters: Parameters, min_coverage: float) -> DataFrame:
+def decisions(rows: DataFrame, model: ModelRef, parameters: Parameters) -> DataFrame:
     """Decide which genes each sample keeps, as scanpy would on all of its cells: `DECISIONS`, a line a sample.
 
     Reads the rows once a pass (`samples.passes`). Between passes the decisions come to the driver: some 10 bytes a
@@ -55,7 +55,7 @@ def decisions(rows: DataFrame, model: ModelRef, parameters: Parameters, min_cove
         held = [name for name in (*PAYLOAD_COLUMNS, "n_obs", "n_vars", "x_dtype") if name in rows.columns]
         step = (
             given.select("sample_id", "decisions", *held)
-            .mapInArrow(contributions(model, parameters, min_coverage), from_arrow_schema(PARTS))
+            .mapInArrow(contributions(model, parameters), from_arrow_schema(PARTS))
             .groupBy("sample_id")
             .applyInArrow(decider(parameters), from_arrow_schema(DECISIONS))
         )
@@ -77,7 +77,7 @@ def means(sums: DataFrame) -> DataFrame:
     return sums.select(*columns).groupBy("sample_id", share).applyInArrow(_means, from_arrow_schema(MEANS))
 
 
-def contributions(model: ModelRef, parameters: Parameters, min_coverage: float) -> Callable[[Batches], Batches]:
+def contributions(model: ModelRef, parameters: Parameters) -> Callable[[Batches], Batches]:
     """Return a function for `mapInArrow` that adds up what a task's rows contribute to each sample."""
 
     def run(batches: Batches) -> Batches:
@@ -87,7 +87,7 @@ def contributions(model: ModelRef, parameters: Parameters, min_coverage: float) 
         for batch in batches:
             for row in arrow_rows(batch):
                 sample = row["sample_id"]
-                part = statistics(reader, row, parameters, min_coverage, given_decisions(row))
+                part = statistics(reader, row, parameters, given_decisions(row))
                 sums[sample] = merge([sums.pop(sample, Statistics()), part])
                 decided[sample] = row["decisions"]
                 if len(sums) > SAMPLES_AT_ONCE:

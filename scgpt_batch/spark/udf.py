@@ -86,15 +86,13 @@ class Work:
 
     model: ModelRef
     parameters: Parameters
-    min_coverage: float
     row_timeout: float  # seconds without an answer, after which the process is taken for hung
     sums: bool = False  # contextual sums, to be added up over the rows of a sample
 
     @property
     def options(self) -> dict[str, Any]:
         """Keyword arguments of `Embedder.embed_rows`; static vectors are joined later, from `static_vectors`."""
-        with_vectors = self.parameters.mode != "static"
-        return {"min_coverage": self.min_coverage, "with_vectors": with_vectors, "sums": self.sums}
+        return {"with_vectors": self.parameters.mode != "static", "sums": self.sums}
 
 
 def task_device() -> str | None:
