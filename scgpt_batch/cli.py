@@ -8,6 +8,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -218,33 +219,46 @@ def _settings(command: Command, name: str, flags: Mapping[str, Any], config: str
 
 
 def _from_file(config: str | None, name: str, fields: Mapping[str, FieldInfo]) -> dict[str, Any]:
-    """Read the settings of a command: the file's section of its name, and `common` for all commands."""
+    """Read the settings of a command: the file's section of its name, and `common` for all commands.
+
+    A setting without a value (null) is not given, and one word is a list of one.
+    """
     if config is None:
         return {}
     try:
         sections = yaml.safe_load(Path(config).read_text(encoding="utf-8")) or {}
     except OSError as exc:
         raise ConfigError(f"cannot read --config {config}: {exc.strerror}") from exc
-    except yaml.YAMLError as exc:
-        raise ConfigError(f"{config} is not YAML: {exc}") from exc
-    if not isinstance(sections, dict) or not all(isinstance(s, dict) for s in sections.values()):
-        raise ConfigError(f"{config} must hold sections of settings: common, {', '.join(COMMANDS)}")
-    unknown = set(sections) - {"common", *COMMANDS}
+    except (yaml.YAMLError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"{config} is not YAML: {' '.join(str(exc).split())}") from exc
+    known = f"common, {', '.join(COMMANDS)}"
+    if not isinstance(sections, dict) or not all(isinstance(s, dict | None) for s in sections.values()):
+        raise ConfigError(f"{config} must hold sections of settings: {known}")
+    unknown = [section for section in sections if section not in ("common", *COMMANDS)]
     if unknown:
-        raise ConfigError(f"{config}: unknown section {sorted(unknown)[0]!r}; known: common, {', '.join(COMMANDS)}")
-    given = sections.get("common", {}) | sections.get(name, {})
+        raise ConfigError(f"{config}: unknown section {unknown[0]!r}; known: {known}")
+    given = (sections.get("common") or {}) | (sections.get(name) or {})
     for key in given:
         if key not in fields:
             raise ConfigError(f"{config}: unknown setting {key!r} for {name}")
-    return given
+    return {
+        key: [value] if _is_list(fields[key]) and isinstance(value, str) else value
+        for key, value in given.items()
+        if value is not None
+    }
 
 
 def _from_environment(fields: Mapping[str, FieldInfo]) -> dict[str, Any]:
     given = {}
     for name, field in fields.items():
-        value = os.environ.get(ENVIRONMENT + name.upper())
-        if value is not None:
+        variable = ENVIRONMENT + name.upper()
+        value = os.environ.get(variable)
+        if value is None:
+            continue
+        try:
             given[name] = value.split() if _is_list(field) else _named(value.split()) if _is_dict(field) else value
+        except ValueError as exc:
+            raise ConfigError(f"{variable} is {value!r}: {exc}") from exc
     return given
 
 
@@ -289,11 +303,14 @@ class _Named(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         try:
             setattr(namespace, self.dest, _named(values))
-        except ValueError:
-            parser.error(f"{option_string} takes NAME=VALUE words")
+        except ValueError as exc:
+            parser.error(f"{option_string}: {exc}")
 
 
 def _named(words: Sequence[str]) -> dict[str, str]:
+    for word in words:
+        if not re.match("[^=]+=", word):
+            raise ValueError(f"{word!r} must be NAME=VALUE")
     return dict(word.split("=", 1) for word in words)
 
 

@@ -58,7 +58,10 @@ def write_demo_checkpoint(h5ad: Path, out: Path, *, seed: int = 0) -> Summary:
     known, vectors = coexpression_vectors(adata, rng)
     table[known] = vectors
 
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise ConfigError(f"cannot write a checkpoint to {out}: {exc.strerror}") from exc
     torch.save(_state_dict(table, seed), out / "best_model.pt")
     (out / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
     args = {

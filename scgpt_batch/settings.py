@@ -6,17 +6,27 @@ A flag wins over the environment (`SCGPT_BATCH_` and the name in capitals), the 
 import re
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class Settings(BaseModel):
     """What every command takes. Frozen; unknown names are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     tracking_uri: str = Field("", description="MLflow tracking URI; empty: MLflow's own environment variables")
     registry_uri: str = Field("", description="MLflow registry URI, such as databricks-uc; empty: MLflow's own")
     spark_conf: dict[str, str] = Field({}, description="Spark settings of a local session, name=value")
+
+    @field_validator("spark_conf", mode="before")
+    @classmethod
+    def _as_spark_writes_it(cls, conf: Any) -> Any:
+        """Accept YAML's numbers and booleans as the words that Spark takes."""
+        if not isinstance(conf, dict):
+            return conf
+        words = {name: str(v).lower() if isinstance(v, bool) else str(v) for name, v in conf.items()
+                 if isinstance(v, bool | int | float)}  # fmt: skip
+        return conf | words
 
 
 class DemoCheckpointSettings(Settings):
@@ -122,6 +132,12 @@ class MaintainSettings(Settings):
     vacuum_hours: int = Field(168, ge=0, description="files that no version of so many hours needs are removed")
     force: bool = Field(False, description="allow vacuum_hours below 168: running readers and time travel may break")
 
+    @model_validator(mode="after")
+    def _works(self) -> Self:
+        if "retain_days" in self.model_fields_set and not self.date_column:
+            raise ValueError("--retain-days needs --date-column: which column says how old a row is?")
+        return self
+
 
 class ServeSettings(Settings):
     """Serve the model over HTTP, with an inference table, until stopped."""
@@ -166,7 +182,7 @@ class WorkspaceSettings(Settings):
     @model_validator(mode="after")
     def _is_a_name(self) -> Self:
         if not re.fullmatch(r"[A-Za-z0-9][\w-]{0,62}", self.endpoint, re.ASCII):
-            raise ValueError(f"no endpoint can be called {self.endpoint!r}: letters, digits, - and _ only, at most 63")
+            raise ValueError(f"endpoint {self.endpoint!r} must be letters, digits, - and _ only, at most 63")
         return self
 
 
@@ -199,7 +215,7 @@ class DeploySettings(WorkspaceSettings):
             raise ValueError(f"traffic {self.traffic!r} must be percentages that add to 100, such as old=90,new=10")
         table = self.inference_table
         if table not in ("", "none") and not re.fullmatch(r"[^.\s]+\.[^.\s]+\.[^.\s]+_payload", table):
-            raise ValueError(f"inference table {table!r} must be catalog.schema.NAME_payload: Databricks adds _payload")
+            raise ValueError(f"inference_table {table!r} must be catalog.schema.NAME_payload: Databricks adds _payload")
         return self
 
     def _shares(self) -> dict[str, int]:

@@ -33,8 +33,6 @@ def maintain(spark: SparkSession, settings: MaintainSettings) -> Summary:
             f"--vacuum-hours {settings.vacuum_hours} is below {SAFE_HOURS}: whoever reads or writes {table} now may "
             "fail, and time travel to those versions ends; use --force where nobody does"
         )
-    if "retain_days" in settings.model_fields_set and not settings.date_column:
-        raise ConfigError("--retain-days needs --date-column: which column says how old a row is?")
     if not tables.exists(spark, table):
         raise ConfigError(f"no Delta table {table}")
     if settings.cluster_by:
