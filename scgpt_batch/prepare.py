@@ -18,7 +18,8 @@ import scipy.sparse as sp
 
 from scgpt_batch.anndata_rows import from_row, is_empty
 from scgpt_batch.decisions import Decisions
-from scgpt_batch.errors import LowCoverage, PayloadError, PreprocessError, RowError
+from scgpt_batch.errors import FileError, LowCoverage, PayloadError, PreprocessError, RowError
+from scgpt_batch.io.hdf5_safety import open_hdf5
 from scgpt_batch.model import Vocabulary
 from scgpt_batch.parameters import Parameters
 from scgpt_batch.preprocess import (
@@ -245,9 +246,10 @@ def allowed_path(path: str, roots: Iterable[str]) -> Path:
 def _read_file(path: Path, use_key: str) -> ad.AnnData:
     """Read an .h5ad and check it as a row is checked; of its layers, the one that is used."""
     try:
-        with quiet_libraries():  # names given twice: the check below refuses them
+        # names given twice: the check below refuses them
+        with quiet_libraries(), open_hdf5(path):
             held = ad.read_h5ad(path)
-    except (OSError, KeyError, ValueError) as exc:
+    except (FileError, OSError, KeyError, ValueError) as exc:
         raise PayloadError(f"input_data_path: {path.name} cannot be read as .h5ad: {exc}") from exc
 
     def checked(matrix: Any, key: str) -> ad.AnnData:

@@ -7,6 +7,7 @@ import textwrap
 
 import anndata as ad
 import h5py
+import numpy as np
 import pandas as pd
 import pytest
 from pyspark.sql import functions as F
@@ -113,8 +114,8 @@ def test_planning_reads_no_matrix(tmp_path):
         x.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
         obs = file.create_group("obs")
         obs.attrs.update({"encoding-type": "dataframe", "encoding-version": "0.2.0", "_index": "i", "column-order": []})
-        names = obs.create_dataset("i", shape=(10_000_000,), dtype=h5py.string_dtype(), chunks=(10_000,))
-        names.attrs.update({"encoding-type": "string-array", "encoding-version": "0.2.0"})
+        names = np.arange(10_000_000).astype("S8")
+        obs.create_dataset("i", data=names, chunks=(100_000,), compression="lzf")
     script = f"""
         import json, resource
         from scgpt_batch.spark.files import ReadOptions, plan, read

@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from scgpt_batch.anndata_rows import to_row
 from scgpt_batch.errors import ConfigError, FileError
 from scgpt_batch.io.annotations import open_annotations
+from scgpt_batch.io.hdf5_safety import open_hdf5
 
 PARTITION_CELLS = 5_000  # of a task: some seconds of reading, some 100 MB
 CSC_PARTITION_VALUES = 50_000_000  # the same where X lies gene by gene and each task reads all of it; 1 GB of memory
@@ -263,8 +264,10 @@ def open_counts(path: Path, options: ReadOptions) -> Backed | TenX:
 
 def _open(path: Path, kind: str) -> Backed | TenX:
     if kind.startswith("10x"):
+        if path.is_file():
+            open_hdf5(path).close()
         return TenX(path)
-    return Backed(h5py.File(path, "r") if kind == ".h5ad" else zarr.open_group(path, mode="r"))
+    return Backed(open_hdf5(path, sliced=("X",)) if kind == ".h5ad" else zarr.open_group(path, mode="r"))
 
 
 def _kind(path: Path) -> str:
