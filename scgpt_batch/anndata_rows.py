@@ -1,11 +1,13 @@
 """AnnData <-> one row of columns: the only module that knows how a row spells a matrix and its tables.
 
 A row holds either `adata_sparsematrix` (dense, cells × genes) or `x_data`, `x_indices`, `x_indptr` (CSR), with `obs`
-and `var` as JSON, `orient="split"`. All that arrives is checked before it is used.
+and `var` as JSON, `orient="split"`. All that arrives is checked before it is used. The rules for values and names are
+here, so that every way into the package follows them; docs/ingest.md has them as a table.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from decimal import Decimal
 from functools import lru_cache
 from typing import Any, Literal
@@ -25,52 +27,93 @@ PAYLOAD_COLUMNS = (*MATRIX_COLUMNS, "adata_obs", "adata_var")
 # 500 MB at most.
 SHARED_TABLES, SHARED_LENGTH = 4, 8_000_000
 _CSR = ("x_data", "x_indices", "x_indptr")
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 _NUMBER_TYPES = (
-    "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float32", "float64",
+    "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32", "float64",
 )  # fmt: skip
+MISSING_LABEL = "(missing)"  # group or batch of the cells without one
 
 
-def to_row(adata: ad.AnnData, *, layout: Literal["csr", "dense"] = "csr") -> dict[str, Any]:
-    """Turn X, obs and var of an AnnData into the payload columns of a row.
+@dataclass(frozen=True)
+class RowContent:
+    """What a row holds, checked.
 
-    `from_row` gives the same values, names and dtype of X back. In obs and var, categoricals come back as strings,
-    integers as int64, floats as float64 and missing values as NaN or None; anything else (dates, infinities) as its
-    string.
+    Attributes
+    ----------
+    x
+        Cells × genes, of the type that the row states, without stored zeros; no value is negative, NaN or beyond
+        float32's range.
+    obs
+        The cells' table; names are unique.
+    var
+        The genes' table as the row has it: names may repeat, "" is a gene without a name. Shared by rows: read only.
+    warnings
+        What was changed on the way.
+    """
+
+    x: sp.csr_matrix
+    obs: pd.DataFrame
+    var: pd.DataFrame
+    warnings: tuple[str, ...] = ()
+
+
+def to_row(
+    adata: ad.AnnData,
+    *,
+    layer: str | None = None,
+    layout: Literal["csr", "dense"] = "csr",
+    warnings: list[str] | None = None,
+) -> dict[str, Any]:
+    """Turn X (or a layer), obs and var of an AnnData into the payload columns of a row.
+
+    `from_row` gives values, names and the type of X back, except where the rules for values and names (docs/ingest.md)
+    change them: values that float32 cannot hold are rounded, repeated cell names get a suffix. In obs and var,
+    categoricals come back as strings, integers as int64, floats as float64 and missing values as NaN or None; anything
+    else (dates, infinities) as its string.
 
     Parameters
     ----------
     adata
-        Cells × genes; X dense or sparse.
+        Cells × genes; X dense or sparse, of any real number type.
+    layer
+        The layer to take instead of X.
     layout
-        "csr" stores X as float32; "dense" as float64, every zero included.
+        "csr" stores X as float32; "dense" as float64, every zero included. The model computes in float32 either way.
+    warnings
+        A list to which a sentence is appended for each change that the caller should know of.
 
     Raises
     ------
     PayloadError
-        There is no X, or it holds values that the layout's type cannot hold exactly.
+        There is no X (or no such layer), or it contains negative values, NaN, infinity, values beyond float32's range
+        or no numbers.
     """
-    dtype = np.float32 if layout == "csr" else np.float64
-    x = adata.X
+    told = [] if warnings is None else warnings
+    what = "X" if layer is None else f"layer {layer!r}"
+    x = adata.X if layer is None else adata.layers.get(layer)
     if x is None:
-        raise PayloadError("the AnnData has no X")
-    _number_type(x.dtype.name, "the type of X")
-    if sp.issparse(x) and not x.has_canonical_format:
-        x = x.copy()
-        x.sum_duplicates()  # two entries of one gene are one value
-    held = x.data if sp.issparse(x) else np.asarray(x)
-    values = _cast(held, dtype)
-    if not np.array_equal(_cast(values, held.dtype), held, equal_nan=True):
-        raise PayloadError(f"X ({x.dtype}) holds values that {np.dtype(dtype).name} rounds; cast X first, or use dense")
+        held = ", ".join(map(repr, adata.layers)) or "none"
+        raise PayloadError(f"the AnnData has no {what}; its layers: {held}")
+    if x.dtype.kind not in "biuf":
+        raise PayloadError(f"{what} has type {x.dtype}; convert it to real numbers, e.g. with .astype('float32')")
+    csr = _canonical_csr(x)
+    check_values(csr, adata.var_names, what)
+    obs_names, cell_warning = unique_cell_names(adata.obs_names)
     row: dict[str, Any] = dict.fromkeys(PAYLOAD_COLUMNS)
     if layout == "dense":
-        row["adata_sparsematrix"] = list(x.toarray().astype(dtype) if sp.issparse(x) else values)
+        values = _cast(csr.data, np.float64)
+        dense = np.zeros(csr.shape)
+        dense[np.repeat(np.arange(csr.shape[0]), np.diff(csr.indptr)), csr.indices] = values
+        row["adata_sparsematrix"] = list(dense)
     else:
-        csr = sp.csr_matrix(x)
-        row["x_data"] = csr.data.astype(np.float32)
+        values = _cast(csr.data, np.float32)
+        row["x_data"] = values
         row["x_indices"] = csr.indices.astype(np.int32)
         row["x_indptr"] = csr.indptr.astype(np.int64)
-    row |= {"adata_obs": table_to_json(adata.obs), "adata_var": table_to_json(adata.var)}
-    return row | {"n_obs": adata.n_obs, "n_vars": adata.n_vars, "x_dtype": x.dtype.name}
+    told += filter(None, (cell_warning, rounding_warning(csr, values, adata.var_names), log_base_warning(adata.uns)))
+    obs = adata.obs if obs_names is adata.obs_names else adata.obs.set_index(obs_names)
+    row |= {"adata_obs": table_to_json(obs), "adata_var": table_to_json(adata.var)}
+    return row | {"n_obs": adata.n_obs, "n_vars": adata.n_vars, "x_dtype": _stated_type(x.dtype, csr.data, values)}
 
 
 def from_row(row: Mapping[str, Any]) -> ad.AnnData:
@@ -78,14 +121,23 @@ def from_row(row: Mapping[str, Any]) -> ad.AnnData:
 
     Takes the columns of `to_row` as lists, numpy or Arrow arrays; also (the blog's notebook form) a scipy matrix in
     `adata_sparsematrix` and DataFrames in `adata_obs` and `adata_var`. `n_obs`, `n_vars`, `x_dtype` are optional.
+    Genes stay as the row has them, repeated names too.
 
     Raises
     ------
     PayloadError
         Names the column and what is wrong with it.
     """
-    obs = _table(row, "adata_obs", "cell")
-    var = _table(row, "adata_var", "gene")
+    content = read_row(row)
+    adata = ad.AnnData(content.x, obs=content.obs)
+    adata.var = content.var.copy()
+    return adata
+
+
+def read_row(row: Mapping[str, Any]) -> RowContent:
+    """Read a row as `from_row` does, with the warnings, and without the cost of an AnnData."""
+    obs, warning = _cells(row)
+    var = _genes(row)
     _check_stated_shape(row, len(obs), len(var))
     if len(obs) == 0 or len(var) == 0:
         raise PayloadError(f"the row is empty: adata_obs has {len(obs)} cells, adata_var {len(var)} genes")
@@ -95,13 +147,117 @@ def from_row(row: Mapping[str, Any]) -> ad.AnnData:
         if extra:
             raise PayloadError(f"adata_sparsematrix and {', '.join(extra)} are both given: a row has one matrix")
         x = _dense(matrix, len(obs), len(var))
-        _check_values(x, var.index, "adata_sparsematrix")
+        check_values(x, var.index, "adata_sparsematrix")
     else:
         x = _csr(row, len(obs), len(var))
-        _check_values(x, var.index, "x_data")
+        check_values(x, var.index, "x_data")
     x = _as_stated(x, _given(row, "x_dtype"))
     x.eliminate_zeros()
-    return ad.AnnData(x, obs=obs, var=var)
+    return RowContent(x, obs, var, (warning,) if warning else ())
+
+
+def check_values(x: sp.csr_matrix, genes: pd.Index, column: str) -> None:
+    """Reject values that cannot be counts or their logarithms: a PayloadError names the first cell and gene.
+
+    Parameters
+    ----------
+    x
+        Cells × genes.
+    column
+        Where the values come from, for the message.
+    """
+    data = x.data
+    if not len(data) or (data.dtype.kind in "bu"):
+        return
+    with np.errstate(invalid="ignore"):
+        least, largest = data.min(), data.max()  # NaN where one is
+        if least >= 0 and largest <= FLOAT32_MAX:
+            return
+        wrongs = (
+            (~np.isfinite(data), "NaN or infinity", "replace missing values by zeros, or leave those cells out"),
+            (data < 0, "negative values", "X looks scaled; use raw counts instead, e.g. --layer counts or --layer raw"),
+            (data > FLOAT32_MAX, "values beyond float32's range (3.4e38)", "the model computes in float32: rescale X"),
+        )
+    wrong, what, advice = next(entry for entry in wrongs if entry[0].any())
+    cell, gene = _place(x, int(np.argmax(wrong)))
+    raise PayloadError(f"{column} contains {what} (first: cell {cell}, gene {genes[gene]!r}); {advice}")
+
+
+def as_float32(x: sp.csr_matrix, genes: pd.Index) -> tuple[sp.csr_matrix, str | None]:
+    """Return checked values as the model sees them, in float32, and a warning where whole numbers were rounded."""
+    if x.dtype == np.float32:
+        return x, None
+    values = _cast(x.data, np.float32)
+    warning = rounding_warning(x, values, genes)
+    x = sp.csr_matrix((values, x.indices, x.indptr), x.shape)
+    x.eliminate_zeros()  # what float32 rounds to zero
+    return x, warning
+
+
+def rounding_warning(x: sp.csr_matrix, values: np.ndarray, genes: pd.Index) -> str | None:
+    """Say how many whole numbers above 2^24 `values`, the cast of x's, do not hold exactly."""
+    if x.dtype.kind not in "iuf" or x.dtype.itemsize < 4 or x.dtype == values.dtype or not len(values):
+        return None
+    if values.max() < 2**24:
+        return None
+    changed = (values >= 2**24) & ~_holds(values, x.data)
+    if x.dtype.kind == "f":
+        changed &= x.data == np.floor(x.data)
+    if not changed.any():
+        return None
+    cell, gene = _place(x, int(np.argmax(changed)))
+    return (
+        f"{int(changed.sum())} whole numbers above 2^24 are rounded to {values.dtype.name} "
+        f"(first: cell {cell}, gene {genes[gene]!r})"
+    )
+
+
+def unique_cell_names(names: pd.Index) -> tuple[pd.Index, str | None]:
+    """Give repeated cell names -1, -2, … from the second on, as `obs_names_make_unique` does, and say so.
+
+    Names that are unique already come back as the same object. Call it on all cells of a file or request before these
+    are cut into rows: a row alone cannot see the others' names.
+    """
+    if names.is_unique:
+        return names, None
+    taken, last = set(names), dict[str, int]()
+    unique = names.to_numpy(dtype=object, copy=True)
+    repeated = names.duplicated()
+    for i in np.flatnonzero(repeated):
+        name = unique[i]
+        while (new := f"{name}-{last.setdefault(name, 0) + 1}") in taken:
+            last[name] += 1
+        last[name] += 1
+        taken.add(new)
+        unique[i] = new
+    first = names[repeated][0]
+    return pd.Index(unique, dtype=object), f"{int(repeated.sum())} repeated cell names got a suffix (first: {first!r})"
+
+
+def string_labels(column: pd.Series) -> np.ndarray:
+    """Return labels of any type as strings, "(missing)" for null: object, (cells,).
+
+    Whole numbers are written without ".0": a null among a row's whole numbers makes floats of them, and a cell's label
+    must not depend on other cells.
+    """
+    codes, values = pd.factorize(column)
+    labels = [str(int(v)) if isinstance(v, (float, np.floating)) and v.is_integer() else str(v) for v in values]
+    return np.array([*labels, MISSING_LABEL], dtype=object)[codes]  # a null has code -1
+
+
+def missing_warning(labels: np.ndarray, column: str) -> str | None:
+    """Say how many cells have no label in `column`, by what `string_labels` returned."""
+    missing = int((labels == MISSING_LABEL).sum())
+    return f"{missing} cells have no {column!r}: they form the group {MISSING_LABEL}" if missing else None
+
+
+def log_base_warning(uns: Mapping[str, Any]) -> str | None:
+    """Say when an AnnData states that its logarithms are not natural ones, by which scGPT was trained."""
+    stated = uns.get("log1p")
+    base = stated.get("base") if isinstance(stated, Mapping) else None
+    if base is None or np.isclose(float(base), np.e):
+        return None
+    return f"uns['log1p'] says that X holds logarithms to base {float(base):g}; scGPT expects natural logarithms"
 
 
 def is_empty(row: Mapping[str, Any]) -> bool:
@@ -122,7 +278,7 @@ def table_to_json(table: pd.DataFrame) -> str:
     """Write obs or var as pandas' JSON, `orient="split"`, floats in full (pandas itself rounds to 15 digits)."""
     cells = [[_json_value(v) for v in _plain_values(column)] for _, column in table.items()]
     rows = [list(row) for row in zip(*cells, strict=True)] if cells else [[] for _ in range(len(table))]
-    split = {"columns": [str(c) for c in table.columns], "index": [str(i) for i in table.index], "data": rows}
+    split = {"columns": [str(c) for c in table.columns], "index": _names(table.index), "data": rows}
     return json.dumps(split, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
@@ -149,17 +305,21 @@ def table_from_json(text: str, column: str) -> pd.DataFrame:
     for name, values in zip(index, data, strict=True):
         if not isinstance(values, list) or len(values) != len(columns):
             raise PayloadError(f"{column}: row {name!r} of data does not have the {len(columns)} columns' values")
-    if any(isinstance(name, (list, dict)) or name is None for name in (*columns, *index)):
+    if any(isinstance(name, (list, dict)) for name in (*columns, *index)) or any(map(_is_missing, columns)):
         raise PayloadError(f"{column}: names in columns and index must be strings or numbers")
     names = [str(name) for name in columns]
     if len(set(names)) != len(names):
         raise PayloadError(f"{column}: a column name is given twice")
     try:
-        table = pd.DataFrame({n: [row[j] for row in data] for j, n in enumerate(names)}, index=[str(i) for i in index])
+        table = pd.DataFrame({n: [row[j] for row in data] for j, n in enumerate(names)}, index=_names(index))
     except (ValueError, OverflowError, TypeError) as exc:
         raise PayloadError(f"{column}: no table can be made of it: {exc}") from exc
     table.index = table.index.astype(object)
     return table
+
+
+def _names(index: Iterable[Any]) -> list[str | None]:
+    return [None if _is_missing(name) else str(name) for name in index]
 
 
 def _plain_values(column: pd.Series) -> list[Any]:
@@ -194,33 +354,53 @@ def _is_list(kind: pa.DataType) -> bool:
     return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
-def _table(row: Mapping[str, Any], column: str, what: str) -> pd.DataFrame:
-    given = _given(row, column)
+def _canonical_csr(x: Any) -> sp.csr_matrix:
+    """Return X in CSR, its numbers in the machine's byte order, two entries of one gene added up; X stays as it is."""
+    wanted = np.dtype(np.float32) if x.dtype == np.float16 else x.dtype.newbyteorder("=")  # scipy has no float16
+    csr = sp.csr_matrix(x if x.dtype == wanted and x.dtype.isnative else x.astype(wanted))
+    if not csr.has_canonical_format:
+        csr = csr.copy()
+        csr.sum_duplicates()
+    return csr
+
+
+def _cells(row: Mapping[str, Any]) -> tuple[pd.DataFrame, str | None]:
+    """Read obs; names that repeat are made unique, and the warning says so."""
+    given = _given(row, "adata_obs")
+    obs = given if isinstance(given, pd.DataFrame) else table_from_json(_text(given, "adata_obs", "cell"), "adata_obs")
+    names = pd.Index(_names(obs.index), dtype=object)
+    if names.hasnans:
+        raise PayloadError(f"adata_obs: {int(names.isna().sum())} cells have no name; give each cell one")
+    names, warning = unique_cell_names(names)
+    return obs.set_axis(names), warning
+
+
+def _genes(row: Mapping[str, Any]) -> pd.DataFrame:
+    """Read var, shared by the rows that have the same; a gene without a name gets ""."""
+    given = _given(row, "adata_var")
+    if isinstance(given, pd.DataFrame):
+        return given.set_axis(pd.Index([name or "" for name in _names(given.index)], dtype=object))
+    text = _text(given, "adata_var", "gene")
+    return shared_genes(text) if len(text) <= SHARED_LENGTH else _genes_from_json(text)
+
+
+def _text(given: Any, column: str, what: str) -> str:
     if given is None:
         raise PayloadError(f"{column} is null: the row needs its table of {what}s")
-    if isinstance(given, pd.DataFrame):
-        table = given.copy()
-        table.index = pd.Index([str(name) for name in table.index], dtype=object)
-    elif isinstance(given, str):
-        shared = column == "adata_var" and len(given) <= SHARED_LENGTH
-        table = _shared_genes(given).copy() if shared else table_from_json(given, column)
-    else:
+    if not isinstance(given, str):
         raise PayloadError(f"{column} must be a JSON string, not {type(given).__name__}")
-    if table.index.has_duplicates:
-        twice = table.index[table.index.duplicated()]
-        raise PayloadError(f"{column} names {len(twice)} {what}s twice, first {twice[0]!r}")
-    return table
+    return given
 
 
 @lru_cache(maxsize=SHARED_TABLES)
-def _shared_genes(text: str) -> pd.DataFrame:
-    """Read `adata_var` once for the rows that share it; a copy is for the caller, the index is one for all.
+def shared_genes(text: str) -> pd.DataFrame:
+    """Read `adata_var` once for the rows that share it; read only. Errors are not kept: each row gets its own."""
+    return _genes_from_json(text)
 
-    A text that cannot be read is not kept: each row with it is told so.
-    """
-    table = table_from_json(text, "adata_var")
-    table.index.is_unique  # noqa: B018  # builds the index's hash table before several threads look names up in it
-    return table
+
+def _genes_from_json(text: str) -> pd.DataFrame:
+    var = table_from_json(text, "adata_var")
+    return var.set_axis(var.index.fillna("")) if var.index.hasnans else var
 
 
 def _check_stated_shape(row: Mapping[str, Any], n_obs: int, n_vars: int) -> None:
@@ -279,12 +459,9 @@ def _csr(row: Mapping[str, Any], n_obs: int, n_vars: int) -> sp.csr_matrix:
     return matrix
 
 
-def _check_values(x: sp.csr_matrix, genes: pd.Index, column: str) -> None:
-    for wrong, what in ((~np.isfinite(x.data), "NaN or infinity"), (x.data < 0, "a negative value")):
-        if wrong.any():
-            at = int(np.argmax(wrong))
-            cell = int(np.searchsorted(x.indptr, at, side="right")) - 1
-            raise PayloadError(f"{column} holds {what} in cell {cell}, gene {genes[x.indices[at]]!r}")
+def _place(x: sp.csr_matrix, entry: int) -> tuple[int, int]:
+    """Return the cell and the gene of a stored entry."""
+    return int(np.searchsorted(x.indptr, entry, side="right")) - 1, int(x.indices[entry])
 
 
 def _numbers(values: Any, column: str) -> np.ndarray:
@@ -340,17 +517,39 @@ def _as_stated(x: sp.csr_matrix, name: Any) -> sp.csr_matrix:
     """Cast to `x_dtype`. Rounding to a shorter float is allowed; any other change of a value is not."""
     if name is None:
         return x
-    dtype = _number_type(name, "x_dtype")
+    dtype = np.dtype(np.float32) if name == "float16" else _number_type(name)  # scipy has no float16
     data = _cast(x.data, dtype)
-    lost = ~np.isfinite(data) if dtype.kind == "f" else data != x.data
+    lost = ~np.isfinite(data) if dtype.kind == "f" else ~_holds(data, x.data)
     if lost.any():
         raise PayloadError(f"x_dtype says {name}, which does not hold {x.data[np.argmax(lost)]}")
     return sp.csr_matrix((data, x.indices, x.indptr), x.shape)
 
 
-def _number_type(name: Any, what: str) -> np.dtype:
+def _stated_type(dtype: np.dtype, original: np.ndarray, values: np.ndarray) -> str:
+    """Name the type that X had where `values`, its cast, still say it: by values that it holds, or by their kind.
+
+    Whole numbers stay whole numbers when they are rounded; preprocessing looks at that.
+    """
+    if dtype.kind in "biu":
+        held = _holds(_cast(values, dtype), values)
+        return dtype.name if held.all() else values.dtype.name
+    same = dtype.name in _NUMBER_TYPES and bool(_holds(values, original).all())
+    return dtype.name if same else values.dtype.name
+
+
+def _holds(cast: np.ndarray, original: np.ndarray) -> np.ndarray:
+    """Tell which values a cast to another number type left as they were."""
+    same = _cast(cast, original.dtype) == original
+    for whole, other in ((cast, original), (original, cast)):
+        if whole.dtype.kind in "iu" and other.dtype.kind == "f":
+            # casting back a float beyond the whole type's range is undefined: it may even give the original
+            same &= other < 2.0 ** (8 * whole.dtype.itemsize - (whole.dtype.kind == "i"))
+    return same
+
+
+def _number_type(name: Any) -> np.dtype:
     if not isinstance(name, str) or name not in _NUMBER_TYPES:
-        raise PayloadError(f"{what} is {name!r}, none of {', '.join(_NUMBER_TYPES)}")
+        raise PayloadError(f"x_dtype is {name!r}, none of {', '.join(_NUMBER_TYPES)}")
     return np.dtype(name)
 
 

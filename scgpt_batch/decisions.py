@@ -40,11 +40,8 @@ class Decisions:
 
     Attributes
     ----------
-    genes, names
-        Genes that pass the gene filter, in the joined AnnData's order, and the names by which the vocabulary knows
-        them; both (genes,).
-    totals
-        Sum of X over the sample's cells, float64, (genes,): decides between genes of one symbol.
+    genes
+        Names of the genes that pass the gene filter, in the joined AnnData's order, (genes,).
     variable
         Mask of the variable genes among them, (genes,); None: no choice was made, or not yet.
     fits
@@ -56,10 +53,8 @@ class Decisions:
     """
 
     genes: np.ndarray
-    names: np.ndarray
-    totals: np.ndarray
     variable: np.ndarray | None = None
-    fits: Mapping[str | None, BatchFit] = field(default_factory=dict)
+    fits: Mapping[str, BatchFit] = field(default_factory=dict)
     left_out: int = 0
     final: bool = False
     error: str = ""
@@ -67,8 +62,7 @@ class Decisions:
     @classmethod
     def failed(cls, error: str) -> Self:
         """Decide that no row of the sample can be answered."""
-        nothing = np.zeros(0, object)
-        return cls(nothing, nothing, np.zeros(0), final=True, error=error)
+        return cls(np.zeros(0, object), final=True, error=error)
 
     @property
     def warning(self) -> str | None:
@@ -76,8 +70,8 @@ class Decisions:
         return f"{self.left_out} rows of the sample had no part in choosing its genes" if self.left_out else None
 
     def to_bytes(self) -> bytes:
-        """Write as an Arrow stream; some 10 bytes a gene."""
-        columns = {"gene": self.genes, "name": self.names, "total": self.totals, "variable": self.variable}
+        """Write as an Arrow stream; some 5 bytes a gene."""
+        columns = {"gene": self.genes, "variable": self.variable}
         for i, fit in enumerate(self.fits.values()):
             columns |= {f"mean {i}": fit.mean, f"reg_std {i}": fit.reg_std}
         held = {name: values for name, values in columns.items() if values is not None}
@@ -93,8 +87,7 @@ class Decisions:
             batch: BatchFit(cells, columns[f"mean {i}"], columns[f"reg_std {i}"])
             for i, (batch, cells) in enumerate(batches)
         }
-        variable = columns.get("variable")
-        return cls(columns["gene"], columns["name"], columns["total"], variable, fits, **notes)
+        return cls(columns["gene"], columns.get("variable"), fits, **notes)
 
 
 def write_columns(columns: Mapping[str, np.ndarray], notes: Mapping[str, object]) -> bytes:

@@ -7,6 +7,7 @@
   + RowError               one row has no answer; it is quarantined and the job goes on
     + PayloadError         the row cannot be read as AnnData
     + PreprocessError      its genes or cells could not be filtered, normalised or binned
+    + InternalError        a fault of this package stood in the way; another version of it tries the row again
     + LowCoverage          too little of its counts lies in genes that the model knows
     + NonFiniteOutput      the model answered NaN or infinity
     + WorkerCrash          the process that read it died, alone with it
@@ -44,6 +45,10 @@ class PayloadError(RowError):
 
 class PreprocessError(RowError):
     """The row was read, but its genes or cells could not be filtered, normalised or binned."""
+
+
+class InternalError(RowError):
+    """A fault of this package, not of the row's data: the row is tried again with another version of the package."""
 
 
 class LowCoverage(RowError):

@@ -4,8 +4,8 @@ Errors of a row's own data are RowErrors here, whatever library raised them.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -13,23 +13,35 @@ from typing import Any
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import scipy.sparse as sp
 
-from scgpt_batch.anndata_rows import from_row, is_empty
+from scgpt_batch.anndata_rows import (
+    SHARED_LENGTH,
+    SHARED_TABLES,
+    RowContent,
+    as_float32,
+    is_empty,
+    missing_warning,
+    read_row,
+    shared_genes,
+    to_row,
+)
 from scgpt_batch.decisions import Decisions
-from scgpt_batch.errors import FileError, LowCoverage, PayloadError, PreprocessError, RowError
+from scgpt_batch.errors import FileError, InternalError, LowCoverage, PayloadError, PreprocessError, RowError
+from scgpt_batch.gene_names import GeneSelection, select_genes
 from scgpt_batch.io.hdf5_safety import open_hdf5
 from scgpt_batch.model import Vocabulary
 from scgpt_batch.parameters import Parameters
 from scgpt_batch.preprocess import (
     COLLATOR_BINS,
+    batch_labels,
     bin_values,
     binned_layer,
     cell_noise,
     check_columns,
     gene_hash,
-    gene_names,
     group_labels,
     on_sample_genes,
     preprocess,
@@ -39,6 +51,8 @@ from scgpt_batch.preprocess import (
 )
 
 logger = logging.getLogger(__name__)
+
+DATA_ERRORS = (ValueError, ArithmeticError, np.linalg.LinAlgError)  # of libraries, for values that they cannot take
 
 
 @dataclass(frozen=True)
@@ -50,6 +64,25 @@ class RowReport:
     genes_matched: int = 0  # names found in the vocabulary
     coverage: float | None = None  # share of the row's counts that these carry
     warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class OpenRow:
+    """A row as the model sees it, before preprocessing.
+
+    Attributes
+    ----------
+    adata
+        Cells × genes in float32; var's names are those of the vocabulary, each once, and var has no columns.
+    report
+        What was seen so far.
+    whole_numbers
+        X was of an integer type or bool.
+    """
+
+    adata: ad.AnnData
+    report: RowReport
+    whole_numbers: bool
 
 
 @dataclass(frozen=True)
@@ -78,12 +111,14 @@ class PreparedRow:
 
 
 class RowReader:
-    """Reads and preprocesses rows for one vocabulary. Keeps no state: safe in several threads."""
+    """Reads and preprocesses rows for one vocabulary. Safe in several threads."""
 
     def __init__(self, vocabulary: Vocabulary, roots: Sequence[str]) -> None:
         """Look genes up in `vocabulary`; `input_data_path` may name files below `roots`."""
         self.vocabulary = vocabulary
         self.roots = tuple(roots)
+        # the genes of a file or sample come with each of its rows
+        self._shared_selection = lru_cache(maxsize=SHARED_TABLES)(self._select_shared_genes)
 
     def prepare(
         self,
@@ -99,84 +134,102 @@ class RowReader:
             The row has no answer, whatever a library calls the reason; `report` on it says what was seen before.
         """
         with row_errors():
-            adata, report = self.open(row, parameters)
+            opened = self.open(row, parameters)
             try:
-                return self._preprocess(adata, parameters, report, decisions)
+                return self._preprocess(opened, parameters, decisions)
             except RowError as exc:
-                exc.report = report  # type: ignore[attr-defined]  # the ledger tells it of failed rows too
+                exc.report = opened.report  # type: ignore[attr-defined]  # the ledger tells it of failed rows too
                 raise
 
-    def open(self, row: Mapping[str, Any], parameters: Parameters) -> tuple[ad.AnnData, RowReport]:
-        """Read one row, with the names by which the vocabulary knows its genes in var's `_name`.
+    def open(self, row: Mapping[str, Any], parameters: Parameters) -> OpenRow:
+        """Read one row and apply the rules for values and names: what every way into the model has in common.
 
         Raises
         ------
         RowError
             It cannot be read, or the vocabulary knows too few of its genes.
         """
-        adata = self._read(row, parameters)
-        names, name_warning = gene_names(adata.var, self.vocabulary)
-        report = self._coverage(adata, names, parameters, name_warning)
+        content, layers, told = self._read(row, parameters)
+        genes = self._genes(row, content)
+        x, rounded = as_float32(content.x, content.var.index)
+        adata = ad.AnnData(genes.apply(x), obs=content.obs, var=pd.DataFrame(index=genes.names))
+        for name, layer in layers.items():
+            adata.layers[name] = genes.apply(as_float32(layer, content.var.index)[0])
+        report = self._report(adata, genes, parameters, (*told, *content.warnings, rounded))
         try:
-            _refuse_low_coverage(report, parameters.min_coverage, name_warning)
+            _refuse_low_coverage(report, parameters.min_coverage, genes.hint)
         except RowError as exc:
             exc.report = report  # type: ignore[attr-defined]
             raise
-        adata.var["_name"] = names
-        return adata, report
+        return OpenRow(adata, report, whole_numbers=content.x.dtype.kind in "biu")
 
-    def _preprocess(
-        self, adata: ad.AnnData, parameters: Parameters, report: RowReport, decisions: Decisions | None
-    ) -> PreparedRow:
+    def _preprocess(self, opened: OpenRow, parameters: Parameters, decisions: Decisions | None) -> PreparedRow:
+        adata = opened.adata
         if decisions is not None:
             check_columns(adata, parameters)
         if parameters.need_preprocess:
-            adata = preprocess(adata, parameters, genes_only=parameters.mode == "static", decisions=decisions)
+            adata = preprocess(
+                adata,
+                parameters,
+                genes_only=parameters.mode == "static",
+                decisions=decisions,
+                whole_numbers=opened.whole_numbers,
+            )
         elif decisions is not None:
             adata = on_sample_genes(adata, decisions)
-        return self._select(adata, parameters, report, decisions)
+        return self._select(adata, parameters, opened.report, decisions)
 
-    def _read(self, row: Mapping[str, Any], parameters: Parameters) -> ad.AnnData:
+    def _read(
+        self, row: Mapping[str, Any], parameters: Parameters
+    ) -> tuple[RowContent, dict[str, sp.csr_matrix], list[str]]:
+        """Return the row's content, or the named file's, its other layers in use, and warnings."""
         if parameters.input_data_path and is_empty(row):
-            adata = _read_file(allowed_path(parameters.input_data_path, self.roots), parameters.use_key)
-        else:
-            adata = from_row(row)
-        # one type, so that both row formats and JSON give the same numbers
-        with np.errstate(over="ignore"):
-            adata.X = adata.X.astype(np.float32)
-        if not np.isfinite(adata.X.data).all():
-            raise PayloadError(f"X holds values beyond float32's {np.finfo(np.float32).max:.2g}")
-        return adata
+            path = allowed_path(parameters.input_data_path, self.roots)
+            return _read_file(path, parameters)
+        if parameters.use_key != "X" and not parameters.need_preprocess:
+            raise PayloadError(f"use_key {parameters.use_key!r} is not a layer of the row: a row holds X alone")
+        return read_row(row), {}, []
 
-    def _coverage(
-        self, adata: ad.AnnData, names: np.ndarray, parameters: Parameters, name_warning: str | None
-    ) -> RowReport:
-        known = self.vocabulary.ids(names) >= 0
-        per_gene = np.asarray(adata.X.sum(axis=0, dtype=np.float64)).ravel()
-        total = per_gene.sum()
-        told = [name_warning]
-        if not parameters.data_is_binned:
-            told.append(value_warning(adata, data_is_raw=parameters.data_is_raw))
+    def _genes(self, row: Mapping[str, Any], content: RowContent) -> GeneSelection:
+        """Choose the row's genes, once for the rows that share `adata_var`."""
+        text = row.get("adata_var")
+        if isinstance(text, str) and len(text) <= SHARED_LENGTH:
+            return self._shared_selection(text)
+        return select_genes(content.var, self.vocabulary)
+
+    def _select_shared_genes(self, text: str) -> GeneSelection:
+        genes = select_genes(shared_genes(text), self.vocabulary)
+        genes.names.is_unique  # noqa: B018  # builds the hash table before several threads look names up in it
+        return genes
+
+    def _report(self, adata: ad.AnnData, genes: GeneSelection, p: Parameters, told: Iterable[str | None]) -> RowReport:
+        # in float64: float32 loses counts from 2^24 on
+        total = adata.X.data.sum(dtype=np.float64)
+        matched = adata.X.data[genes.known[adata.X.indices]].sum(dtype=np.float64)
+        warnings = [*told, *genes.warnings]
+        if not p.data_is_binned:
+            warnings.append(value_warning(adata, data_is_raw=p.data_is_raw))
+        warnings += _missing_labels(adata, p)
         return RowReport(
             cells=adata.n_obs,
-            genes_in=adata.n_vars,
-            genes_matched=int(known.sum()),
-            coverage=float(per_gene[known].sum() / total) if total else 0.0,
-            warnings=tuple(w for w in told if w),
+            genes_in=genes.genes_in,
+            genes_matched=genes.genes_matched,
+            coverage=float(matched / total) if total else 0.0,
+            warnings=tuple(w for w in warnings if w),
         )
 
     def _select(
         self, adata: ad.AnnData, parameters: Parameters, report: RowReport, decisions: Decisions | None
     ) -> PreparedRow:
         """Keep the vocabulary's genes; bin before that where upstream's Preprocessor does."""
-        names = adata.var["_name"].to_numpy(dtype=object)
+        names = adata.var_names.to_numpy(dtype=object)
         ids = self.vocabulary.ids(names)
         binned = None
         if parameters.mode != "static":
             matrix = binned_layer(adata, parameters) if parameters.need_preprocess else adata.X
             if parameters.need_preprocess:
                 matrix = bin_matrix(matrix, names, parameters, parameters.binning)
-        columns, extra_warning = _one_column_a_token(ids, lambda: _totals(adata, decisions))
+        columns = np.flatnonzero(ids >= 0)
         if not len(columns):
             raise PreprocessError("no gene that survives preprocessing is in the vocabulary")
         if parameters.mode != "static":
@@ -184,7 +237,7 @@ class RowReader:
             if not (parameters.need_preprocess or parameters.data_is_binned):
                 binned = bin_matrix(binned, names[columns], parameters, COLLATOR_BINS)
         n_cells = adata.var["n_cells"].to_numpy() if adata.is_view else adata.X.getnnz(axis=0)
-        told = (extra_warning, _empty_cells_warning(binned), decisions and decisions.warning)
+        told = (_empty_cells_warning(binned), decisions and decisions.warning)
         extra = [w for w in told if w]
         return PreparedRow(
             cell_ids=adata.obs_names.to_numpy(dtype=object),
@@ -217,54 +270,70 @@ def _decisions(data: bytes) -> Decisions:
 
 @contextmanager
 def row_errors() -> Iterator[None]:
-    """Raise what a library raises as an error of the row."""
+    """Raise what a library raises for a row's data as an error of the row.
+
+    scanpy, scipy and pandas refuse values by these classes. Any other exception is a fault of the code and becomes an
+    InternalError, so that the row is tried again with another version of it. A missing package concerns all rows and
+    passes.
+    """
     try:
         yield
-    except (RowError, MemoryError):
+    except (RowError, MemoryError, ImportError):
         raise
-    except Exception as exc:
+    except DATA_ERRORS as exc:
         logger.exception("a row could not be prepared")
         raise PreprocessError(f"{type(exc).__name__}: {exc}") from exc
+    except Exception as exc:
+        logger.exception("a row could not be prepared")
+        raise InternalError(f"{type(exc).__name__}: {exc}; this is a fault of the package, please report it") from exc
 
 
 def allowed_path(path: str, roots: Iterable[str]) -> Path:
     """Return the real path if it lies below one of `roots`; a PayloadError otherwise.
 
-    Links are followed before the comparison, and `..` is refused outright.
+    Links are followed before the comparison, and `..` is refused outright. A folder must be a .zarr, and no link in it
+    may lead out of the roots.
     """
     allowed = [Path(root).resolve() for root in roots]
     if not allowed:
         raise PayloadError("input_data_path is not allowed: no root was listed when the model was registered")
     real = Path(path).resolve()
-    if ".." in Path(path).parts or not any(real.is_relative_to(root) for root in allowed):
+
+    def is_below(place: Path) -> bool:
+        return any(place.is_relative_to(root) for root in allowed)
+
+    if ".." in Path(path).parts or not is_below(real):
         raise PayloadError(f"input_data_path {path!r} does not lie below a root listed at registration")
-    if not real.is_file():
-        raise PayloadError(f"input_data_path {path!r} is no file")
+    if real.is_dir() and real.suffix == ".zarr":
+        if not all(is_below(part.resolve()) for part in real.rglob("*")):
+            raise PayloadError(f"input_data_path {path!r} contains links out of the roots listed at registration")
+    elif not real.is_file():
+        raise PayloadError(f"input_data_path {path!r} is not an .h5ad file or a .zarr folder")
     return real
 
 
-def _read_file(path: Path, use_key: str) -> ad.AnnData:
-    """Read an .h5ad and check it as a row is checked; of its layers, the one that is used."""
+def _read_file(path: Path, p: Parameters) -> tuple[RowContent, dict[str, sp.csr_matrix], list[str]]:
+    """Read a file and check it as a row is checked; of its layers, the one that is used.
+
+    Without preprocessing the layer takes the place of X, which is not looked at then.
+    """
     try:
-        # names given twice: the check below refuses them
-        with quiet_libraries(), open_hdf5(path):
-            held = ad.read_h5ad(path)
+        with quiet_libraries(), nullcontext() if path.is_dir() else open_hdf5(path):  # warnings of repeated names
+            file = ad.read_zarr(path) if path.is_dir() else ad.read_h5ad(path)
     except (FileError, OSError, KeyError, ValueError) as exc:
-        raise PayloadError(f"input_data_path: {path.name} cannot be read as .h5ad: {exc}") from exc
+        raise PayloadError(f"input_data_path: {path.name} cannot be read as .h5ad or .zarr: {exc}") from exc
+    told: list[str] = []
 
-    def checked(matrix: Any, key: str) -> ad.AnnData:
-        if matrix is None:
-            raise PayloadError(f"input_data_path: {path.name} has no {key}")
-        row = {"adata_sparsematrix": sp.csr_matrix(matrix), "adata_obs": held.obs, "adata_var": held.var}
+    def content(layer: str | None) -> RowContent:
         try:
-            return from_row(row)
+            return read_row(to_row(file, layer=layer, warnings=told))
         except PayloadError as exc:
-            raise PayloadError(f"input_data_path: {path.name}, {key}: {exc}") from exc
+            raise PayloadError(f"input_data_path: {path.name}: {exc}") from exc
 
-    adata = checked(held.X, "X")
-    if use_key in held.layers:
-        adata.layers[use_key] = checked(held.layers[use_key], use_key).X
-    return adata
+    layer = None if p.use_key == "X" else p.use_key
+    if layer is None or not p.need_preprocess:
+        return content(layer), {}, told
+    return content(None), {p.use_key: content(layer).x}, told
 
 
 def _empty_cells_warning(binned: sp.csr_matrix | None) -> str | None:
@@ -292,30 +361,21 @@ def _sampled(binned: sp.csr_matrix, names: np.ndarray, parameters: Parameters) -
     return sp.csr_matrix((binned.data[keep], binned.indices[keep], indptr), binned.shape)
 
 
-def _totals(adata: ad.AnnData, decisions: Decisions | None) -> np.ndarray:
-    """Sum each gene's values, over the sample where the row is one of several."""
-    if decisions is None:
-        return np.asarray(adata.X.sum(axis=0)).ravel()
-    return decisions.totals if decisions.variable is None else decisions.totals[decisions.variable]
+def _missing_labels(adata: ad.AnnData, p: Parameters) -> list[str | None]:
+    """Say how many cells have no group or batch; a column that obs lacks is an error later."""
+    told = []
+    if p.group_by in adata.obs:
+        told.append(missing_warning(group_labels(adata, p.group_by), p.group_by))
+    if p.need_preprocess and p.subset_hvg and p.batch_key in adata.obs:
+        told.append(missing_warning(batch_labels(adata, p), p.batch_key))
+    return told
 
 
-def _one_column_a_token(ids: np.ndarray, totals: Callable[[], np.ndarray]) -> tuple[np.ndarray, str | None]:
-    """Choose the columns of the vocabulary's genes; of columns mapped to one symbol, the one with most counts."""
-    columns = np.flatnonzero(ids >= 0)
-    if len(np.unique(ids[columns])) == len(columns):
-        return columns, None
-    by_total = columns[np.argsort(-totals()[columns], kind="stable")]
-    _, first = np.unique(ids[by_total], return_index=True)
-    kept = np.sort(by_total[first])
-    return kept, f"{len(columns) - len(kept)} genes map to a symbol taken by another with more counts: left out"
-
-
-def _refuse_low_coverage(report: RowReport, min_coverage: float, name_warning: str | None) -> None:
+def _refuse_low_coverage(report: RowReport, min_coverage: float, hint: str) -> None:
     coverage = report.coverage or 0.0
     if report.genes_matched and coverage >= min_coverage:
         return
-    hint = f"; {name_warning}" if name_warning else ""
-    raise LowCoverage(
-        f"{report.genes_matched} of {report.genes_in} gene names are in the vocabulary and carry {coverage:.1%} of "
-        f"the counts, {min_coverage:.1%} are wanted{hint}"
-    )
+    matched = f"{report.genes_matched} of {report.genes_in} gene names are in the vocabulary"
+    if report.genes_matched:
+        matched += f" and carry {coverage:.1%} of the counts; min_coverage requires {min_coverage:.1%}"
+    raise LowCoverage(f"{matched}. {hint}" if hint else matched)

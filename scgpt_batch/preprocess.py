@@ -4,7 +4,6 @@ The steps, their order and their surprises are those of scGPT 0.2.4 (`scgpt.prep
 `scgpt.data_collator`), built on scanpy. Binning and tokenising work on whole blocks of cells.
 """
 
-import re
 import sys
 import threading
 import warnings
@@ -20,19 +19,17 @@ import scanpy as sc
 import scipy.sparse as sp
 import torch
 
+from scgpt_batch.anndata_rows import string_labels
 from scgpt_batch.decisions import Decisions
 from scgpt_batch.errors import PayloadError, PreprocessError
-from scgpt_batch.model import SPECIAL_TOKENS, Vocabulary
 from scgpt_batch.parameters import Parameters
 from scgpt_batch.variable_genes import by_dispersion, mean_var
 
 COLLATOR_BINS = 51  # upstream's data collator takes this number whatever args.json says
 BLOCK = 65_536  # entries binned at once: what they need stays in the cache
 
-SYMBOL_COLUMNS = ("gene_symbol", "gene_symbols", "feature_name", "gene_name", "gene_names", "symbol", "hgnc_symbol")
 HVG_ERRORS = (ValueError, IndexError, ZeroDivisionError, np.linalg.LinAlgError)  # scanpy's, where it cannot choose
 _ONE_AT_A_TIME = threading.Lock()
-_ENSEMBL = re.compile(r"ENS[A-Z]{0,6}G\d{11}(\.\d+)?")
 
 
 @dataclass(frozen=True)
@@ -64,7 +61,12 @@ class Tokens:
 
 
 def preprocess(
-    adata: ad.AnnData, parameters: Parameters, *, genes_only: bool = False, decisions: Decisions | None = None
+    adata: ad.AnnData,
+    parameters: Parameters,
+    *,
+    genes_only: bool = False,
+    decisions: Decisions | None = None,
+    whole_numbers: bool = False,
 ) -> ad.AnnData:
     """Filter genes and cells, normalise, take logs, cut to variable genes: upstream's order.
 
@@ -73,12 +75,14 @@ def preprocess(
     adata
         Cells × genes, X in CSR. It is changed.
     genes_only
-        Leave out normalising and logs where they do not decide which genes survive (they do when their result key
-        is empty and they so replace X, which the choice of variable genes looks at). A cut is a view then, and var's
-        `n_cells` tells how many cells carry each gene: to look at the view's X would copy it.
+        Leave out normalising and logs where they do not decide which genes survive (they do when they change X,
+        which the choice of variable genes looks at; see `changes_x`). A cut is a view then, and var's `n_cells` tells
+        how many cells carry each gene: to look at the view's X would copy it.
     decisions
         Of the sample that the row belongs to: they take the place of the row's own choice of genes. Its cells may all
         be dropped then.
+    whole_numbers
+        X was of an integer type (or bool) before it became float32: upstream takes its logarithms elsewhere.
 
     Returns
     -------
@@ -101,8 +105,8 @@ def preprocess(
             if decisions is None:
                 _refuse_empty(adata, f"no cell reaches {wanted:g} counts")
         genes_known = decisions is not None and decisions.final
-        if adata.n_obs and not (genes_only and (genes_known or (p.result_normed_key and p.result_log1p_key))):
-            _normalize(adata, layer, p)
+        if adata.n_obs and not (genes_only and (genes_known or not changes_x(p, whole_numbers=whole_numbers))):
+            _normalize(adata, layer, p, whole_numbers=whole_numbers)
         variable = _variable_genes(adata, p) if decisions is None else decisions.variable
     if variable is None:
         return adata
@@ -129,7 +133,6 @@ def on_sample_genes(adata: ad.AnnData, decisions: Decisions) -> ad.AnnData:
         raise PreprocessError(f"the sample has no answer: {decisions.error}")
     genes = pd.Index(decisions.genes)
     var = adata.var.reindex(genes)
-    var["_name"] = decisions.names
     if genes.equals(adata.var_names):
         adata.var = var
         return adata
@@ -146,22 +149,19 @@ def on_sample_genes(adata: ad.AnnData, decisions: Decisions) -> ad.AnnData:
 
 
 def batch_labels(adata: ad.AnnData, parameters: Parameters) -> np.ndarray:
-    """Return each cell's batch as a string ("" without `batch_key`, None for a cell that has none), (cells,).
+    """Return each cell's batch as a string ("" without `batch_key`, "(missing)" for null), (cells,).
 
     Raises
     ------
     PreprocessError
-        obs lacks the column, or a value that seurat_v3 needs.
+        obs lacks the column.
     """
     p = parameters
     if not (p.subset_hvg and p.batch_key):
         return np.full(adata.n_obs, "", object)
     if p.batch_key not in adata.obs:
-        raise PreprocessError(f"batch_key {p.batch_key!r} is no column of obs: {_columns(adata.obs)}")
-    batches = adata.obs[p.batch_key]
-    if batches.isna().any() and p.hvg_flavor.startswith("seurat_v3"):
-        raise PreprocessError(f"batch_key {p.batch_key!r} is null for {int(batches.isna().sum())} cells")
-    return batches.astype(str).astype(object).where(batches.notna(), None).to_numpy(dtype=object)
+        raise PreprocessError(f"batch_key {p.batch_key!r} is not a column of obs; its columns: {_columns(adata.obs)}")
+    return string_labels(adata.obs[p.batch_key])
 
 
 def check_columns(adata: ad.AnnData, parameters: Parameters) -> None:
@@ -214,32 +214,6 @@ def value_warning(adata: ad.AnnData, *, data_is_raw: bool) -> str | None:
     if raw:
         return f"data_is_raw is false, but X looks like counts ({seen})"
     return f"data_is_raw is true, but X looks log-transformed ({seen})"
-
-
-def gene_names(var: pd.DataFrame, vocabulary: Vocabulary) -> tuple[np.ndarray, str | None]:
-    """Choose the names by which the row's genes are looked up, and say when that is not `var`'s own.
-
-    Names are matched exactly. Where none of them is known and they look like Ensembl ids, with or without version,
-    their symbols are taken from a column of `var`, else the ids without version.
-
-    Returns
-    -------
-    Names, one per gene, and a warning or None.
-    """
-    names = var.index.to_numpy(dtype=object)
-    if any(name in vocabulary for name in names if name not in SPECIAL_TOKENS):  # ends at the first that is known
-        return names, None
-    if sum(_ENSEMBL.fullmatch(name) is not None for name in names) <= len(names) / 2:
-        return names, None
-    for column in SYMBOL_COLUMNS:
-        if column in var:
-            symbols = var[column].astype(object).where(var[column].notna(), var.index).astype(str)
-            return symbols.to_numpy(dtype=object), f"Ensembl ids mapped to symbols by var column {column!r}"
-    bare = np.array([name.split(".")[0] for name in names], dtype=object)
-    if (vocabulary.ids(bare) >= 0).any():
-        return bare, "version numbers of Ensembl ids dropped"
-    columns = ", ".join(SYMBOL_COLUMNS)
-    return names, f"names look like Ensembl ids, the vocabulary holds symbols: give var a column of {columns}"
 
 
 def bin_range(
@@ -456,21 +430,39 @@ def _existing_layer(adata: ad.AnnData, use_key: str) -> str | None:
         return None
     if use_key not in adata.layers:
         held = ", ".join(map(repr, adata.layers)) or "none"
-        raise PreprocessError(f"use_key {use_key!r} is no layer of the row; layers: {held}")
+        raise PreprocessError(f"use_key {use_key!r} is not a layer of the row; its layers: {held}")
     return use_key
 
 
-def _normalize(adata: ad.AnnData, layer: str | None, p: Parameters) -> None:
+def changes_x(parameters: Parameters, *, whole_numbers: bool) -> bool:
+    """Tell whether normalising or logs change X itself, which the choice of variable genes looks at.
+
+    An empty result key replaces what was there before. And upstream's log layer is not a copy: with nothing between X
+    and the logs, scanpy takes them in place, in X too, unless X is of an integer type, which it copies first.
+    """
+    p = parameters
+    if p.use_key != "X":
+        return False
+    if p.normalize_total and p.result_normed_key:
+        return False  # a layer of its own
+    logs_in_place = not p.result_log1p_key or bool(p.normalize_total) or not whole_numbers
+    return bool(p.normalize_total) or (p.log1p and logs_in_place)
+
+
+def _normalize(adata: ad.AnnData, layer: str | None, p: Parameters, *, whole_numbers: bool) -> None:
     """Normalise and take logs into upstream's layers; an empty result key replaces the layer before."""
     if p.normalize_total:
         normed = sc.pp.normalize_total(adata, target_sum=p.normalize_total, layer=layer, inplace=False)["X"]
         layer = p.result_normed_key or layer
         _set_layer(adata, layer, normed)
     if p.log1p:
+        logs_x = layer is None and changes_x(p, whole_numbers=whole_numbers)
         logged = (adata.X if layer is None else adata.layers[layer]).copy()
         layer = p.result_log1p_key or layer
         _set_layer(adata, layer, logged)
         sc.pp.log1p(adata, layer=layer)
+        if logs_x and layer is not None:
+            adata.X = adata.layers[layer].copy()
 
 
 def _set_layer(adata: ad.AnnData, layer: str | None, matrix: sp.csr_matrix) -> None:
@@ -543,11 +535,7 @@ def _columns(obs: pd.DataFrame) -> str:
 
 
 def group_labels(adata: ad.AnnData, group_by: str) -> np.ndarray:
-    """Return each cell's group as a string, (cells,); a PayloadError when obs lacks the column or a value."""
+    """Return each cell's group as a string, "(missing)" for null, (cells,); a PayloadError where obs lacks it."""
     if group_by not in adata.obs:
-        raise PayloadError(f"group_by {group_by!r} is no column of adata_obs: {_columns(adata.obs)}")
-    labels = adata.obs[group_by]
-    if labels.isna().any():
-        cell = adata.obs_names[labels.isna()][0]
-        raise PayloadError(f"group_by {group_by!r} is null for {int(labels.isna().sum())} cells, first {cell!r}")
-    return labels.astype(str).to_numpy(dtype=object)
+        raise PayloadError(f"group_by {group_by!r} is not a column of adata_obs; its columns: {_columns(adata.obs)}")
+    return string_labels(adata.obs[group_by])

@@ -46,7 +46,7 @@ from scgpt_batch.variable_genes import (
 ALL = ""  # the batch of all cells where there is no batch_key
 _EXPONENTS = 54  # bits of a float64 below its sign and the upper 9 of its exponent
 
-Key = tuple[str | None, str, int]  # batch (None: a cell without one), what is summed, size of the summands
+Key = tuple[str, str, int]  # batch, what is summed, size of the summands
 
 
 def passes(parameters: Parameters) -> int:
@@ -54,8 +54,7 @@ def passes(parameters: Parameters) -> int:
     p = parameters
     if not p.need_preprocess:
         return 1
-    replaces_x = not (p.result_normed_key and p.result_log1p_key)
-    if not (p.subset_hvg or min_counts(p) or replaces_x):
+    if not (p.subset_hvg or min_counts(p)):
         return 1
     return 3 if p.subset_hvg and _fits_curve(p) else 2
 
@@ -66,9 +65,9 @@ class Statistics:
 
     Attributes
     ----------
-    genes, names
-        The rows' genes and the names by which the vocabulary knows them, (genes,). In the order of the rows when all
-        have one, else sorted: as anndata joins them.
+    genes
+        Names of the rows' genes, (genes,). In the order of the rows when all have one, else sorted: as anndata joins
+        them.
     cells
         Cells of each batch.
     sums
@@ -78,8 +77,7 @@ class Statistics:
     """
 
     genes: np.ndarray = field(default_factory=lambda: np.zeros(0, object))
-    names: np.ndarray = field(default_factory=lambda: np.zeros(0, object))
-    cells: Mapping[str | None, int] = field(default_factory=dict)
+    cells: Mapping[str, int] = field(default_factory=dict)
     sums: Mapping[Key, np.ndarray] = field(default_factory=dict)
     left_out: int = 0
 
@@ -97,11 +95,9 @@ class Statistics:
         sums = dict(a.sums)
         for key, values in b.sums.items():
             sums[key] = sums[key] + values if key in sums else values
-        # a gene that rows name differently gets the first of its names; "" is none
-        names = np.where((a.names == "") | ((b.names != "") & (b.names < a.names)), b.names, a.names)
-        return Statistics(a.genes, names, cells, sums, left_out)
+        return Statistics(a.genes, cells, sums, left_out)
 
-    def total(self, moment: str, *batches: str | None) -> np.ndarray:
+    def total(self, moment: str, *batches: str) -> np.ndarray:
         """Return the sums of a moment in some batches, or in all where none is named: float64, (genes,)."""
         by_size: dict[int, np.ndarray] = {}
         for (batch, what, size), values in self.sums.items():
@@ -112,7 +108,7 @@ class Statistics:
     def to_bytes(self) -> bytes:
         """Write as an Arrow stream."""
         keys = list(self.sums)
-        columns = {"gene": self.genes, "name": self.names} | {str(i): self.sums[key] for i, key in enumerate(keys)}
+        columns = {"gene": self.genes} | {str(i): self.sums[key] for i, key in enumerate(keys)}
         return write_columns(columns, {"keys": keys, "cells": list(self.cells.items()), "left_out": self.left_out})
 
     @classmethod
@@ -120,17 +116,15 @@ class Statistics:
         """Read what `to_bytes` wrote."""
         columns, notes = read_columns(data)
         sums = {(batch, what, size): columns[str(i)] for i, (batch, what, size) in enumerate(notes["keys"])}
-        return cls(columns["gene"], columns["name"], dict(notes["cells"]), sums, notes["left_out"])
+        return cls(columns["gene"], dict(notes["cells"]), sums, notes["left_out"])
 
     def _on(self, genes: pd.Index) -> "Statistics":
         at = genes.get_indexer(pd.Index(self.genes))
-        names = np.full(len(genes), "", object)
-        names[at] = self.names
         sums = {}
         for key, values in self.sums.items():
             sums[key] = np.zeros(len(genes))
             sums[key][at] = values
-        return replace(self, genes=genes.to_numpy(dtype=object), names=names, sums=sums)
+        return replace(self, genes=genes.to_numpy(dtype=object), sums=sums)
 
 
 def statistics(
@@ -210,32 +204,32 @@ def exact_sums(columns: np.ndarray, values: np.ndarray, n_columns: int) -> dict[
 
 def _contribution(reader: RowReader, row: Mapping[str, Any], p: Parameters, decisions: Decisions | None) -> Statistics:
     with row_errors(), np.errstate(over="ignore", invalid="ignore"):  # values too large for scanpy: `decide` tells
-        adata, _ = reader.open(row, p)
+        opened = reader.open(row, p)
+        adata = opened.adata
         check_columns(adata, p)
         if decisions is None:
-            names = adata.var["_name"].to_numpy(dtype=object)
             sums = _sums(adata.X, adata.X.data, ALL, "x")
-            return Statistics(adata.var_names.to_numpy(dtype=object), names, {ALL: adata.n_obs}, sums)
-        adata = preprocess(adata, p, genes_only=True, decisions=decisions)
+            return Statistics(adata.var_names.to_numpy(dtype=object), {ALL: adata.n_obs}, sums)
+        adata = preprocess(adata, p, genes_only=True, decisions=decisions, whole_numbers=opened.whole_numbers)
         return _after_cell_filter(adata, p, decisions)
 
 
 def _after_cell_filter(adata: ad.AnnData, p: Parameters, decisions: Decisions) -> Statistics:
     labels = batch_labels(adata, p)
-    cells: dict[str | None, int] = {}
+    cells: dict[str, int] = {}
     sums: dict[Key, np.ndarray] = {}
     for batch in pd.unique(labels):
         x = sp.csr_matrix(adata.X[np.flatnonzero(labels == batch)])
         cells[batch] = x.shape[0]
         sums |= _clipped(x, batch, decisions.fits) if decisions.fits else _moments(x, batch, p)
-    return Statistics(decisions.genes, decisions.names, cells, sums)
+    return Statistics(decisions.genes, cells, sums)
 
 
-def _sums(x: sp.csr_matrix, values: np.ndarray, batch: str | None, moment: str) -> dict[Key, np.ndarray]:
+def _sums(x: sp.csr_matrix, values: np.ndarray, batch: str, moment: str) -> dict[Key, np.ndarray]:
     return {(batch, moment, size): s for size, s in exact_sums(x.indices, values, x.shape[1]).items()}
 
 
-def _moments(x: sp.csr_matrix, batch: str | None, p: Parameters) -> dict[Key, np.ndarray]:
+def _moments(x: sp.csr_matrix, batch: str, p: Parameters) -> dict[Key, np.ndarray]:
     """Sum X, and what scanpy's methods for variable genes look at; squares in the type of X, as there."""
     sums = _sums(x, x.data, batch, "x")
     if not p.subset_hvg:
@@ -247,7 +241,7 @@ def _moments(x: sp.csr_matrix, batch: str | None, p: Parameters) -> dict[Key, np
     return sums | _sums(x, np.square(seen), batch, "square")
 
 
-def _clipped(x: sp.csr_matrix, batch: str | None, fits: Mapping[str | None, BatchFit]) -> dict[Key, np.ndarray]:
+def _clipped(x: sp.csr_matrix, batch: str, fits: Mapping[str, BatchFit]) -> dict[Key, np.ndarray]:
     """Sum the values within the bounds and count those beyond, which count as the bound."""
     if batch not in fits:
         return {}
@@ -267,8 +261,6 @@ def _kept_genes(statistics: Statistics, p: Parameters) -> Decisions:
         raise PreprocessError(f"no gene reaches filter_gene_by_counts {p.filter_gene_by_counts}")
     return Decisions(
         genes=statistics.genes[kept],
-        names=statistics.names[kept],
-        totals=totals[kept],
         left_out=statistics.left_out,
         final=passes(p) == 1,
     )
@@ -277,10 +269,10 @@ def _kept_genes(statistics: Statistics, p: Parameters) -> Decisions:
 def _of_kept_cells(statistics: Statistics, p: Parameters, decisions: Decisions) -> Decisions:
     if not sum(statistics.cells.values()):
         raise PreprocessError(f"no cell reaches {min_counts(p):g} counts")
-    decided = replace(decisions, totals=statistics.total("x"), final=True)
+    decided = replace(decisions, final=True)
     if not p.subset_hvg:
         return decided
-    batches = {batch: _batch_moments(statistics, batch, p) for batch in _batches(statistics)}
+    batches = {batch: _batch_moments(statistics, batch, p) for batch in sorted(statistics.cells)}
     with _scanpy_errors(statistics, p):
         if _fits_curve(p):
             return replace(decided, fits={batch: fit_batch(m) for batch, m in batches.items()}, final=False)
@@ -303,13 +295,9 @@ def _by_curve(statistics: Statistics, p: Parameters, decisions: Decisions) -> De
     return replace(decisions, variable=found, fits={}, final=True)
 
 
-def _batch_moments(statistics: Statistics, batch: str | None, p: Parameters) -> Moments:
+def _batch_moments(statistics: Statistics, batch: str, p: Parameters) -> Moments:
     seen = "expm1" if p.hvg_flavor == "seurat" else "x"
     return Moments(statistics.cells[batch], statistics.total(seen, batch), statistics.total("square", batch))
-
-
-def _batches(statistics: Statistics) -> list[str]:
-    return sorted(batch for batch in statistics.cells if batch is not None)
 
 
 def _fits_curve(p: Parameters) -> bool:

@@ -18,17 +18,14 @@ from hypothesis import strategies as st
 
 import scgpt_batch
 from scgpt_batch.errors import PayloadError, PreprocessError
-from scgpt_batch.model import Vocabulary
 from scgpt_batch.parameters import Parameters
 from scgpt_batch.preprocess import (
     HVG_ERRORS,
-    SYMBOL_COLUMNS,
     bin_range,
     bin_values,
     binned_layer,
     cell_noise,
     gene_hash,
-    gene_names,
     group_labels,
     preprocess,
     sample_long_cells,
@@ -208,9 +205,9 @@ def small(n_obs: int = 60, n_vars: int = 40, **changes) -> ad.AnnData:
     return adata
 
 
-def prepared(adata: ad.AnnData, *, genes_only: bool = False, **parameters) -> ad.AnnData:
-    everything = {"filter_gene_by_counts": 0, "normalize_total": 0, "subset_hvg": 0}
-    return preprocess(adata.copy(), Parameters.create(everything, parameters), genes_only=genes_only)
+def prepared(adata: ad.AnnData, *, genes_only=False, whole_numbers=False, **parameters) -> ad.AnnData:
+    parameters = Parameters.create({"filter_gene_by_counts": 0, "normalize_total": 0, "subset_hvg": 0}, parameters)
+    return preprocess(adata.copy(), parameters, genes_only=genes_only, whole_numbers=whole_numbers)
 
 
 def totals(*sums: float) -> ad.AnnData:
@@ -331,13 +328,18 @@ def test_more_variable_genes_than_genes_keeps_all(case):
     [
         ({"result_normed_key": "n", "result_log1p_key": "l"}, ()),
         ({"result_normed_key": "n", "result_log1p_key": ""}, ()),
-        ({"result_normed_key": "", "result_log1p_key": "l"}, ("normalize",)),
+        ({"result_normed_key": "", "result_log1p_key": "l"}, ("normalize", "log1p")),
         ({"result_normed_key": "", "result_log1p_key": ""}, ("normalize", "log1p")),
         ({"normalize_total": 0, "result_log1p_key": ""}, ("log1p",)),
+        ({"normalize_total": 0, "result_log1p_key": "l"}, ("log1p",)),
+        ({"normalize_total": 0, "result_log1p_key": "l", "whole_numbers": True}, ()),
     ],
-    ids=["both named", "log replaces the named layer", "normalised replaces X", "both replace X", "log replaces X"],
-)
-def test_empty_result_key_changes_what_variable_genes_look_at(keys, steps):
+    ids=[
+        "both named", "log replaces the named layer", "logs of X with normalised values", "both replace X",
+        "log replaces X", "logs of X as it is", "logs of whole numbers",
+    ],
+)  # fmt: skip
+def test_variable_genes_look_at_what_upstream_leaves_in_x(keys, steps):
     adata = small(n_vars=200)
     adata.X = adata.X.multiply(np.linspace(1, 30, adata.n_obs)[:, None]).tocsr()  # depths, so that normalising matters
     wanted = adata.copy()
@@ -391,8 +393,8 @@ def test_log_layer_leaves_the_normalised_one_alone():
     [
         ({"filter_gene_by_counts": 10**6}, "no gene reaches filter_gene_by_counts 1000000"),
         ({"min_cell_counts": 1e6}, r"no cell reaches 1e\+06 counts"),
-        ({"use_key": "counts"}, "use_key 'counts' is no layer of the row; layers: none"),
-        ({"subset_hvg": 10, "batch_key": "lane"}, "batch_key 'lane' is no column of obs: 'donor', .*'batch'"),
+        ({"use_key": "counts"}, "use_key 'counts' is not a layer of the row; its layers: none"),
+        ({"subset_hvg": 10, "batch_key": "lane"}, "batch_key 'lane' is not a column of obs.*'donor', .*'batch'"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -608,7 +610,7 @@ def test_samples_change_with_the_seed():
     assert all(first[cell] != second[cell] for cell in first)
 
 
-# Warnings and names
+# Warnings and labels
 
 
 @pytest.mark.parametrize(
@@ -629,56 +631,11 @@ def test_values_that_contradict_data_is_raw_are_told(values, data_is_raw, warnin
     assert value_warning(ad.AnnData(x), data_is_raw=data_is_raw) == warning
 
 
-SYMBOLS = Vocabulary({"CD3D": 0, "LYZ": 1, "NKG7": 2})
-ENSEMBL = ["ENSG00000167286.9", "ENSG00000090382", "ENSG00000105374.14"]
-
-
-def chosen(names: list, vocabulary: Vocabulary = SYMBOLS, **columns) -> tuple[list, str | None]:
-    found, warning = gene_names(pd.DataFrame(columns, index=names), vocabulary)
-    return found.tolist(), warning
-
-
-@pytest.mark.parametrize("column", SYMBOL_COLUMNS)
-def test_ensembl_ids_are_mapped_by_a_symbol_column(column):
-    names, warning = chosen(ENSEMBL, **{column: pd.Categorical(["CD3D", None, "NKG7"])})
-    assert names == ["CD3D", ENSEMBL[1], "NKG7"]
-    assert warning == f"Ensembl ids mapped to symbols by var column '{column}'"
-
-
-def test_versions_are_dropped_for_a_vocabulary_of_ids():
-    names, warning = chosen(ENSEMBL[::2], Vocabulary({"ENSG00000167286": 0}))
-    assert names == ["ENSG00000167286", "ENSG00000105374"]
-    assert warning == "version numbers of Ensembl ids dropped"
-
-
-def test_ensembl_ids_without_symbols_are_told():
-    names, warning = chosen(ENSEMBL, description=["a", "b", "c"])
-    assert names == ENSEMBL
-    assert "names look like Ensembl ids" in warning and "gene_symbol" in warning
-
-
-@pytest.mark.parametrize(
-    "names",
-    [["CD3D", "LYZ", "XIST"], ["cd3d", "lyz"], [*ENSEMBL, "LYZ"], [ENSEMBL[0], "A", "B"], []],
-    ids=["symbols", "unknown symbols", "ids and a known symbol", "few ids", "none"],
-)
-def test_other_names_are_left_alone(names):
-    assert chosen(names, gene_symbol=["NKG7"] * len(names)) == (names, None)
-
-
-def test_mouse_ids_are_ensembl_ids():
-    assert chosen(["ENSMUSG00000032094"], gene_symbol=["CD3D"])[0] == ["CD3D"]
-
-
 def test_group_labels_are_strings():
     adata = small(4)
     assert group_labels(adata, "kept").tolist() == [str(v) for v in adata.obs["kept"]]
 
 
-@pytest.mark.parametrize(
-    ("column", "message"),
-    [("lane", "group_by 'lane' is no column of adata_obs: 'donor', "), ("score", "'score' is null for 1 .* 'CELL1-1'")],
-)
-def test_cells_without_group_are_named(column, message):
-    with pytest.raises(PayloadError, match=message):
-        group_labels(small(4), column)
+def test_a_group_column_that_is_missing_is_named():
+    with pytest.raises(PayloadError, match="group_by 'lane' is not a column of adata_obs; its columns: 'donor', "):
+        group_labels(small(4), "lane")

@@ -23,8 +23,8 @@ from urllib3.util import Retry
 from scgpt_batch.anndata_rows import PAYLOAD_COLUMNS, to_row
 from scgpt_batch.answers import unpacked
 from scgpt_batch.errors import ConfigError, PartsFailed, PayloadError
+from scgpt_batch.gene_names import lookup_columns
 from scgpt_batch.parameters import Parameters
-from scgpt_batch.preprocess import SYMBOL_COLUMNS
 
 REQUEST_BYTES = 16_000_000  # of a request's body at Databricks, and at the local endpoint
 CELLS = 2_000  # of one request at most: their vectors in base64 take 6 MB at d 512
@@ -131,8 +131,7 @@ def _lean(adata: ad.AnnData, asked: Parameters) -> ad.AnnData:
     missing = [name for name in obs if name not in adata.obs]
     if missing:
         raise ConfigError(f"obs has no column {missing[0]!r}")
-    var = [name for name in SYMBOL_COLUMNS if name in adata.var]
-    return ad.AnnData(adata.X, obs=adata.obs[obs], var=adata.var[var])
+    return ad.AnnData(adata.X, obs=adata.obs[obs], var=adata.var[lookup_columns(adata.var.columns)])
 
 
 @dataclass(frozen=True)
