@@ -179,7 +179,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def job(name: str) -> None:
-    """Run a command as a spark-submit job: the same flags, the same exit codes."""
+    """Run a command as a spark-submit job: the same flags, exit codes and streams."""
+    from scgpt_batch.spark.session import separate_stderr
+
+    separate_stderr()
     sys.exit(main([name, *sys.argv[1:]]))
 
 

@@ -392,8 +392,9 @@ def test_spark_submit_runs_the_job_file(home, model, rows_table):
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=600, check=False)
     assert done.returncode == OK, done.stderr[-2000:]
-    told = json.loads(done.stdout.strip().splitlines()[-1])
+    told = json.loads(done.stdout)  # nothing else: logs go to standard error
     assert (told["rows_ok"], told["embeddings"]) == (4, 8800)
+    assert " INFO " in done.stderr
 
 
 def test_workers_that_have_the_model_search_no_jars(spark, golden):

@@ -1,5 +1,6 @@
 """The Spark session of a command: the one that is there, or a local one with Delta."""
 
+import io
 import os
 import re
 import shutil
@@ -7,7 +8,9 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from pyspark.java_gateway import launch_gateway
 from pyspark.sql import SparkSession
 
 from scgpt_batch.errors import ConfigError
@@ -41,6 +44,30 @@ def get_spark(conf: Mapping[str, str] | None = None) -> SparkSession:
     for name, value in (_read_conf(LOCAL_CONF) | dict(conf or {})).items():
         builder = builder.config(name, value)
     return builder.getOrCreate()
+
+
+def separate_stderr() -> None:
+    """Under spark-submit, which merges Python's standard error into standard output, write it to the JVM's instead."""
+    if "PYSPARK_GATEWAY_PORT" in os.environ and os.path.sameopenfile(1, 2) and not os.isatty(2):
+        sys.stderr = _JvmStderr(launch_gateway().jvm.System.err)
+
+
+class _JvmStderr(io.TextIOBase):
+    """Standard error of the JVM that started this process."""
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__()
+        self._stream = stream
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        self._stream.print(text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
 
 
 def _read_conf(path: Path) -> dict[str, str]:
