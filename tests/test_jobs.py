@@ -259,12 +259,16 @@ def test_a_table_by_name_is_found_again_by_the_next_session(spark, run, model, r
 
 
 def test_mlflow_spark_udf_answers_every_row_with_one_load_per_process(spark, model, rows_table):
-    udf = mlflow.pyfunc.spark_udf(spark, model, params={"need_preprocess": False, "data_is_raw": True})
-    rows = spark.table(rows_table).repartition(4)
+    udf = mlflow.pyfunc.spark_udf(spark, model, params={"need_preprocess": False, "on_error": "record"})
     columns = ["x_data", "x_indices", "x_indptr", "adata_obs", "adata_var"]
-    answers = rows.select(udf(F.struct(*columns)).alias("a")).select("a.genes", "a.error", "a.gene_embeddings")
-    told = answers.collect()
-    assert len(told) == 4 and all(row["error"] is None and len(row["genes"]) == 2200 for row in told)
+    rows = spark.table(rows_table).select(*columns)
+    rows = rows.union(rows.limit(1).withColumn("adata_obs", F.lit("{"))).repartition(4)
+    answers = rows.select(udf(F.struct(*columns)).alias("a")).select("a.*").collect()
+    *told, failed = sorted(answers, key=lambda row: -len(row["genes"]))
+    # in a batch that also holds errors, MLflow's spark_udf turns a null string into the text "None"
+    assert len(told) == 4 and all(row["error"] in (None, "None") and len(row["genes"]) == 2200 for row in told)
+    assert all(row["coverage"] > 0.5 and "X looks like counts" in row["warnings"][0] for row in told)
+    assert failed["error"].startswith("PayloadError") and failed["coverage"] is None and failed["warnings"] == []
     assert len(told[0]["gene_embeddings"]) == 2200 and len(told[0]["gene_embeddings"][0]) == 64
 
     loads = F.udf(lambda _: loads_in_this_process(), "int")
