@@ -13,7 +13,7 @@ from scgpt_batch.errors import ConfigError
 from scgpt_batch.model import ScGPT, load_checkpoint
 from scgpt_batch.model import attention as attention_module
 from scgpt_batch.model.attention import BACKENDS, LONG, Packing, attention, choose_backend
-from scgpt_batch.model.transformer import SelfAttention
+from scgpt_batch.model.transformer import SelfAttention, distinct
 from tests.helpers import assert_close
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
@@ -186,7 +186,7 @@ def test_a_named_backend_that_cannot_run_is_refused_with_the_reason(monkeypatch,
 
 def test_a_backend_that_does_not_exist_is_refused(monkeypatch, checkpoint):
     monkeypatch.setenv("SCGPT_BATCH_ATTENTION", "fast")
-    with pytest.raises(ConfigError, match="'fast', none of auto, flash, varlen, sdpa"):
+    with pytest.raises(ConfigError, match="'fast', none of auto, flash, varlen, fa3, fa4, sdpa"):
         ScGPT.from_checkpoint(checkpoint)
 
 
@@ -205,6 +205,44 @@ def test_a_new_gpu_runs_packed_attention_in_bfloat16_alone(monkeypatch):
     assert choose_backend(GPU, torch.float32) == "sdpa"
 
 
+@pytest.mark.parametrize(("backend", "module"), [("fa3", "flash_attn_interface"), ("fa4", "flash_attn.cute")])
+def test_fa3_and_fa4_need_hopper_and_their_package(monkeypatch, backend, module):
+    monkeypatch.setenv("SCGPT_BATCH_ATTENTION", backend)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an older card")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    with pytest.raises(ConfigError, match=r"needs compute capability 9\.0; an older card has 8\.6"):
+        choose_backend(GPU, torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with pytest.raises(ConfigError, match=f"needs the module {module}, which is not installed"):
+        choose_backend(GPU, torch.bfloat16)
+
+
+def test_fa3_is_activated_where_it_is_installed_and_selected(monkeypatch, caplog):
+    activated = []
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", activated.append)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(attention_module, "_is_installed", lambda module: module != "flash_attn.flash_attn_interface")
+    with caplog.at_level(logging.INFO):
+        assert choose_backend(GPU, torch.bfloat16) == "varlen" and activated == []
+    assert "fa3 can run here too; SCGPT_BATCH_ATTENTION=fa3 selects it" in caplog.text
+    monkeypatch.setenv("SCGPT_BATCH_ATTENTION", "fa3")
+    assert choose_backend(GPU, torch.bfloat16) == "fa3" and activated == ["FA3"]
+    monkeypatch.setenv("SCGPT_BATCH_ATTENTION", "auto")
+    monkeypatch.setitem(attention_module.ORDER, 9, ("fa4", "varlen", "sdpa"))
+    assert choose_backend(GPU, torch.bfloat16) == "fa4" and activated == ["FA3", "FA4"]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[-2.0, 1, 50, 1], [0.5, 3, 0.5], [1e6, 1, -2], [3e38, 1], []],
+    ids=["bins", "halves", "far", "max", "none"],
+)
+def test_distinct_values_and_positions_give_the_values_back(values):
+    given = torch.tensor(values)
+    found, at = distinct(given)
+    assert torch.equal(found[at], given) and len(found) <= 513 and at.dtype == torch.int64
+
+
 def on_gpu(test):
     """Mark a test of CUDA kernels, which elsewhere would test again what the tests above do."""
     reason = "CUDA kernels run on a GPU alone: `pytest -m gpu` where there is one"
@@ -214,7 +252,7 @@ def on_gpu(test):
 def backends_of_this_gpu():
     """Those that can run in bfloat16; all names where there is no GPU, for which the tests are skipped."""
     found = torch.cuda.is_available()
-    return [name for name in BACKENDS if not (found and attention_module._obstacle(name, GPU, torch.bfloat16))]
+    return [name for name in BACKENDS if not (found and attention_module.obstacle(name, GPU, torch.bfloat16))]
 
 
 @on_gpu

@@ -4,6 +4,7 @@ One call, `attention`; what runs below it is chosen once a model, by `choose_bac
 
 - flash: flash-attn 2's kernel for packed sequences (CUDA, compute capability 8.0, half precision)
 - varlen: torch's own of the same kind (`torch.nn.attention.varlen`, torch 2.10, same needs)
+- fa3, fa4: FlashAttention 3 or 4 below the same call (torch 2.11 and the implementation's package; Hopper or newer)
 - sdpa: `scaled_dot_product_attention` over runs of cells of one length (any device and type)
 """
 
@@ -15,6 +16,7 @@ from importlib.util import find_spec
 from itertools import groupby
 
 import torch
+import torch.nn.attention
 import torch.nn.functional as F
 
 from scgpt_batch.errors import ConfigError
@@ -22,7 +24,13 @@ from scgpt_batch.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 SETTING = "SCGPT_BATCH_ATTENTION"  # an environment variable, so that it reaches every worker
-BACKENDS = ("flash", "varlen", "sdpa")  # the fastest first
+BACKENDS = ("flash", "varlen", "fa3", "fa4", "sdpa")
+# Which of them is chosen: the first that can run, by the card's major compute capability. Only measured orders stand
+# here; until fa3 and fa4 are measured on a card of capability 9, only SCGPT_BATCH_ATTENTION selects them.
+ORDER: dict[int, tuple[str, ...]] = {}
+DEFAULT_ORDER = ("flash", "varlen", "sdpa")
+# What torch.nn.attention can put below `varlen_attn`: its name there, the module that holds it, and the least card
+IMPLEMENTATIONS = {"fa3": ("FA3", "flash_attn_interface", (9, 0)), "fa4": ("FA4", "flash_attn.cute", (9, 0))}
 LONG = 192  # tokens from which bfloat16 on the CPU runs head by head
 
 
@@ -86,18 +94,31 @@ def choose_backend(device: torch.device, dtype: torch.dtype) -> str:
         raise ConfigError(f"dtype bfloat16 {_too_old(device)}; ask for float32")
     wanted = os.environ.get(SETTING, "auto")
     if wanted == "auto":
-        backend = next(name for name in BACKENDS if not _obstacle(name, device, dtype))
+        order = ORDER.get(_capability(device)[0], DEFAULT_ORDER) if device.type == "cuda" else DEFAULT_ORDER
+        backend = next(name for name in order if not obstacle(name, device, dtype))
     elif wanted not in BACKENDS:
         raise ConfigError(f"{SETTING} is {wanted!r}, none of auto, {', '.join(BACKENDS)}")
-    elif obstacle := _obstacle(wanted, device, dtype):
-        raise ConfigError(f"{SETTING} is {wanted!r}, which {obstacle}; leave it at auto to have one chosen")
+    elif why := obstacle(wanted, device, dtype):
+        raise ConfigError(f"{SETTING} is {wanted!r}, which {why}; leave it at auto to have one chosen")
     else:
         backend = wanted
+    activate(backend)
     logger.info("attention: %s (%s) for %s on %s", backend, "chosen" if wanted == "auto" else SETTING, dtype, device)
+    for name in IMPLEMENTATIONS if wanted == "auto" else ():
+        if name != backend and not obstacle(name, device, dtype):
+            logger.info("attention: %s can run here too; %s=%s selects it", name, SETTING, name)
     return backend
 
 
-def _obstacle(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def activate(backend: str) -> None:
+    """Put the implementation that a backend needs below torch's `varlen_attn`, for the whole process."""
+    if backend in IMPLEMENTATIONS:
+        torch.nn.attention.activate_flash_attention_impl(IMPLEMENTATIONS[backend][0])
+    elif backend == "varlen" and hasattr(torch.nn.attention, "restore_flash_attention_impl"):
+        torch.nn.attention.restore_flash_attention_impl()
+
+
+def obstacle(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Say why a backend cannot run; None when it can."""
     if backend == "sdpa":
         return None
@@ -105,15 +126,28 @@ def _obstacle(backend: str, device: torch.device, dtype: torch.dtype) -> str | N
         return f"needs a CUDA GPU, not {device}"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"needs half precision, not {dtype}: ask for dtype bfloat16"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0):
-        return (
-            f"needs compute capability 8.0; {torch.cuda.get_device_name(device)} has {'.'.join(map(str, capability))}"
+    _, module, least = IMPLEMENTATIONS.get(backend, ("", "", (8, 0)))
+    capability = _capability(device)
+    if capability < least:
+        return "needs compute capability {}.{}; {} has {}.{}".format(
+            *least, torch.cuda.get_device_name(device), *capability
         )
-    module = {"flash": "flash_attn", "varlen": "torch.nn.attention.varlen"}[backend]
-    if find_spec(module) is None:
-        return f"needs {'flash-attn 2 installed' if backend == 'flash' else f'torch 2.10, not {torch.__version__}'}"
-    return None
+    if backend == "flash":
+        return None if _is_installed("flash_attn.flash_attn_interface") else "needs flash-attn 2 installed"
+    if not _is_installed("torch.nn.attention.varlen"):
+        return f"needs torch 2.10, not {torch.__version__}"
+    if backend == "varlen":
+        return None
+    if not hasattr(torch.nn.attention, "activate_flash_attention_impl"):
+        return f"needs torch 2.11, not {torch.__version__}"
+    return None if _is_installed(module) else f"needs the module {module}, which is not installed"
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # nor is its parent
+        return False
 
 
 def _capability(device: torch.device) -> tuple[int, int]:

@@ -159,14 +159,28 @@ class ScGPT(nn.Module):
         """
         device = self.encoder.embedding.weight.device
         cells = Packing(lengths, device, self.backend)
-        # bins take some 50 values: each is encoded once; found before the device is asked to do anything, so that it
-        # needs not be waited for
-        bins, bin_of = (send(x, device) for x in torch.unique(values, return_inverse=True))
+        # each value is encoded once; they are found on the CPU, so that nothing waits on the device
+        bins, bin_of = (send(x, device) for x in distinct(values))
         x = self.encoder(send(genes, device)).add_(self.value_encoder(bins)[bin_of])
         *layers, last = self.transformer_encoder["layers"]
         for layer in layers:
             x = layer(x, cells)
         return last.first_token(x, cells) if cls_only else last(x, cells)
+
+
+def distinct(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return values that include all of `values`, and the position of each among them.
+
+    Bins are whole numbers in a small range, which needs no sort: sorting 65,536 of them takes as long as a GPU needs
+    for the whole model.
+    """
+    whole = values.int()
+    if not len(values) or not torch.equal(whole.to(values.dtype), values):
+        return torch.unique(values, return_inverse=True)
+    low, high = (int(x) for x in whole.aminmax())
+    if high - low > MAX_VALUE:
+        return torch.unique(values, return_inverse=True)
+    return torch.arange(low, high + 1, dtype=values.dtype, device=values.device), (whole - low).long()
 
 
 def _matrices_as(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
