@@ -394,7 +394,9 @@ def test_spark_submit_runs_the_job_file(home, model, rows_table):
         "--model-uri", model, "--input-table", rows_table, "--output-table", f"delta.`{home}/submitted`",
         "--tracking-uri", mlflow.get_tracking_uri(), *BINS_ONLY,
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=600, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment(PYTHONPATH=str(REPO)), timeout=600, check=False
+    )
     assert done.returncode == OK, done.stderr[-2000:]
     told = json.loads(done.stdout)  # nothing else: logs go to standard error
     assert (told["rows_ok"], told["embeddings"]) == (4, 8800)

@@ -114,7 +114,7 @@ def activate(backend: str) -> None:
     """Put the implementation that a backend needs below torch's `varlen_attn`, for the whole process."""
     if backend in IMPLEMENTATIONS:
         torch.nn.attention.activate_flash_attention_impl(IMPLEMENTATIONS[backend][0])
-    elif backend == "varlen" and hasattr(torch.nn.attention, "restore_flash_attention_impl"):
+    elif backend == "varlen" and getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)():
         torch.nn.attention.restore_flash_attention_impl()
 
 
