@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import cached_property
 from pathlib import Path
@@ -71,6 +71,7 @@ class Embedder:
         *,
         with_vectors: bool = True,
         sums: bool = False,
+        wanted: Callable[[], bool] = lambda: True,
     ) -> Generator[Answer, None, None]:
         """Answer rows in their order, small ones together on the device.
 
@@ -89,6 +90,9 @@ class Embedder:
         sums
             Contextual mode: sums over the cells instead of means, to be added up over the rows of a sample.
 
+        wanted
+            Asked before each batch; answers end early once it returns False.
+
         Returns
         -------
         An answer for each row; a RowError is returned in the answer's `error`, never raised.
@@ -100,12 +104,16 @@ class Embedder:
         """
         check_model_parameters(parameters, self.config)
         works = (self._work(row, parameters, with_vectors, sums) for row in rows)
-        return self._answers(works, parameters)
+        return self._answers(works, parameters, wanted)
 
-    def _answers(self, works: Iterator[RowWork | Answered], parameters: Parameters) -> Generator[Answer, None, None]:
+    def _answers(
+        self, works: Iterator[RowWork | Answered], parameters: Parameters, wanted: Callable[[], bool]
+    ) -> Generator[Answer, None, None]:
         waiting: deque[RowWork | Answered] = deque()
         with closing(prefetched(batches(works, lambda: self._tokens_a_batch(parameters.dtype)))) as ready:
             for batch in ready:
+                if not wanted():
+                    return
                 waiting.extend(batch.works)
                 if batch.pieces:
                     self._run(batch, parameters)

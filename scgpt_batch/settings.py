@@ -4,6 +4,7 @@ A flag wins over the environment (`SCGPT_BATCH_` and the name in capitals), the 
 """
 
 import re
+from ipaddress import ip_address
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -155,8 +156,26 @@ class ServeSettings(Settings):
     max_request_bytes: int = Field(16_000_000, ge=1, description="of a request's body, also when inflated")
     max_answer_bytes: int = Field(16_000_000, ge=1, description="of an answer; larger ones are refused unanswered")
     timeout_seconds: float = Field(297.0, gt=0, description="for one request")
-    max_concurrent: int = Field(64, ge=1, description="requests at once; more are told to wait (429)")
+    max_concurrent: int = Field(64, ge=1, description="requests computed at once; further ones get 429")
+    max_connections: int = Field(1000, ge=1, description="open connections; further ones get 503 and are closed")
+    header_seconds: float = Field(10.0, gt=0, description="for a connection to send a complete header")
+    body_seconds: float = Field(60.0, gt=0, description="for a request's body to arrive")
+    shutdown_seconds: float = Field(
+        30.0, gt=0, description="for running requests after SIGTERM; then they are cancelled"
+    )
+    trusted_proxies: tuple[str, ...] = Field(
+        (), description="addresses whose X-Forwarded-For header names the requester in the log; default none"
+    )
+    allow_without_token: bool = Field(
+        False,
+        description="listen on other addresses than loopback without a token: a proxy or firewall keeps others out",
+    )
     batch_wait_ms: float = Field(5.0, ge=0, description="how long a request waits for others to share the device with")
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _are_addresses(cls, proxies: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(str(ip_address(proxy)) for proxy in proxies)
 
 
 class PromoteSettings(Settings):

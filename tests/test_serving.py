@@ -51,7 +51,9 @@ def embedder(registered):
 
 @pytest.fixture(scope="module")
 def endpoint(registered, tmp_path_factory):
-    with EndpointProcess("models:/small@champion", tmp_path_factory.mktemp("endpoint")) as running:
+    flags = ("--shutdown-seconds", "300")
+    with EndpointProcess("models:/small@champion", tmp_path_factory.mktemp("endpoint"), *flags) as running:
+        running.session.headers["X-Forwarded-For"] = "8.8.8.8"  # no proxy is trusted: it is not the requester
         yield running
 
 
@@ -461,6 +463,6 @@ def test_it_stops_gracefully_and_everything_is_in_the_table(endpoint):
     summary = json.loads(printed.splitlines()[-1])
     table = DeltaTable(endpoint.table).to_pandas()
     assert code == 0 and summary["requests"] == summary["logged"] == len(table)
-    assert table["databricks_request_id"].is_unique
+    assert table["databricks_request_id"].is_unique and set(table["requester"]) == {"127.0.0.1"}
     log = endpoint.log.read_text()
     assert "Traceback" not in log and "Bearer" not in log

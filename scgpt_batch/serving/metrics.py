@@ -28,6 +28,10 @@ class Metrics:
             buckets=(1, 2, 4, 8, 16, 32, 64),
             registry=r,
         )
+        self.unauthorized = Counter("scgpt_batch_unauthorized_requests", "Requests without a valid token", registry=r)
+        self.refused_connections = Counter(
+            "scgpt_batch_refused_connections", "Connections closed by a limit, by its name", ["limit"], registry=r
+        )
         self.spooled = Counter("scgpt_batch_log_spooled", "Records written to the spool", registry=r)
         self.logged = Counter("scgpt_batch_log_written", "Records written to the inference table", registry=r)
         self.log_failures = Counter(

@@ -5,6 +5,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
+from itertools import islice
 from typing import Any
 
 from scgpt_batch.embedder import Answer
@@ -13,7 +14,7 @@ from scgpt_batch.parameters import Parameters
 logger = logging.getLogger(__name__)
 
 Rows = Sequence[Mapping[str, Any]]
-EmbedRows = Callable[[Rows, Parameters], list[Answer]]
+EmbedRows = Callable[[Rows, Parameters, Callable[[], bool]], list[Answer]]
 
 
 class MicroBatcher:
@@ -25,7 +26,11 @@ class MicroBatcher:
     def __init__(
         self, embed_rows: EmbedRows, executor: Executor, *, wait_seconds: float, on_batch: Callable[[int], None]
     ) -> None:
-        """`on_batch` is told how many requests went into each call of `embed_rows`."""
+        """`on_batch` gets the number of requests in each call of `embed_rows`.
+
+        `embed_rows` gets a function that tells whether any of these requests still waits; its answers may be cut short
+        when none does.
+        """
         self._embed_rows, self._executor = embed_rows, executor
         self._wait_seconds, self._on_batch = wait_seconds, on_batch
         self._waiting: dict[Parameters, list[tuple[Rows, asyncio.Future[list[Answer]]]]] = defaultdict(list)
@@ -53,8 +58,12 @@ class MicroBatcher:
     async def _answer(self, asked: list[tuple[Rows, asyncio.Future[list[Answer]]]], parameters: Parameters) -> None:
         loop = asyncio.get_running_loop()
         together = [row for rows, _ in asked for row in rows]
+
+        def wanted() -> bool:
+            return not all(answer.done() for _, answer in asked)
+
         try:
-            found = iter(await loop.run_in_executor(self._executor, self._embed_rows, together, parameters))
+            found = iter(await loop.run_in_executor(self._executor, self._embed_rows, together, parameters, wanted))
         except Exception as exc:  # whatever it is goes to the request that asked, which would wait for ever otherwise
             if len(asked) == 1:
                 _settle(asked[0][1], exc)
@@ -64,7 +73,7 @@ class MicroBatcher:
                 await self._answer([one], parameters)
             return
         for rows, answer in asked:
-            _settle(answer, [next(found) for _ in rows])
+            _settle(answer, list(islice(found, len(rows))))
 
 
 def _settle(answer: asyncio.Future[list[Answer]], result: list[Answer] | Exception) -> None:
