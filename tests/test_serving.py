@@ -464,5 +464,7 @@ def test_it_stops_gracefully_and_everything_is_in_the_table(endpoint):
     table = DeltaTable(endpoint.table).to_pandas()
     assert code == 0 and summary["requests"] == summary["logged"] == len(table)
     assert table["databricks_request_id"].is_unique and set(table["requester"]) == {"127.0.0.1"}
+    written = [path for name in ("payload", "payload_spool") for path in (endpoint.table.parent / name).rglob("*")]
+    assert written and [path for path in written if path.stat().st_mode & 0o077] == []
     log = endpoint.log.read_text()
     assert "Traceback" not in log and "Bearer" not in log

@@ -10,6 +10,7 @@ from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
 
+import orjson
 import pytest
 import requests
 from deltalake import DeltaTable, write_deltalake
@@ -117,28 +118,31 @@ def test_a_process_that_dies_before_the_commit_is_made_up_for(tmp_path):
     assert ids(tmp_path) == ["a"]
 
 
+def dead_process(folder, *, noted, logged):
+    """Leave what a process leaves that noted requests, logged some, and died."""
+    spool = Spool(folder / "payload_spool")
+    for name in noted:
+        spool.begin(name, orjson.dumps(exchange(name, b'{"client_request_id": "mine"}').unanswered()))
+    for name, note in logged.items():
+        spool.append(orjson.dumps(exchange(name).record()), request_id=note)
+    spool.close()
+
+
 def test_a_request_that_ended_the_process_is_logged_at_the_next_start(tmp_path):
-    log = open_log(tmp_path)
     answered, deadly = uuid.uuid4().hex, uuid.uuid4().hex
-    for name in (answered, deadly):
-        log.begin(exchange(name, b'{"client_request_id": "mine"}'))
-    log.append(exchange(answered))
-    log.spool.close()  # dead
+    dead_process(tmp_path, noted=[answered, deadly], logged={answered: answered})
     open_log(tmp_path).close()
     rows = DeltaTable(tmp_path / "payload").to_pyarrow_table().to_pylist()
     (told,) = [row for row in rows if row["databricks_request_id"] == deadly]
     assert sorted(row["databricks_request_id"] for row in rows) == sorted([answered, deadly])
-    assert (told["status_code"], told["logging_error_codes"]) == (200, ["REQUEST_UNANSWERED"])
+    assert told["logging_error_codes"] == ["REQUEST_UNANSWERED"] and told["execution_duration_ms"] is None
     assert told["client_request_id"] == "mine" and told["request"] and told["response"] is None
     assert list((tmp_path / "payload_spool" / "unanswered").iterdir()) == []
 
 
-def test_a_process_that_dies_between_record_and_note_logs_once(tmp_path, monkeypatch):
-    log, name = open_log(tmp_path), uuid.uuid4().hex
-    log.begin(exchange(name))
-    monkeypatch.setattr(log.spool, "forget", lambda request_id: None)  # dead before the note is removed
-    log.append(exchange(name))
-    log.spool.close()
+def test_a_process_that_dies_between_record_and_note_logs_once(tmp_path):
+    name, other = uuid.uuid4().hex, uuid.uuid4().hex
+    dead_process(tmp_path, noted=[name], logged={name: other})  # the note of `name` is still there
     open_log(tmp_path).close()
     assert ids(tmp_path) == [name]
 
@@ -198,6 +202,102 @@ def test_a_full_disk_is_counted_and_the_next_record_is_whole(tmp_path, caplog):
         log.spool._file = file
         log.append(exchange("a"))
     assert ids(tmp_path) == ["a"]
+
+
+GOOD = exchange("good").record()
+BAD_RECORDS = {
+    "a list": [1],
+    "a number": 7,
+    "no time": {"databricks_request_id": "bad"},
+    "no id": {**GOOD, "databricks_request_id": None},
+    "a time beyond the calendar": {**GOOD, "request_time": 2**62},
+    "a status of text": {**GOOD, "status_code": "two hundred"},
+    "a status beyond 32 bits": {**GOOD, "status_code": 2**40},
+    "codes of numbers": {**GOOD, "logging_error_codes": [{}]},
+    "a request of lists": {**GOOD, "request": [[]]},
+}
+
+
+@pytest.mark.parametrize("kind", BAD_RECORDS)
+def test_a_bad_record_is_moved_aside_and_the_others_are_written(tmp_path, kind):
+    spool = tmp_path / "payload_spool"
+    Spool(spool).close()
+    lines = [orjson.dumps(BAD_RECORDS[kind]), orjson.dumps(GOOD)]
+    (spool / "000000000007.jsonl").write_bytes(b"\n".join(lines))
+    metrics = Metrics()
+    with open_log(tmp_path, metrics) as log:
+        log.append(exchange("later"))
+    assert ids(tmp_path) == ["good", "later"]
+    assert count(metrics, "log_moved_aside") == 1
+    (kept,) = spool.glob("*.bad-*")
+    assert kept.read_bytes() == b"\n".join(lines)
+
+
+def _a_link(path):
+    path.with_name("elsewhere").write_bytes(orjson.dumps(GOOD))
+    path.symlink_to(path.with_name("elsewhere"))
+
+
+FOREIGN = {
+    "link": _a_link,
+    "folder": Path.mkdir,
+    "pipe": os.mkfifo,
+    "dangling": lambda path: path.symlink_to("nowhere"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_file_of_another_kind_is_moved_aside_unread(tmp_path, kind):
+    spool = tmp_path / "payload_spool"
+    Spool(spool).close()
+    FOREIGN[kind](spool / "000000000007.jsonl")
+    metrics = Metrics()
+    with open_log(tmp_path, metrics) as log:
+        log.append(exchange("later"))
+    assert ids(tmp_path) == ["later"]
+    assert count(metrics, "log_moved_aside") == 1 and len(list(spool.glob("*.bad-*"))) == 1
+
+
+def test_names_that_are_not_the_spools_are_left_alone(tmp_path):
+    spool = tmp_path / "payload_spool"
+    Spool(spool).close()
+    names = ["notes.jsonl", "1.jsonl", "²²²²²²²²²²²².jsonl", "unanswered/x.json"]
+    for name in names:
+        (spool / name).write_text("mine")
+    with open_log(tmp_path) as log:
+        log.append(exchange("a"))
+    assert ids(tmp_path) == ["a"] and all((spool / name).read_text() == "mine" for name in names)
+
+
+def test_a_link_in_place_of_a_new_file_is_not_written_to(tmp_path):
+    spool, victim = tmp_path / "payload_spool", tmp_path / "victim"
+    Spool(spool).close()
+    victim.write_text("precious")
+    log = open_log(tmp_path)
+    (spool / f"{log.spool._number + 1:012d}.jsonl").symlink_to(victim)
+    log.append(exchange("a"))
+    assert log.drain()
+    log.append(exchange("b"))
+    log.close()
+    assert victim.read_text() == "precious" and ids(tmp_path) == ["a", "b"]
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o707])
+def test_a_spool_that_others_can_write_to_is_refused(tmp_path, mode):
+    spool = tmp_path / "payload_spool"
+    spool.mkdir()
+    spool.chmod(mode)
+    with pytest.raises(ConfigError, match="other users can write"):
+        open_log(tmp_path)
+
+
+def test_the_spool_is_its_users_alone(tmp_path):
+    log = open_log(tmp_path)
+    log.begin(exchange(uuid.uuid4().hex))
+    log.append(exchange("a"))
+    places = [log.spool.folder, *log.spool.folder.rglob("*")]
+    assert [path for path in places if path.stat().st_mode & 0o077] == [] and len(places) == 6
+    log.close()
 
 
 def test_a_spool_has_one_owner(tmp_path):

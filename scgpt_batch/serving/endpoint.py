@@ -69,6 +69,7 @@ def serve(settings: ServeSettings) -> Summary:
         There is no such model, the port is taken, or the inference table cannot be used.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    os.umask(0o077)  # requests and answers, in the spool and the table, are this user's alone
     metrics = Metrics()
     with (
         suppress(KeyboardInterrupt),

@@ -11,13 +11,16 @@ What survives: a record, once appended, the death of the process by any signal; 
 (`fsync` when it is closed, every `flush_seconds`), an open one as far as the system has written it out.
 """
 
+import errno
 import fcntl
 import logging
 import os
 import re
+import stat
 import threading
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -118,8 +121,10 @@ class Spool:
         self.folder, self._lock, self._torn = folder, threading.Lock(), False
         self._begun = folder / "unanswered"
         try:
-            self._begun.mkdir(parents=True, exist_ok=True)
-            self._owner = os.open(folder / "lock", os.O_CREAT | os.O_RDWR, 0o600)
+            for place in (folder, self._begun):
+                place.mkdir(mode=0o700, parents=True, exist_ok=True)
+                _refuse_others(place)
+            self._owner = os.open(folder / "lock", os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
             fcntl.flock(self._owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.app_id = self._read_app_id()
             self._open(max(self._numbers(), default=0) + 1)
@@ -130,11 +135,7 @@ class Spool:
 
     def begin(self, request_id: str, line: bytes) -> None:
         """Note a request that is not answered yet; an OSError means that the note is not there."""
-        file = os.open(self._note(request_id), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-        try:
-            _write(file, line)
-        finally:
-            os.close(file)
+        _create(self._note(request_id), line)
 
     def unanswered(self) -> Iterator[tuple[str, dict[str, Any] | None]]:
         """Yield the requests that an earlier process noted: id and record, None where there is nothing to make up for.
@@ -142,19 +143,19 @@ class Spool:
         A process that died between a record and the removal of its note left the record in one of the files that are
         still here: both are done under the lock that closing a file takes.
         """
-        notes = [path for path in self._begun.iterdir() if re.fullmatch(r"[0-9a-f]{32}\.json", path.name)]
-        answered = {
-            record["databricks_request_id"]
-            for number in (self.closed(rotate=False) if notes else ())
-            for record in self.read(number)
-        }
+        with os.scandir(self._begun) as entries:
+            notes = [
+                Path(entry)
+                for entry in entries
+                if re.fullmatch(r"[0-9a-f]{32}\.json", entry.name) and entry.is_file(follow_symlinks=False)
+            ]
+        answered = set()
+        for number in self.closed(rotate=False) if notes else ():
+            with suppress(UnreadableFile):  # moved aside when it is brought to the table
+                answered |= {record["databricks_request_id"] for record in self.read(number)[0]}
         for path in notes:
-            request_id = path.stem
-            try:
-                record = orjson.loads(path.read_bytes())
-            except orjson.JSONDecodeError:  # not whole: nothing was computed
-                record = None
-            yield request_id, None if request_id in answered else record
+            records, _ = _records(_read(path))  # none: the note is not whole, so nothing was computed
+            yield path.stem, None if path.stem in answered or not records else records[0]
 
     def forget(self, request_id: str) -> None:
         """Remove the note of a request, if there is one."""
@@ -182,23 +183,29 @@ class Spool:
                 self._rotate()
             return [number for number in self._numbers() if number < self._number]
 
-    def read(self, number: int) -> list[dict[str, Any]]:
-        """Give a closed file's records. A line that does not parse was never whole: its request had no answer."""
-        found = []
-        for line in self._path(number).read_bytes().split(b"\n"):
-            try:
-                found.append(orjson.loads(line))
-            except orjson.JSONDecodeError:
-                continue
-        return found
+    def read(self, number: int) -> tuple[list[dict[str, Any]], int]:
+        """Give a closed file's records, and how many lines hold something else.
+
+        A line that does not parse was never whole: its request had no answer.
+
+        Raises
+        ------
+        UnreadableFile
+            It is no regular file, or larger than any that this class writes.
+        """
+        return _records(_read(self._path(number)))
 
     def remove(self, number: int) -> None:
         """Drop a file whose records are in the table."""
         self._path(number).unlink()
 
+    def move_aside(self, number: int) -> Path:
+        """Keep a file, of whatever kind, under a name that is not looked at; return that name."""
+        return self._path(number).rename(self.folder / f"{number:012d}.bad-{uuid.uuid4().hex[:8]}")
+
     def waiting_bytes(self) -> int:
         """How much lies in the files."""
-        return sum(self._path(number).stat().st_size for number in self._numbers())
+        return sum(self._path(number).lstat().st_size for number in self._numbers())
 
     def close(self) -> None:
         """Give the folder back; files stay."""
@@ -212,7 +219,12 @@ class Spool:
         os.close(closed)
 
     def _open(self, number: int) -> None:
-        self._file = os.open(self._path(number), os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600)
+        while True:
+            try:
+                self._file = _created(self._path(number))
+                break
+            except FileExistsError:  # not ours
+                number += 1
         self._number, self._size, self._torn = number, 0, False
         folder = os.open(self.folder, os.O_RDONLY)
         os.fsync(folder)  # a number that is lost in a power cut would be used twice
@@ -220,11 +232,18 @@ class Spool:
 
     def _read_app_id(self) -> str:
         place = self.folder / "app_id"
-        if not place.exists():
+        if not os.path.lexists(place):
             fresh = place.with_suffix(".new")
-            fresh.write_text(f"scgpt-batch-{uuid.uuid4()}")
+            fresh.unlink(missing_ok=True)
+            _create(fresh, f"scgpt-batch-{uuid.uuid4()}".encode())
             fresh.rename(place)
-        return place.read_text()
+        try:
+            app_id = _read(place).decode(errors="replace")
+        except UnreadableFile as exc:
+            raise ConfigError(f"spool {self.folder}: {exc}: give another --spool") from exc
+        if not re.fullmatch(r"scgpt-batch-[0-9a-f-]{36}", app_id):
+            raise ConfigError(f"{place} does not hold the id of a spool: give another --spool")
+        return app_id
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:012d}.jsonl"
@@ -233,7 +252,76 @@ class Spool:
         return self._begun / f"{request_id}.json"
 
     def _numbers(self) -> list[int]:
-        return sorted(int(path.stem) for path in self.folder.glob("*.jsonl"))
+        return sorted(int(path.stem) for path in self.folder.iterdir() if re.fullmatch(r"\d{12,15}\.jsonl", path.name))
+
+
+class UnreadableFile(OSError):
+    """Something in the spool that this package did not write: a link, folder, pipe, or a file of another size."""
+
+
+def _created(path: Path) -> int:
+    """Open a new file for appending; a link or file that is there already is never written to."""
+    return os.open(path, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY | os.O_APPEND, 0o600)
+
+
+def _create(path: Path, content: bytes) -> None:
+    file = _created(path)
+    try:
+        _write(file, content)
+    finally:
+        os.close(file)
+
+
+def _read(path: Path) -> bytes:
+    """Read a regular file, following no link."""
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as exc:
+        if exc.errno == errno.ELOOP:
+            raise UnreadableFile(f"{path} is a link") from exc
+        raise
+    try:
+        found = os.fstat(file)
+        if not stat.S_ISREG(found.st_mode):
+            raise UnreadableFile(f"{path} is not a regular file")
+        if found.st_size > 2 * MAX_SEGMENT:
+            raise UnreadableFile(f"{path} holds {found.st_size} bytes, more than a spool file can")
+        with os.fdopen(file, "rb", closefd=False) as opened:
+            return opened.read()
+    finally:
+        os.close(file)
+
+
+def _records(content: bytes) -> tuple[list[dict[str, Any]], int]:
+    """Return the records among the lines, and the number of lines that are JSON but not a record."""
+    records, bad = [], 0
+    for line in content.split(b"\n"):
+        try:
+            record = orjson.loads(line)
+        except orjson.JSONDecodeError:
+            continue
+        if _is_record(record):
+            records.append(record)
+        else:
+            bad += 1
+    return records, bad
+
+
+def _is_record(record: Any) -> bool:
+    """Tell whether a line is one that the table takes."""
+    if not isinstance(record, dict) or not isinstance(record.get("databricks_request_id"), str):
+        return False
+    try:
+        _arrow([record])
+    except (pa.ArrowException, TypeError, ValueError, KeyError, OverflowError, OSError):
+        return False
+    return True
+
+
+def _refuse_others(folder: Path) -> None:
+    found = folder.stat()
+    if found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise ConfigError(f"other users can write to the spool {folder}: give a folder that is yours alone (chmod 700)")
 
 
 def _write(file: int, line: bytes) -> None:
@@ -367,11 +455,23 @@ class InferenceLog:
             return True
 
     def _bring(self, number: int) -> None:
-        records = self.spool.read(number)
+        try:
+            records, bad = self.spool.read(number)
+        except UnreadableFile as exc:
+            self._move_aside(number, str(exc))
+            return
         if records:
             self.table.write(records, self.spool.app_id, number)
             self._metrics.logged.inc(len(records))
-        self.spool.remove(number)
+        if bad:
+            self._move_aside(number, f"{bad} of its lines are no records; the {len(records)} others are in the table")
+        else:
+            self.spool.remove(number)
+
+    def _move_aside(self, number: int, reason: str) -> None:
+        kept = self.spool.move_aside(number)
+        self._metrics.log_moved_aside.inc()
+        logger.warning("spool file %d is now %s: %s", number, kept, reason)
 
     def _drain_regularly(self) -> None:
         self.drain()

@@ -40,6 +40,9 @@ class Metrics:
             ["to"],
             registry=r,
         )
+        self.log_moved_aside = Counter(
+            "scgpt_batch_log_moved_aside", "Spool files with something else than records, moved aside", registry=r
+        )
         self.spool_bytes = Gauge("scgpt_batch_log_spool_bytes", "Bytes that wait for the inference table", registry=r)
         for to in ("spool", "table"):
             self.log_failures.labels(to)  # 0 is seen, not absent
