@@ -107,7 +107,11 @@ class MonitorSettings(Settings):
     hours: float = Field(24, gt=0, description="requests of how many hours are judged")
     days: int = Field(7, ge=2, description="of how many days traffic is compared, and the report tells")
     delay_minutes: int = Field(60, ge=0, description="how late requests may come into the inference table")
-    max_error_rate: float = Field(0.05, ge=0, le=1, description="share of requests that may fail")
+    max_error_rate: float = Field(0.05, ge=0, le=1, description="share of requests that may end in a server error")
+    max_client_error_rate: float = Field(
+        0.25, ge=0, le=1, description="share of requests that may end in a client error (status 4xx)"
+    )
+    min_errors: int = Field(5, ge=1, description="fewer server or client errors are not judged by their share")
     max_p95_ms: float = Field(10_000, gt=0, description="95th percentile of the duration, ms")
     slow_ms: int = Field(5_000, gt=0, description="the report names requests from here on, ms")
     min_volume: float = Field(0.5, ge=0, description="least requests of an hour, as share of the same hour's usual")

@@ -167,6 +167,10 @@ def test_endpoint_health(spark, view, start, lines):
     wanted = performance(lines)
     assert_close([found[k] for k in ("requests", "error_rate", "p95_ms")],
                  [wanted[k] for k in ("requests", "error_rate", "p95_ms")], rtol=1e-9)  # fmt: skip
+    failing = lines.loc[lines["failed"]]
+    of_client = failing["status_code"].between(400, 499)
+    wanted = [failing.loc[of_client, "weight"].sum(), failing.loc[~of_client, "weight"].sum()]
+    assert_close([found["client_errors"], found["server_errors"]], wanted, rtol=1e-9)
     assert list(found["versions"]) == sorted(lines["served_entity_id"].dropna().unique())
 
 

@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from scgpt_batch.cli import ALERTS, OK, WRONG_USAGE, main
-from scgpt_batch.monitoring.health import batch_alerts
+from scgpt_batch.monitoring.health import batch_alerts, endpoint_alerts
 from scgpt_batch.monitoring.monitor import monitor
 from scgpt_batch.settings import MonitorSettings
 from tests import inference_tables
@@ -50,8 +50,12 @@ ONE_IN = "pmod(xxhash64(databricks_request_id), {}) = 0"
         ({}, {}),
         ({"change": f"status_code = if({ONE_IN.format(12)}, 500, 200)"}, {"error_rate": "critical"}),
         ({"change": f"status_code = if({ONE_IN.format(40)}, 500, 200)"}, {}),
-        ({"change": f"status_code = if({ONE_IN.format(40)}, 429, 200)", "max_error_rate": 0.01},
+        ({"change": f"status_code = if({ONE_IN.format(40)}, 503, 200)", "max_error_rate": 0.01},
          {"error_rate": "critical"}),
+        ({"change": f"status_code = if({ONE_IN.format(40)}, 503, 200)", "max_error_rate": 0.01, "min_errors": 500}, {}),
+        ({"change": f"status_code = if({ONE_IN.format(3)}, 400, 200)"}, {"client_error_rate": "warning"}),
+        ({"change": f"status_code = if({ONE_IN.format(12)}, 400, 200)"}, {}),
+        ({"change": "status_code = cast(null as int)"}, {"error_rate": "critical"}),
         ({"change": f"execution_duration_ms = if({ONE_IN.format(12)}, 10001L, 5L)"}, {"p95": "warning"}),
         ({"change": f"execution_duration_ms = if({ONE_IN.format(40)}, 10001L, 5L)"}, {}),
         ({"change": "execution_duration_ms = cast(null as bigint)"}, {}),
@@ -67,12 +71,32 @@ ONE_IN = "pmod(xxhash64(databricks_request_id), {}) = 0"
         ({"where": "request_time < '2026-11-19 12:00:00'"}, {"no_requests": "critical"}),
         ({"where": "false"}, {"no_requests": "critical"}),
     ],
-    ids=["healthy", "errors", "few errors", "threshold", "slow", "few slow", "no durations", "two versions",
+    ids=["healthy", "errors", "few errors", "threshold", "too few errors", "client errors", "few client errors",
+         "no status", "slow", "few slow", "no durations", "two versions",
          "a new version", "a quarter", "four fifths", "an empty hour", "little traffic", "late rows", "no late rows",
          "yesterday", "empty table"],
 )  # fmt: skip
 def test_each_rule_of_the_endpoint_fires_and_does_not(judged, fault, rules):
     assert judged(**fault) == rules
+
+
+@pytest.mark.parametrize(
+    ("requests", "client_errors", "server_errors", "rules"),
+    [
+        (8, 2, 0, []),
+        (8, 0, 2, []),
+        (8, 0, 4, []),
+        (8, 0, 5, ["error_rate"]),
+        (8, 5, 0, ["client_error_rate"]),
+        (100, 30, 6, ["error_rate", "client_error_rate"]),
+        (100, 25, 5, []),
+    ],
+)
+def test_errors_are_judged_by_kind_and_from_a_minimum_on(requests, client_errors, server_errors, rules):
+    health = {"requests": requests, "client_errors": client_errors, "server_errors": server_errors,
+              "p95_ms": 1.0, "versions": ["1"]}  # fmt: skip
+    hour = {"usual": None, "share_of_usual": None}
+    assert [alert.rule for alert in endpoint_alerts(health, hour, MonitorSettings())] == rules
 
 
 def run(hours_ago, status="finished", ok=9, failed=1, mode="static"):

@@ -60,8 +60,12 @@ def rules(limits: MonitorSettings) -> dict[str, Rule]:
     late = _ago(limits.max_run_age_hours)
     return {
         "error_rate": Rule(
-            "endpoint_health", "requests fail", "select error_rate as value from answer where requests > 0",
+            "endpoint_health", "server errors", _share("server_errors", limits),
             "GREATER_THAN", limits.max_error_rate,
+        ),
+        "client_error_rate": Rule(
+            "endpoint_health", "client errors", _share("client_errors", limits),
+            "GREATER_THAN", limits.max_client_error_rate,
         ),
         "no_requests": Rule(
             "endpoint_health", "nobody asks", "select requests as value from answer",
@@ -111,6 +115,10 @@ def rules(limits: MonitorSettings) -> dict[str, Rule]:
             "GREATER_THAN", limits.max_cosine,
         ),
     }  # fmt: skip
+
+
+def _share(errors: str, limits: MonitorSettings) -> str:
+    return f"select {errors} / requests as value from answer where {errors} >= {limits.min_errors}"
 
 
 def alert(name: str, rule: Rule, limits: MonitorSettings) -> Json:

@@ -34,10 +34,7 @@ def endpoint_alerts(health: Row, last_hour: Row, limits: MonitorSettings) -> lis
     within = f"in the last {limits.hours:g} h"
     if not health["requests"]:
         return [Alert("no_requests", "critical", f"no requests {within}", 0)]
-    alerts = []
-    if (rate := health["error_rate"]) > limits.max_error_rate:
-        told = f"{rate:.1%} of {health['requests']:.0f} requests failed {within}, more than {limits.max_error_rate:.1%}"
-        alerts.append(Alert("error_rate", "critical", told, rate, limits.max_error_rate))
+    alerts = _errors(health, limits, within)
     if (p95 := health["p95_ms"]) is not None and p95 > limits.max_p95_ms:
         told = f"one request in twenty took {p95:,.0f} ms or more {within}, above {limits.max_p95_ms:,.0f} ms"
         alerts.append(Alert("p95", "warning", told, p95, limits.max_p95_ms))
@@ -45,6 +42,24 @@ def endpoint_alerts(health: Row, last_hour: Row, limits: MonitorSettings) -> lis
         told = f"{len(versions)} versions answered {within}: {', '.join(versions)}"
         alerts.append(Alert("versions", "warning", told, len(versions), 1))
     return alerts + _volume(last_hour, limits)
+
+
+def _errors(health: Row, limits: MonitorSettings, within: str) -> list[Alert]:
+    """Judge server errors and client errors (status 4xx) apart; a few errors say nothing about a share."""
+    alerts = []
+    kinds: tuple[tuple[str, Severity, str, float], ...] = (
+        ("error_rate", "critical", "server", limits.max_error_rate),
+        ("client_error_rate", "warning", "client", limits.max_client_error_rate),
+    )
+    for rule, severity, kind, limit in kinds:
+        errors = health[f"{kind}_errors"]
+        rate = errors / health["requests"]
+        if errors >= limits.min_errors and rate > limit:
+            told = (
+                f"{rate:.1%} of {health['requests']:.0f} requests ended in a {kind} error {within}, above {limit:.1%}"
+            )
+            alerts.append(Alert(rule, severity, told, rate, limit))
+    return alerts
 
 
 def _volume(last_hour: Row, limits: MonitorSettings) -> list[Alert]:

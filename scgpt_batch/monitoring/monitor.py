@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 WEBHOOK = "SCGPT_BATCH_WEBHOOK_URL"
 WEBHOOK_TIMEOUT = 10  # seconds
 
+HEALTH = ("requests", "error_rate", "client_errors", "server_errors", "p95_ms", "versions")  # of the summary
 SHOWN = 20  # requests or runs in a table of the page
 SAMPLE = 1_000  # vectors of a run that the collapse canary compares: half a million numbers at d 512
 
@@ -107,7 +108,7 @@ def _endpoint(findings: Findings) -> Summary:
             findings.ask(name, **shown)
         findings.ask("slow_requests", **shown, slow_ms=settings.slow_ms, limit=SHOWN)
         findings.ask("recent_requests", **shown, limit=SHOWN)
-    return {name: window[name] for name in ("requests", "error_rate", "p95_ms", "versions")}
+    return {name: window[name] for name in HEALTH}
 
 
 def _batch(findings: Findings) -> Summary:

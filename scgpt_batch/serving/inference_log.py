@@ -33,6 +33,7 @@ from deltalake.exceptions import DeltaError, TableNotFoundError
 
 from scgpt_batch.errors import ConfigError
 from scgpt_batch.serving.metrics import Metrics
+from scgpt_batch.serving.reading import MAX_CLIENT_ID
 
 logger = logging.getLogger(__name__)
 
@@ -500,7 +501,7 @@ def _client_request_id(request: str | None) -> str | None:
     except orjson.JSONDecodeError:
         return None
     client_id = document.get("client_request_id") if isinstance(document, dict) else None
-    return None if client_id is None else str(client_id)
+    return client_id if isinstance(client_id, str) and len(client_id) <= MAX_CLIENT_ID else None
 
 
 def table_path(table: str) -> str:

@@ -25,6 +25,7 @@ from scgpt_batch.parameters import Parameters, told_in_row
 
 FORMATS = ("dataframe_split", "dataframe_records", "inputs", "instances")
 MAX_ROWS, MAX_COLUMNS = 10_000, 1_000
+MAX_CLIENT_ID = 256  # characters
 MAX_GENES = 250_000  # four times the published vocabulary; reading the names of more takes longer than a refusal may
 
 # Bytes of one number in an answer: float32 as the shortest text that reads back as it, and a comma (11.6 on random
@@ -71,11 +72,11 @@ class RequestReader:
             It cannot be read, has wrong types or names, or its answer would be too large.
         """
         document = parse(body)
-        client_id = document.get("client_request_id")
+        client_id = _client_request_id(document.get("client_request_id"))
         rows, params = self._check_types(records(document), document.get("params"))
         asked = Asked(
             [self._with_parameters(i, row, params) for i, row in enumerate(rows)],
-            None if client_id is None else str(client_id),
+            client_id,
         )
         self._refuse_large_answer(asked.rows)
         return asked
@@ -122,6 +123,12 @@ class RequestReader:
                 total += vectors * d * NUMBER_BYTES[asked.parameters.encoding]
         if total > self._answer_bytes:
             raise RequestRefused(413, too_large("the answer would hold about", int(total), self._answer_bytes, LESS))
+
+
+def _client_request_id(given: Any) -> str | None:
+    if given is not None and (not isinstance(given, str) or len(given) > MAX_CLIENT_ID):
+        raise RequestRefused(400, f"client_request_id must be a string of at most {MAX_CLIENT_ID} characters")
+    return given
 
 
 def _array(value: Any) -> Any:
