@@ -16,7 +16,13 @@
   + PartsFailed            the client got no answer for some cells; it holds the others'
 """
 
+import logging
+import re
 from typing import Any
+
+# user:password@ of a URI (a password may hold / and @), and parameters of its query that hold a secret
+_USERINFO = re.compile(r"(\w[\w+.-]{0,30})://([^/\s@'\"]{0,256}(?::[^\s@'\"]{0,256})?@(?:[^/\s@'\"]{0,256}@)*)")
+_SECRETS = re.compile(r"(?i)(?<=[?&])((?:\w*password|\w*token|\w*secret|sig)=)[^&\s'\"]+")
 
 
 class ScgptBatchError(Exception):
@@ -85,10 +91,32 @@ class PartsFailed(ScgptBatchError):
         self.failures, self.answered = failures, answered
 
 
+def masked(text: str) -> str:
+    """Return the text with `***` in the place of user name and password in each URI."""
+    return _SECRETS.sub(r"\1***", _USERINFO.sub(_mask, text))
+
+
+def _mask(found: re.Match[str]) -> str:
+    scheme, user = found.groups()
+    is_container = scheme.startswith(("abfs", "wasb")) and ":" not in user  # Azure's storage: abfss://container@account
+    return found[0] if is_container else f"{scheme}://***@"
+
+
+class MaskingFilter(logging.Filter):
+    """Masks what a handler is about to write, tracebacks included, whichever library logged it."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Change the record; it is always let through."""
+        record.msg, record.args = masked(record.getMessage()), None
+        if record.exc_info:
+            record.exc_text = masked(record.exc_text or logging.Formatter().formatException(record.exc_info))
+        return True
+
+
 def in_one_line(exc: Exception) -> str:
     """Say an error in one line: its first, without py4j's own call, and the root cause of a Java trace."""
     told = str(exc) if isinstance(exc, ScgptBatchError) else f"{type(exc).__name__}: {str(exc).strip()}"
     lines = [line for line in told.strip().splitlines() if "An error occurred while calling" not in line]
     first = lines[0].removeprefix(": ") if lines else type(exc).__name__
     causes = [line.removeprefix("Caused by: ") for line in lines if line.startswith("Caused by: ")]
-    return f"{first}: {causes[-1]}" if causes else first
+    return masked(f"{first}: {causes[-1]}" if causes else first)

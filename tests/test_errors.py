@@ -1,0 +1,68 @@
+"""Errors in one line, and no password in anything that is printed."""
+
+import io
+import logging
+
+import pytest
+
+from scgpt_batch.cli import main
+from scgpt_batch.errors import MaskingFilter, in_one_line, masked
+
+SECRET = "s3cr3t"
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        (f"postgresql://ann:{SECRET}@db/mlflow", "postgresql://***@db/mlflow"),
+        (f"postgresql://ann:{SECRET}@{SECRET}@db", "postgresql://***@db"),
+        (f"http://ann:{SECRET}/{SECRET}@host:5000/x", "http://***@host:5000/x"),
+        (f"https://{SECRET}@host", "https://***@host"),
+        (f"mysql+pymysql://root:{SECRET}@db: failed", "mysql+pymysql://***@db: failed"),
+        (f"'http://a:{SECRET}@b' and http://c:{SECRET}@d", "'http://***@b' and http://***@d"),
+        (f"https://host/?a=1&sslpassword={SECRET}&b=2", "https://host/?a=1&sslpassword=***&b=2"),
+        ("https://host:5000/path, mail to ann@example.org", "https://host:5000/path, mail to ann@example.org"),
+        ("models:/name@champion", "models:/name@champion"),
+        ("delta.`abfss://box@account.dfs.core.windows.net/t`", "delta.`abfss://box@account.dfs.core.windows.net/t`"),
+        ("sqlite:////tmp/a@b.db", "sqlite:////tmp/a@b.db"),
+    ],
+)
+def test_passwords_in_uris_are_masked(text, wanted):
+    assert masked(text) == wanted
+    assert in_one_line(ValueError(text)) == f"ValueError: {wanted}"
+
+
+def test_the_filter_masks_arguments_and_tracebacks():
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.addFilter(MaskingFilter())
+    logger = logging.getLogger("test_masking")
+    logger.addHandler(handler)
+    try:
+        raise ValueError(f"no answer from http://ann:{SECRET}@host")
+    except ValueError:
+        logger.exception("asked %s", f"http://ann:{SECRET}@host")
+    assert SECRET not in stream.getvalue() and stream.getvalue().count("http://***@host") == 3
+
+
+@pytest.mark.parametrize(
+    "uri", [f"http://ann:{SECRET}@127.0.0.1:9", f"nosuchscheme://ann:{SECRET}@host", f"postgresql://ann:{SECRET}@[bad"]
+)
+@pytest.mark.parametrize("command", ["serve", "register"])
+def test_a_tracking_uri_with_a_password_is_not_printed(capfd, caplog, monkeypatch, golden, uri, command):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    argv = {
+        "serve": ["--model-uri", "models:/m/1", "--port", "0"],
+        "register": ["--checkpoint", str(golden / "checkpoint_flash"), "--name", "m"],
+    }
+    import mlflow
+
+    before = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
+    try:
+        assert main([command, *argv[command], "--tracking-uri", uri, "--registry-uri", uri]) != 0
+    finally:
+        mlflow.set_tracking_uri(before[0])
+        mlflow.set_registry_uri(before[1])
+    told = capfd.readouterr()
+    assert SECRET not in told.out + told.err + caplog.text
+    assert told.err.strip()
