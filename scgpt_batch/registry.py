@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import shutil
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -24,8 +25,8 @@ import scgpt_batch
 from scgpt_batch import pyfunc
 from scgpt_batch.anndata_rows import PAYLOAD_COLUMNS, table_to_json
 from scgpt_batch.embedder import Embedder
-from scgpt_batch.errors import ConfigError
-from scgpt_batch.model import SPECIAL_TOKENS, Checkpoint, ModelConfig, load_checkpoint
+from scgpt_batch.errors import CheckpointError, ConfigError
+from scgpt_batch.model import SPECIAL_TOKENS, Checkpoint, ModelConfig, checkpoint_digest, load_checkpoint
 from scgpt_batch.parameters import Parameters
 
 logger = logging.getLogger(__name__)
@@ -105,6 +106,7 @@ def register(checkpoint: str, name: str, *, alias: str = "", input_roots: Sequen
     facts = _facts(loaded)
     try:
         with mlflow.start_run(run_name=f"register {name}", tags=facts) as run, tempfile.TemporaryDirectory() as here:
+            files = _layout_files(loaded, Path(here) / "files" / folder.name)
             sample = Path(here) / SAMPLE
             sample.write_text(json.dumps(_stored_answers(loaded)), encoding="utf-8")
             mlflow.log_text(card, "model_card.md")
@@ -112,7 +114,7 @@ def register(checkpoint: str, name: str, *, alias: str = "", input_roots: Sequen
             info = mlflow.pyfunc.log_model(
                 name="model",
                 python_model=pyfunc.__file__,
-                artifacts={"checkpoint": str(folder), "sample": str(sample)},
+                artifacts={"checkpoint": str(files), "sample": str(sample)},
                 code_paths=[str(Path(scgpt_batch.__file__).parent)],
                 signature=pyfunc.signature(),
                 input_example=example,
@@ -135,6 +137,20 @@ def register(checkpoint: str, name: str, *, alias: str = "", input_roots: Sequen
     except MlflowException as exc:
         raise ConfigError(f"MLflow did not register {name!r} at {mlflow.get_registry_uri()}: {exc.message}") from exc
     return resolve(f"models:/{name}/{version.version}")
+
+
+def _layout_files(checkpoint: Checkpoint, folder: Path) -> Path:
+    """Lay the three files of a checkpoint into a new folder: nothing else that lies beside them is logged."""
+    folder.mkdir(parents=True)
+    for name in ("args.json", "vocab.json", checkpoint.weights.name):
+        source = (checkpoint.folder / name).resolve()
+        try:
+            (folder / name).hardlink_to(source)  # weights can be gigabytes
+        except OSError:  # another file system
+            shutil.copyfile(source, folder / name)
+    if checkpoint_digest(folder) != checkpoint.digest:
+        raise CheckpointError(f"{checkpoint.folder} has changed since it was read: register it again")
+    return folder
 
 
 def resolve(model_uri: str) -> ResolvedModel:

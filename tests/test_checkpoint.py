@@ -193,8 +193,13 @@ def test_what_is_not_built_is_named(folder, args):
         ({"d_hid": "128"}, "d_hid must be a whole number, not '128'"),
         ({"nlayers": 3.0}, r"nlayers must be a whole number, not 3\.0"),
         ({"nlayers": True}, "nlayers must be a whole number, not True"),
-        ({"nlayers": 0}, "nlayers must be at least 1, not 0"),
+        ({"nlayers": 0}, "nlayers must be at least 1 and at most 256, not 0"),
         ({"nheads": 5}, "embsize 64 is no multiple of nheads 5"),
+        ({"nlayers": 10**9}, "nlayers must be at least 1 and at most 256, not 1000000000"),
+        ({"embsize": 2**40, "nheads": 2**20}, "embsize must be at least 1 and at most 16384"),
+        ({"nheads": 2**20, "embsize": 2**14}, "nheads must be at least 1 and at most 1024"),
+        ({"d_hid": 10**30}, "d_hid must be at least 1 and at most 65536"),
+        ({"pad_value": 10**30}, "pad_value must be a number that float32 holds"),
         ({"pad_value": None}, "pad_value must be a whole number"),
         ({"pad_token": "<mask>"}, "pad_token must be '<pad>', not '<mask>'"),
     ],
@@ -282,7 +287,15 @@ def test_ids_of_names():
 
 @pytest.mark.parametrize("name", ["args.json", "vocab.json"])
 @pytest.mark.parametrize(
-    ("text", "message"), [("{", "is not JSON"), (b"\xff\xfe{}", "is not JSON"), ("[1]", "must be a JSON object")]
+    ("text", "message"),
+    [
+        ("{", "is not JSON"),
+        (b"\xff\xfe{}", "is not JSON"),
+        ("[1]", "must be a JSON object"),
+        ("[" * 100_000, "is not JSON"),
+        ('{"GENE": 0, "GENE": 1}', "has the key 'GENE' twice"),
+    ],
+    ids=["cut short", "UTF-16", "list", "deep", "key twice"],
 )
 def test_json_that_is_none_is_named(folder, name, text, message):
     (folder / name).write_bytes(text.encode() if isinstance(text, str) else text)
@@ -326,9 +339,23 @@ class RunsCode:
 
 def test_pickle_that_would_run_code_is_refused(folder, tmp_path):
     torch.save(tensors(folder) | {"hook": RunsCode(tmp_path / "pwned")}, folder / "best_model.pt")
-    with pytest.raises(CheckpointError, match=r"best_model\.pt cannot be read as tensors"):
+    with pytest.raises(CheckpointError, match=r"best_model\.pt cannot be read as tensors: .*posix.mkdir") as caught:
         load_checkpoint(folder)
+    assert "weights_only" not in str(caught.value) and "allowlist" not in str(caught.value)
     assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8, torch.complex64], ids=str)
+def test_weights_of_another_than_a_float_type_are_named(folder, dtype):
+    change_tensors(folder, lambda state: state.update({EMBEDDING: state[EMBEDDING].to(dtype)}))
+    with pytest.raises(CheckpointError, match=f"{EMBEDDING}' is of type {dtype}, not a float type"):
+        load_checkpoint(folder)
+
+
+def test_sparse_weights_are_refused(folder):
+    change_tensors(folder, lambda state: state.update({EMBEDDING: state[EMBEDDING].to_sparse()}))
+    with pytest.raises(CheckpointError, match="sparse tensors"):
+        load_checkpoint(folder)
 
 
 @pytest.mark.parametrize(

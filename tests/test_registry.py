@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -100,6 +101,22 @@ def copy_without_layer(folder):
     for name in ("args.json", "vocab.json"):
         (folder / name).write_bytes((GOLDEN / "checkpoint_flash" / name).read_bytes())
     return folder
+
+
+def test_only_the_files_of_the_layout_are_logged(tracking, tmp_path):
+    folder, secret = tmp_path / "checkpoint", tmp_path / "id_rsa"
+    shutil.copytree(GOLDEN / "checkpoint_flash", folder)
+    secret.write_text("private")
+    (folder / "notes").mkdir()
+    (folder / "notes" / "passwords.txt").write_text("private")
+    (folder / "key").symlink_to(secret)
+    weights = (folder / "best_model.pt").rename(tmp_path / "blob")  # as Hugging Face's cache lays it
+    (folder / "best_model.pt").symlink_to(weights)
+    model = registry.register(str(folder), "clean")
+    assert sorted(path.name for path in model.checkpoint.iterdir()) == ["args.json", "best_model.pt", "vocab.json"]
+    assert not any(path.is_symlink() for path in model.checkpoint.iterdir()) and model.digest == DIGEST
+    logged = [path for path in (tracking / "artifacts").rglob("*") if path.is_file()]
+    assert logged and not any(path.read_bytes() == b"private" for path in logged)
 
 
 def test_a_bad_checkpoint_logs_nothing(registered, tmp_path):

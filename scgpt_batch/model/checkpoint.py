@@ -6,8 +6,9 @@ shape; here each is an error.
 """
 
 import hashlib
-import json
 import logging
+import pickle
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 from scgpt_batch.errors import CheckpointError
-from scgpt_batch.model.vocabulary import PAD, Vocabulary
+from scgpt_batch.model.vocabulary import PAD, Vocabulary, read_json_object
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,9 @@ NOT_BUILT_TENSORS = {
     "batch_encoder.": "batch labels",
 }
 
+# Bounds of args.json, some twenty times the published model's: beyond, no weights are looked at.
+LARGEST = {"embsize": 16_384, "nheads": 1_024, "d_hid": 65_536, "nlayers": 256}
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -66,8 +70,12 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("embsize", "nheads", "d_hid", "nlayers"):
-            if getattr(self, name) < 1:
-                raise CheckpointError(f"args.json: {name} must be at least 1, not {getattr(self, name)}")
+            if not 1 <= getattr(self, name) <= LARGEST[name]:
+                raise CheckpointError(
+                    f"args.json: {name} must be at least 1 and at most {LARGEST[name]}, not {getattr(self, name)}"
+                )
+        if not -(2**24) <= self.pad_value <= 2**24:
+            raise CheckpointError(f"args.json: pad_value must be a number that float32 holds, not {self.pad_value}")
         if self.embsize % self.nheads:
             raise CheckpointError(f"args.json: embsize {self.embsize} is no multiple of nheads {self.nheads}")
 
@@ -115,7 +123,7 @@ class Checkpoint:
         """
         self.folder = Path(folder)
         self.weights = weights_file(self.folder)
-        self.config = ModelConfig.from_args(_read_args(self.folder / "args.json"))
+        self.config = ModelConfig.from_args(read_json_object(_existing(self.folder / "args.json")))
         self.vocabulary = Vocabulary.from_file(_existing(self.folder / "vocab.json"))
         self.digest = digest or checkpoint_digest(self.folder)
         self._digest_is_checked = digest is None
@@ -167,6 +175,10 @@ class Checkpoint:
                     f"{self.weights}: tensor {name!r} has shape {tuple(state[name].shape)}, args.json and vocab.json "
                     f"want {shape}"
                 )
+            if not state[name].is_floating_point():
+                raise CheckpointError(
+                    f"{self.weights}: tensor {name!r} is of type {state[name].dtype}, not a float type"
+                )
             if not torch.isfinite(state[name]).all():
                 raise CheckpointError(f"{self.weights}: tensor {name!r} holds NaN or infinity")
 
@@ -214,16 +226,6 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _read_args(path: Path) -> dict[str, Any]:
-    try:
-        args = json.loads(_existing(path).read_text(encoding="utf-8"))
-    except ValueError as exc:
-        raise CheckpointError(f"{path} is not JSON: {exc}") from exc
-    if not isinstance(args, dict):
-        raise CheckpointError(f"{path} must be a JSON object")
-    return args
-
-
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         if path.suffix == ".safetensors":
@@ -233,8 +235,17 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
         else:
             # weights_only: an unpickler that can run code is never used
             state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as exc:  # torch's message advises to load the file unsafely
+        what = re.search(r"GLOBAL (\S+)", str(exc))
+        objects = f", {what[1]} among them" if what else ""
+        raise CheckpointError(
+            f"{path} cannot be read as tensors: it holds other Python objects{objects}, which may run code when they "
+            "are loaded; write it anew with torch.save(model.state_dict(), ...)"
+        ) from None
     except Exception as exc:  # torch and safetensors raise many types for one fact: the file is no state dict
         raise CheckpointError(f"{path} cannot be read as tensors: {exc}") from exc
+    if isinstance(state, dict) and any(torch.is_tensor(t) and t.layout != torch.strided for t in state.values()):
+        raise CheckpointError(f"{path} holds sparse tensors: only dense ones are read")
     if not isinstance(state, dict) or not all(isinstance(n, str) and torch.is_tensor(t) for n, t in state.items()):
         raise CheckpointError(f"{path} is no plain state dict (tensor name -> tensor)")
     return state

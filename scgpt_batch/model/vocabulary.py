@@ -1,16 +1,42 @@
 """The gene vocabulary: names to token ids, as `vocab.json` of a published checkpoint holds them."""
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from scgpt_batch.errors import CheckpointError
 
 PAD, CLS, EOC = SPECIAL_TOKENS = ("<pad>", "<cls>", "<eoc>")
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object; a CheckpointError where the file is something else, or gives a key twice."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+    except (ValueError, RecursionError, OSError) as exc:
+        raise CheckpointError(f"{path} is not JSON: {exc}") from exc
+    except _RepeatedKey as exc:
+        raise CheckpointError(f"{path} has the key {exc.args[0]!r} twice") from exc
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} must be a JSON object")
+    return found
+
+
+class _RepeatedKey(Exception):
+    pass
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise _RepeatedKey(Counter(name for name, _ in pairs).most_common(1)[0][0])
+    return found
 
 
 class Vocabulary:
@@ -53,11 +79,8 @@ class Vocabulary:
     @classmethod
     def from_file(cls, path: Path) -> "Vocabulary":
         """Read `vocab.json`, a JSON object name -> id."""
-        try:
-            ids = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as exc:
-            raise CheckpointError(f"{path} is not JSON: {exc}") from exc
-        if not isinstance(ids, dict) or not ids:
+        ids = read_json_object(path)
+        if not ids:
             raise CheckpointError(f"{path} must be a JSON object of token name -> id")
         return cls(ids, source=str(path))
 
