@@ -38,7 +38,7 @@ class EndpointProcess:
             self.session.headers["Authorization"] = f"Bearer {token}"
         self.url = self._wait_until_up()
 
-    def _wait_until_up(self, seconds: float = 120) -> str:
+    def _wait_until_up(self, seconds: float = 600) -> str:
         ends = time.monotonic() + seconds
         while time.monotonic() < ends and self.process.poll() is None:
             said = re.search(r"at (http://\S+)/invocations", self.log.read_text())

@@ -1,6 +1,7 @@
 """What the endpoint withstands from clients that nobody has let in: connections, headers, slow bodies, identities."""
 
 import asyncio
+import os
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,8 @@ import orjson
 import pytest
 import requests
 from deltalake import DeltaTable
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from scgpt_batch import registry
 from scgpt_batch.anndata_rows import to_row
@@ -124,6 +127,43 @@ def test_a_client_that_leaves_stops_the_work_and_is_logged(limited, genes):
             pass
     while 'scgpt_batch_requests_total{status="499"}' not in limited.session.get(f"{limited.url}/metrics").text:
         pass
+
+
+HEADERS = [
+    b"host: x", b"content-length: 5", b"content-length: -1", b"content-length: " + b"9" * 30, b"expect: 100-continue",
+    b"transfer-encoding: chunked", b"content-encoding: gzip", b"connection: upgrade", b"upgrade: websocket", b" folded",
+    b"content-type: application/json", f"authorization: Bearer {TOKEN}".encode(), b"x-forwarded-for: ,,",
+]  # fmt: skip
+LINES = st.lists(st.sampled_from(HEADERS) | st.binary(max_size=20), max_size=6)
+STARTS = st.tuples(
+    st.sampled_from([b"GET", b"POST", b"HEAD", b"OPTIONS", b"PUT", b"TRACE", b"CONNECT", b""]) | st.binary(max_size=5),
+    st.sampled_from([b"/invocations", b"/ping", b"/metrics", b"/version", b"*", b"//", b"/%00", b"/invocations?x=%ff"])
+    | st.binary(max_size=9),
+    st.sampled_from([b"HTTP/1.1", b"HTTP/1.0", b"HTTP/2.0", b""]),
+).map(b" ".join)
+BYTES = st.binary(max_size=99) | st.builds(
+    lambda start, lines, body: b"\r\n".join([start, *lines, b"", body]),
+    STARTS,
+    LINES,
+    st.binary(max_size=20) | st.sampled_from([b"{}", b"5\r\n[1,2]\r\n0\r\n\r\n", b"[[[[["]),
+)
+
+
+def test_no_bytes_make_the_server_fail(limited):
+    @settings(max_examples=int(os.environ.get("SCGPT_BATCH_FUZZ", "200")), deadline=None)
+    @given(sent=BYTES)
+    def send(sent):
+        with connect(limited) as connection:
+            connection.sendall(sent)
+            connection.shutdown(socket.SHUT_WR)
+            try:
+                answer = status(connection)
+            except ConnectionError:
+                return
+            assert answer in {0, 100} or 200 <= answer < 500
+
+    send()
+    assert requests.get(f"{limited.url}/ping", timeout=60).status_code == 200
 
 
 # Last in this module: it stops the endpoint
