@@ -92,7 +92,7 @@ def to_row(
     what = "X" if layer is None else f"layer {layer!r}"
     x = adata.X if layer is None else adata.layers.get(layer)
     if x is None:
-        held = ", ".join(map(repr, adata.layers)) or "none"
+        held = ", ".join(map(repr, layer_names(adata))) or "none"
         raise PayloadError(f"the AnnData has no {what}; its layers: {held}")
     if x.dtype.kind not in "biuf":
         raise PayloadError(f"{what} has type {x.dtype}; convert it to real numbers, e.g. with .astype('float32')")
@@ -282,6 +282,11 @@ def table_to_json(table: pd.DataFrame) -> str:
     return json.dumps(split, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
+def layer_names(adata: ad.AnnData) -> list[str]:
+    """Return the layers without X, which anndata 0.13 lists among them as None."""
+    return [name for name in adata.layers if name is not None]
+
+
 def table_from_json(text: str, column: str) -> pd.DataFrame:
     """Read what `table_to_json` or pandas wrote; a PayloadError names `column`.
 
@@ -311,15 +316,21 @@ def table_from_json(text: str, column: str) -> pd.DataFrame:
     if len(set(names)) != len(names):
         raise PayloadError(f"{column}: a column name is given twice")
     try:
-        table = pd.DataFrame({n: [row[j] for row in data] for j, n in enumerate(names)}, index=_names(index))
+        columns = {name: _column([row[j] for row in data]) for j, name in enumerate(names)}
+        table = pd.DataFrame(columns, index=range(len(index)))
     except (ValueError, OverflowError, TypeError) as exc:
         raise PayloadError(f"{column}: no table can be made of it: {exc}") from exc
-    table.index = table.index.astype(object)
+    table.index = pd.Index(_names(index), dtype=object)
     return table
 
 
 def _names(index: Iterable[Any]) -> list[str | None]:
     return [None if _is_missing(name) else str(name) for name in index]
+
+
+def _column(values: list[Any]) -> Any:
+    """Keep strings as objects, so that None stays None: pandas 3 infers its own type of strings."""
+    return pd.Series(values, dtype=object) if any(isinstance(value, str) for value in values) else values
 
 
 def _plain_values(column: pd.Series) -> list[Any]:

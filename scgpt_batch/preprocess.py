@@ -19,11 +19,11 @@ import scanpy as sc
 import scipy.sparse as sp
 import torch
 
-from scgpt_batch.anndata_rows import string_labels
+from scgpt_batch.anndata_rows import layer_names, string_labels
 from scgpt_batch.decisions import Decisions
 from scgpt_batch.errors import PayloadError, PreprocessError
 from scgpt_batch.parameters import Parameters
-from scgpt_batch.variable_genes import by_dispersion, mean_var
+from scgpt_batch.variable_genes import by_curve, by_dispersion, mean_var
 
 COLLATOR_BINS = 51  # upstream's data collator takes this number whatever args.json says
 BLOCK = 65_536  # entries binned at once: what they need stays in the cache
@@ -144,7 +144,7 @@ def on_sample_genes(adata: ad.AnnData, decisions: Decisions) -> ad.AnnData:
         placed.sort_indices()
         return placed
 
-    layers = {name: laid(matrix) for name, matrix in adata.layers.items()}
+    layers = {name: laid(adata.layers[name]) for name in layer_names(adata)}
     return ad.AnnData(laid(adata.X), obs=adata.obs, var=var, layers=layers)
 
 
@@ -429,7 +429,7 @@ def _existing_layer(adata: ad.AnnData, use_key: str) -> str | None:
     if use_key == "X":
         return None
     if use_key not in adata.layers:
-        held = ", ".join(map(repr, adata.layers)) or "none"
+        held = ", ".join(map(repr, layer_names(adata))) or "none"
         raise PreprocessError(f"use_key {use_key!r} is not a layer of the row; its layers: {held}")
     return use_key
 
@@ -487,9 +487,12 @@ def _variable_genes(adata: ad.AnnData, p: Parameters) -> np.ndarray | None:
     if p.hvg_flavor.startswith("seurat_v3"):
         _refuse_too_few_points(adata, p)
     try:
-        if p.hvg_flavor == "cell_ranger" and not p.batch_key:
-            for column, values in by_dispersion(*mean_var(adata.X), p.subset_hvg, p.hvg_flavor).items():
-                adata.var[column] = values
+        if p.hvg_flavor.startswith("seurat_v3"):
+            labels = batch_labels(adata, p)
+            batches = [sp.csr_matrix(adata.X[np.flatnonzero(labels == batch)]) for batch in np.unique(labels)]
+            _describe_genes(adata, by_curve(adata.X, batches, p.subset_hvg, p.hvg_flavor))
+        elif p.hvg_flavor == "cell_ranger" and not p.batch_key:
+            _describe_genes(adata, by_dispersion(*mean_var(adata.X), p.subset_hvg, p.hvg_flavor))
         else:
             sc.pp.highly_variable_genes(
                 adata, n_top_genes=p.subset_hvg, batch_key=p.batch_key or None, flavor=p.hvg_flavor
@@ -500,6 +503,11 @@ def _variable_genes(adata: ad.AnnData, p: Parameters) -> np.ndarray | None:
     if not variable.any():
         raise PreprocessError("no variable gene is left")
     return variable
+
+
+def _describe_genes(adata: ad.AnnData, columns: dict[str, np.ndarray]) -> None:
+    for name, values in columns.items():
+        adata.var[name] = values
 
 
 def cannot_choose(p: Parameters, n_obs: int, n_vars: int, exc: Exception) -> PreprocessError:

@@ -132,7 +132,54 @@ def _over_bins_median(mean: np.ndarray, dispersion: np.ndarray) -> np.ndarray:
     return distance / ndimage.median(np.abs(distance) / MAD_SCALE, bins, bins)
 
 
+def by_curve(x: sp.csr_matrix, batches: Sequence[sp.csr_matrix], n_top: int, flavor: str) -> dict[str, np.ndarray]:
+    """Choose by variance over a curve of the mean ("seurat_v3", "seurat_v3_paper").
+
+    scanpy 1.12 adds up batches in float32, and so chooses other genes than 1.10 and 1.11; these are the sums of 1.11.
+
+    Parameters
+    ----------
+    x
+        All cells.
+    batches
+        The cells of each batch.
+
+    Returns
+    -------
+    scanpy's columns of `var`, each (genes,).
+
+    Raises
+    ------
+    PreprocessError
+        Fewer than 4 genes vary in a batch.
+    """
+    mean, var = mean_var(x)
+    variances = [_variance_over_curve(batch) for batch in batches]
+    ranks = _ranks(variances, n_top)
+    return {
+        "highly_variable": _best_ranks(ranks, n_top, flavor),
+        "highly_variable_rank": ranks["rank"].to_numpy(),
+        "means": mean,
+        "variances": var,
+        "variances_norm": np.mean(variances, axis=0),
+        "highly_variable_nbatches": ranks["batches"].to_numpy(),
+    }
+
+
+def _variance_over_curve(x: sp.csr_matrix) -> np.ndarray:
+    """Return each gene's variance in one batch over the batch's curve, of values cut at its bounds."""
+    fit = fit_curve(x.shape[0], *mean_var(x))
+    cut = np.minimum(x.data.astype(np.float64), fit.bounds[x.indices])
+    sums, squares = (np.bincount(x.indices, values, x.shape[1]) for values in (cut, cut**2))
+    return normalized_variance(fit, Moments(fit.cells, sums, squares))
+
+
 def fit_batch(moments: Moments) -> BatchFit:
+    """Fit seurat_v3's curve to one batch; see `fit_curve`."""
+    return fit_curve(moments.cells, *moments.mean_var())
+
+
+def fit_curve(cells: int, mean: np.ndarray, var: np.ndarray) -> BatchFit:
     """Fit seurat_v3's curve of variance over mean to one batch.
 
     Raises
@@ -140,7 +187,6 @@ def fit_batch(moments: Moments) -> BatchFit:
     PreprocessError
         Fewer than 4 genes vary: the fit would kill the process.
     """
-    mean, var = moments.mean_var()
     varying = var > 0
     if varying.sum() < 4:
         raise PreprocessError(f"{int(varying.sum())} genes vary between the cells of a batch, at least 4 must")
@@ -148,7 +194,7 @@ def fit_batch(moments: Moments) -> BatchFit:
     curve.fit()
     log_var = np.zeros(len(mean))
     log_var[varying] = curve.outputs.fitted_values
-    return BatchFit(moments.cells, mean, np.sqrt(10**log_var))
+    return BatchFit(cells, mean, np.sqrt(10**log_var))
 
 
 def normalized_variance(fit: BatchFit, clipped: Moments) -> np.ndarray:
@@ -161,13 +207,21 @@ def normalized_variance(fit: BatchFit, clipped: Moments) -> np.ndarray:
 
 def by_normalized_variance(variances: Sequence[np.ndarray], n_top: int, flavor: str) -> np.ndarray:
     """Choose by normalised variance in each batch ("seurat_v3", "seurat_v3_paper"): a mask, (genes,)."""
+    return _best_ranks(_ranks(variances, n_top), n_top, flavor)
+
+
+def _ranks(variances: Sequence[np.ndarray], n_top: int) -> pd.DataFrame:
+    """Count the batches that would choose a gene ("batches"), and take the median of its ranks there ("rank")."""
     norm = np.stack(variances)
     ranks = np.argsort(np.argsort(-norm, axis=1), axis=1).astype(np.float32)
     n_batches = np.sum(ranks < n_top, axis=0)
     ranks[ranks >= n_top] = np.nan
     median = np.ma.median(np.ma.masked_invalid(ranks), axis=0).filled(np.nan)
-    table = pd.DataFrame({"rank": median, "batches": n_batches})
+    return pd.DataFrame({"rank": median, "batches": n_batches})
+
+
+def _best_ranks(ranks: pd.DataFrame, n_top: int, flavor: str) -> np.ndarray:
     by = {"seurat_v3": (["rank", "batches"], [True, False]), "seurat_v3_paper": (["batches", "rank"], [False, True])}
     columns, ascending = by[flavor]
-    best = table.sort_values(columns, ascending=ascending, na_position="last").index[:n_top]
-    return table.index.isin(best)
+    best = ranks.sort_values(columns, ascending=ascending, na_position="last").index[:n_top]
+    return ranks.index.isin(best)
