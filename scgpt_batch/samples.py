@@ -49,6 +49,11 @@ _EXPONENTS = 54  # bits of a float64 below its sign and the upper 9 of its expon
 Key = tuple[str, str, int]  # batch, what is summed, size of the summands
 
 
+def rows_depend(parameters: Parameters) -> bool:
+    """Tell whether a row's result depends on the other rows of its sample: on shared decisions, or shared means."""
+    return parameters.need_preprocess or parameters.mode == "contextual"
+
+
 def passes(parameters: Parameters) -> int:
     """How often the rows of a sample are read to decide: 1 to 3."""
     p = parameters

@@ -76,16 +76,16 @@ def test_a_worker_that_is_lost_while_vectors_are_written_costs_a_repeat(spark, r
 
 
 def test_a_run_that_dies_between_two_commits_is_completed_without_duplicates(spark, run, tmp_path, words, monkeypatch):
-    upsert, lines = tables.upsert, []
+    replace, lines = tables.replace, []
 
-    def die(spark, table, rows, keys):
+    def die(rows, table, condition):
         if table.endswith("_ledger`"):
             lines.append(table)
             if len(lines) == 2:
                 raise OSError("no space left on device")
-        upsert(spark, table, rows, keys)
+        replace(rows, table, condition)
 
-    monkeypatch.setattr(tables, "upsert", die)
+    monkeypatch.setattr(tables, "replace", die)
     code, _, err = run(*words)
     assert code == FAILED and "no space left" in err.strip().splitlines()[-1] and "Traceback" not in err
     monkeypatch.undo()
@@ -204,7 +204,7 @@ def test_rows_without_a_time_are_found_by_the_range_of_their_keys(spark, tmp_pat
         write_rows(spark, part, table)
     rows = tables.read(spark, table, tables.ADATA_ROWS)
     files = len(spark.table(table).inputFiles())
-    pending = missing_rows(rows, spark.createDataFrame([], tables.LEDGER), retry_failed=False, name=table)
+    pending = missing_rows(rows, spark.createDataFrame([], tables.LEDGER), counts=F.lit(True), samples=True, name=table)
     for wave, part in zip(pending.waves(12), (made[:4], made[4:8], made[8:]), strict=True):
         before = last_query(spark)
         near = rows.where(between_neighbours(wave)).select("adata_id", F.size("x_data")).collect()
@@ -272,7 +272,7 @@ def test_tasks_are_even_and_each_has_a_partition(spark):
         "adata_id string, n_obs int, content_hash string, sample_id string, ingested_at timestamp",
     )
     nothing = spark.createDataFrame([], tables.LEDGER)
-    (wave,) = missing_rows(pending, nothing, retry_failed=False, name="t").waves(1_000_000)
+    (wave,) = missing_rows(pending, nothing, counts=F.lit(True), samples=False, name="t").waves(1_000_000)
     n = n_tasks(wave)
     tasks = with_tasks(spark, wave).join(pending, "adata_id").repartition(n, "task")
     cells = tasks.groupBy(F.spark_partition_id().alias("p")).agg(F.sum("n_obs").alias("n")).orderBy(F.desc("n"))

@@ -41,6 +41,43 @@ def vectors(spark, *, length=4, model="scgpt", version="1", genes=GENES, at="202
     )
 
 
+@pytest.mark.parametrize("escaped", ["false", "true"])
+@pytest.mark.parametrize("value", ["plain", "it's", "a\\b\\n", "${env:HOME} ${spark.app.name}", "a\nb", 'ü`"', ""])
+def test_a_literal_is_its_value_whatever_the_settings(spark, value, escaped):
+    spark.conf.set("spark.sql.parser.escapedStringLiterals", escaped)
+    try:
+        assert spark.sql(f"SELECT {tables.literal(value)}").first()[0] == value
+    finally:
+        spark.conf.unset("spark.sql.parser.escapedStringLiterals")
+
+
+def test_names_that_spark_would_replace_are_refused():
+    with pytest.raises(ConfigError, match="Spark replaces"):
+        tables.table_name("delta.`/data/${env:HOME}`")
+    with pytest.raises(ConfigError, match="Spark replaces"):
+        tables.identifier("${env:HOME}")
+
+
+def test_rows_older_than_a_column_of_any_name_are_deleted(spark, table, tmp_path):
+    name = "o'day \\ `quoted`"
+    days = F.expr("date_sub(current_date(), cast(id * 100 AS int)) AS day")
+    spark.range(1, 3).select(days).toDF(name).write.format("delta").option(
+        "delta.columnMapping.mode", "name"
+    ).saveAsTable(table)
+    assert tables.delete_older(spark, table, name, 150) == 1
+
+
+def test_a_view_and_times_without_a_zone_are_read(spark, table):
+    spark.sql(f"CREATE TABLE {table} (adata_id STRING, ingested_at TIMESTAMP_NTZ, day DATE) USING delta")
+    spark.sql(f"INSERT INTO {table} VALUES ('a', TIMESTAMP_NTZ '2026-11-01 01:40:00', DATE '2026-11-01')")
+    spark.sql(f"CREATE OR REPLACE VIEW of_others AS SELECT adata_id, day AS ingested_at FROM {table}")
+    for name in (table, "of_others"):
+        rows = tables.read(spark, name, tables.ADATA_ROWS, version=tables.snapshot(spark, name))
+        assert dict(rows.dtypes)["ingested_at"] == "timestamp" and rows.count() == 1
+    assert tables.snapshot(spark, "of_others") is None
+    spark.sql("DROP VIEW of_others")
+
+
 # columns, table properties, values of a last column
 OTHERS = {
     "more columns": (f"{FIRST_VERSION}, note STRING", "", ", 'mine'"),

@@ -6,16 +6,18 @@ anywhere leaves at most one wave of embeddings without ledger lines: the next ru
 writes them in place of what it finds.
 
 Rows of one `sample_id` share preprocessing decisions, and contextual mode averages over all of their cells: its lines
-then carry the sample's id as adata_id, while each row keeps its line in the ledger.
+then carry the sample's id as adata_id, while each row keeps its line in the ledger. A run first removes what the tables
+hold of rows and samples that the input no longer has.
 """
 
-import hashlib
 import logging
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from functools import cache
+from importlib.metadata import version as installed_version
 
 import mlflow
 import pandas as pd
@@ -30,10 +32,11 @@ from scgpt_batch import registry
 from scgpt_batch.embedder import check_model_parameters
 from scgpt_batch.errors import ConfigError, in_one_line
 from scgpt_batch.parameters import Parameters
+from scgpt_batch.samples import rows_depend
 from scgpt_batch.settings import EmbedSettings, Summary
 from scgpt_batch.spark import tables
 from scgpt_batch.spark.maintain import prune
-from scgpt_batch.spark.missing import Missing, between_neighbours, missing_rows, n_tasks, with_tasks
+from scgpt_batch.spark.missing import Missing, between_neighbours, missing_rows, n_tasks, sample_hash, with_tasks
 from scgpt_batch.spark.samples import decisions, means
 from scgpt_batch.spark.udf import (
     ANSWERS,
@@ -44,6 +47,7 @@ from scgpt_batch.spark.udf import (
     embed_rows_alone,
     static_vectors,
 )
+from scgpt_batch.spark.vanished import Vanished, vanished
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +59,9 @@ PAYLOAD = (
     "adata_id", "content_hash", "adata_sparsematrix", "x_data", "x_indices", "x_indptr", "n_obs", "n_vars",
     "adata_obs", "adata_var", "x_dtype", "decisions",
 )  # fmt: skip
-LEDGER_KEY = ("adata_id", "content_hash", "mode", "model_name", "model_version", "params_hash")
+# Whose version may be why a row failed as one of `NOT_THE_ROWS`: it is tried again with another.
+LIBRARIES = ("scgpt_batch", "anndata", "numpy", "pandas", "pyarrow", "scanpy", "scipy", "torch")
+NOT_THE_ROWS = ("InternalError", "WorkerCrash", "Timeout")
 # how Spark says that Python, not a table or the cluster, is at fault
 _LOST_WORKER = ("Python worker", "PythonException", "PYTHON_EXCEPTION", "ExecutorLostFailure")
 
@@ -69,7 +75,7 @@ class Job:
     parameters: Parameters
     model: registry.ResolvedModel
     input: str
-    input_version: int  # the whole run reads this snapshot
+    input_version: int | None  # the whole run reads this snapshot; None of a view
     output: str
     ledger: str
     runs: str
@@ -77,7 +83,7 @@ class Job:
     run_id: str = ""
     counts: dict[str, int] = field(
         default_factory=lambda: dict.fromkeys(
-            ("rows_in", "rows_ok", "rows_failed", "rows_skipped", "cells", "embeddings"), 0
+            ("rows_in", "rows_ok", "rows_failed", "rows_skipped", "rows_removed", "cells", "embeddings"), 0
         )
     )
 
@@ -95,6 +101,16 @@ class Job:
     def stamped(self) -> str:
         """The stamps as a condition."""
         return " AND ".join(f"{name} = {tables.literal(value)}" for name, value in self.stamps.items())
+
+    @property
+    def samples(self) -> bool:
+        """Whether the rows of a sample depend on each other."""
+        return rows_depend(self.parameters)
+
+    @property
+    def rows(self) -> DataFrame:
+        """The input's snapshot."""
+        return tables.read(self.spark, self.input, tables.ADATA_ROWS, version=self.input_version)
 
     @property
     def work(self) -> Work:
@@ -133,13 +149,16 @@ def _job(spark: SparkSession, settings: EmbedSettings, parameters: Parameters) -
     check_model_parameters(parameters, model.config)
     input_table, output = tables.table_name(settings.input_table), tables.table_name(settings.output_table)
     tables.read(spark, input_table, tables.ADATA_ROWS)
+    version = tables.snapshot(spark, input_table)
+    if settings.trigger and version is None:
+        raise ConfigError(f"--trigger needs a Delta table, {input_table} is not one: leave --trigger out")
     return Job(
         spark=spark,
         settings=settings,
         parameters=parameters,
         model=model,
         input=input_table,
-        input_version=tables.version(spark, input_table),
+        input_version=version,
         output=output,
         ledger=tables.table_name(settings.ledger_table or tables.beside(output, "_ledger")),
         runs=tables.table_name(settings.runs_table or tables.beside(output, "_runs")),
@@ -163,11 +182,12 @@ def _run(job: Job) -> Summary:
     mlflow.log_params(job.parameters.model_dump() | {"model_uri": job.model.uri})
     _begin_run(job)
     try:
-        if job.settings.trigger:
+        _remove_vanished(job)
+        # a stream shows a part of a sample, or of what was deleted from it, nothing: samples are looked up in the table
+        if job.settings.trigger and not job.samples:
             _embed_stream(job, clock)
         else:
-            rows = tables.read(job.spark, job.input, tables.ADATA_ROWS, version=job.input_version)
-            _embed_missing(job, rows, clock)
+            _embed_missing(job, job.rows, clock)
         if job.settings.prune:
             prune(job.spark, job.output, job.ledger, job.settings.prune)
     except BaseException:  # Ctrl-C too
@@ -193,9 +213,10 @@ def _begin_run(job: Job) -> None:
         "run_id": job.run_id, "started_at": job.started, "status": "running",
         "mode": job.parameters.mode, "model_uri": job.model.uri, "model_version": job.model.version,
         "params": job.parameters.model_dump_json(), **job.counts,
-        "input_table": job.input, "input_version": job.input_version, "output_table": job.output,
-        "package_version": scgpt_batch.__version__,
+        "input_table": job.input, "output_table": job.output, "package_version": scgpt_batch.__version__,
     }  # fmt: skip
+    if job.input_version is not None:
+        told["input_version"] = job.input_version
     tables.insert(job.spark, job.runs, told)
 
 
@@ -246,9 +267,46 @@ def _embed_missing(job: Job, rows: DataFrame, clock: float) -> None:
         _show_progress(job, len(missing.pending), done, cells, time.monotonic() - clock)
 
 
-def _missing(job: Job, rows: DataFrame) -> Missing:
-    ledger = job.spark.table(job.ledger).where(job.stamped)
-    return missing_rows(rows, ledger, retry_failed=job.settings.retry_failed, name=job.input)
+def _missing(job: Job, rows: DataFrame, ledger: DataFrame | None = None) -> Missing:
+    lines = tables.read(job.spark, job.ledger, tables.LEDGER).where(job.stamped) if ledger is None else ledger
+    return missing_rows(rows, lines, counts=_counts(job), samples=job.samples, name=job.input)
+
+
+def _counts(job: Job) -> Column:
+    """Whether a ledger line is a result; the row of another is tried again."""
+    if job.settings.retry_failed:
+        return F.col("status") == "ok"
+    elsewhere = F.col("error_class").isin(*NOT_THE_ROWS) & ~F.col("environment").eqNullSafe(F.lit(_environment()))
+    covered = (F.col("genes_matched") > 0) & (F.col("coverage") >= job.parameters.min_coverage)
+    outdated = elsewhere | ((F.col("error_class") == "LowCoverage") & covered)
+    return (F.col("status") == "ok") | ~F.coalesce(outdated, F.lit(False))
+
+
+@cache
+def _environment() -> str:
+    """Name the versions of the package and its libraries here."""
+    held = {name: _version(name) for name in LIBRARIES}
+    return ", ".join(f"{name} {version}" for name, version in held.items())
+
+
+def _version(package: str) -> str:
+    return scgpt_batch.__version__ if package == scgpt_batch.__name__ else installed_version(package)
+
+
+# --- what the input no longer has -----------------------------------------------------------------
+
+
+def _remove_vanished(job: Job) -> None:
+    gone = _vanished(job)
+    gone.remove(job.spark, job.output, job.ledger)
+    job.counts["rows_removed"] += gone.rows
+    if gone.rows:
+        logger.info("%d rows are no longer in %s: their embeddings and ledger lines are removed", gone.rows, job.input)
+
+
+def _vanished(job: Job) -> Vanished:
+    held = {"output": job.output, "ledger": job.ledger, "runs": job.runs}
+    return vanished(job.rows, job.input, run_id=job.run_id, **held)
 
 
 # --- a wave ---------------------------------------------------------------------------------------
@@ -284,13 +342,14 @@ def _answered(job: Job, rows: DataFrame, wave: pd.DataFrame, *, alone: bool) -> 
     run = embed_rows_alone(work) if alone else embed_rows(work)
     answers = _payload(job, rows, wave).mapInArrow(run, from_arrow_schema(ANSWERS)).persist(StorageLevel.DISK_ONLY)
     try:
-        ledger: pd.DataFrame = _ledger_lines(job, answers).toPandas()
+        reports: pd.DataFrame = _reports(answers).toPandas()
+        members = _members(job, wave, reports)
         lines = answers.where("report IS NULL")
-        if _summed(job, wave):
-            lines = _sample_means(job, lines, wave, ledger)
+        if job.parameters.mode == "contextual" and len(members):
+            lines = _keyed_by_sample(job, lines, members, summed=work.sums)
         tables.replace(_embeddings(job, lines), job.output, lambda: _replaceable(job, wave))
-        tables.upsert(job.spark, job.ledger, _ledger_lines(job, answers), LEDGER_KEY)
-        return ledger
+        tables.replace(_ledger_lines(job, _reports(answers), members), job.ledger, lambda: _replaceable(job, wave))
+        return reports
     finally:
         answers.unpersist()
 
@@ -309,7 +368,7 @@ def _rivals(job: Job) -> list[str]:
 def _still_missing(job: Job, wave: pd.DataFrame) -> pd.DataFrame:
     """Leave out what a run beside this one has done since we looked."""
     others = [run for run in _rivals(job) if run != job.run_id]
-    if not others or _samples(wave):  # a sample is done as a whole
+    if not others or wave["sample_id"].notna().any():  # a sample is done as a whole
         return wave
     lines = job.spark.table(job.ledger).where(job.stamped).where(F.col("run_id").isin(others))
     lines = lines.where(F.col("at") > F.lit(job.started)).select("adata_id", "content_hash").toPandas()
@@ -324,9 +383,10 @@ def _replaceable(job: Job, wave: pd.DataFrame) -> str:
     A key that is new can have lines of rivals alone; naming these lets Delta pass over all other files. Ask at each
     try to commit: a run that has begun since is a rival too.
     """
-    ids = ", ".join(map(tables.literal, {*wave["adata_id"], *_samples(wave)}))
+    shared = set(wave["sample_id"].dropna()) if job.parameters.mode == "contextual" else set()
+    ids = ", ".join(map(tables.literal, {*wave["adata_id"], *shared}))
     condition = f"{job.stamped} AND adata_id IN ({ids})"
-    if wave["known"].any():
+    if wave["known"].any() or shared:  # a sample's lines may be of rows that it no longer has
         return condition
     return f"{condition} AND run_id IN ({', '.join(map(tables.literal, _rivals(job)))})"
 
@@ -341,7 +401,7 @@ def _payload(job: Job, rows: DataFrame, wave: pd.DataFrame) -> DataFrame:
         chosen = rows.join(F.broadcast(with_tasks(job.spark, wave)), "adata_id").repartition(n_tasks(wave), "task")
         if (wave["copies"] > 1).any():
             chosen = chosen.dropDuplicates(["adata_id"])
-    if _samples(wave):
+    if _samples(wave) and job.parameters.need_preprocess:
         decided = decisions(chosen, job.work.model, job.parameters)
         chosen = chosen.join(F.broadcast(decided), "sample_id")
     else:
@@ -359,18 +419,41 @@ def _summed(job: Job, wave: pd.DataFrame) -> bool:
     return job.parameters.mode == "contextual" and bool(_samples(wave))
 
 
-def _sample_means(job: Job, sums: DataFrame, wave: pd.DataFrame, ledger: pd.DataFrame) -> DataFrame:
-    """Average over all cells of each sample: lines keyed by sample_id, with a hash over its rows' contents."""
-    members = wave[["adata_id", "sample"]].merge(ledger[["adata_id", "content_hash"]], on="adata_id")
-    contents = members.groupby("sample")["content_hash"].agg(lambda hashes: _joint_hash(sorted(hashes)))
-    keys = job.spark.createDataFrame(members[["adata_id", "sample"]], "adata_id STRING, sample_id STRING")
-    hashes = job.spark.createDataFrame(contents.reset_index(), "sample_id STRING, content_hash STRING")
-    averaged = means(sums.drop("content_hash").join(F.broadcast(keys), "adata_id"))
-    return averaged.join(F.broadcast(hashes), "sample_id").withColumnRenamed("sample_id", "adata_id")
+def _members(job: Job, wave: pd.DataFrame, reports: pd.DataFrame) -> pd.DataFrame:
+    """The wave's rows that belong to samples: adata_id, sample_id, sample_hash, and warning (None where all is well).
+
+    The hash is over the contents that were read, which of a view may be newer than those that were planned.
+    """
+    told = reports[["adata_id", "content_hash", "status"]]
+    members = wave.loc[wave["sample_id"].notna(), ["adata_id", "sample_id"]].merge(told, on="adata_id")
+    warnings = {}
+    for sample, rows in members.groupby("sample_id"):
+        members.loc[rows.index, "sample_hash"] = sample_hash(str(sample), rows["content_hash"])
+        failed = int((rows["status"] == "failed").sum())
+        if failed and job.parameters.mode == "contextual":
+            warnings[sample] = f"{failed} of {len(rows)} rows of the sample failed: its means leave them out"
+    members["warning"] = [
+        warnings.get(sample) if status == "ok" else None
+        for sample, status in zip(members["sample_id"], members["status"], strict=True)
+    ]
+    return members[["adata_id", "sample_id", "sample_hash", "warning"]] if len(members) else members
 
 
-def _joint_hash(hashes: list[str]) -> str:
-    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()[:32]
+def _of_members(job: Job, members: pd.DataFrame) -> DataFrame:
+    lines = list(members.itertuples(index=False, name=None))
+    schema = "adata_id STRING, sample_id STRING, sample_hash STRING, warning STRING"
+    return F.broadcast(job.spark.createDataFrame(lines, schema))
+
+
+def _keyed_by_sample(job: Job, lines: DataFrame, members: pd.DataFrame, *, summed: bool) -> DataFrame:
+    """Give contextual lines their sample's id as adata_id; sums of several rows become means over all cells."""
+    keyed = lines.drop("content_hash") if summed else lines
+    keyed = keyed.join(_of_members(job, members).drop("warning"), "adata_id", "inner" if summed else "left")
+    if summed:
+        hashes = _of_members(job, members.drop_duplicates("sample_id")).select("sample_id", "sample_hash")
+        averaged = means(keyed).join(hashes.withColumnRenamed("sample_hash", "content_hash"), "sample_id")
+        return averaged.withColumnRenamed("sample_id", "adata_id")
+    return keyed.withColumn("adata_id", F.coalesce("sample_id", "adata_id"))
 
 
 def _embeddings(job: Job, lines: DataFrame) -> DataFrame:
@@ -383,9 +466,12 @@ def _embeddings(job: Job, lines: DataFrame) -> DataFrame:
         lines = _with_static_vectors(job, lines, order)
     else:
         lines = lines.sortWithinPartitions(*order)
-    stamps = _stamps(job) | {"run_id": F.lit(job.run_id), "embedded_at": F.current_timestamp()}
-    stamped = lines.select(*columns, "content_hash").withColumns(stamps)
-    return stamped.select(*(f.name for f in job.spark.table(job.output).schema if f.name in stamped.columns))
+    stamps = _stamps(job) | {"embedded_at": F.current_timestamp(), "package_version": F.lit(scgpt_batch.__version__)}
+    return _as_in_table(job, lines.select(*columns, "content_hash").withColumns(stamps), job.output)
+
+
+def _as_in_table(job: Job, lines: DataFrame, table: str) -> DataFrame:
+    return lines.select(*(field.name for field in job.spark.table(table).schema if field.name in lines.columns))
 
 
 def _with_static_vectors(job: Job, lines: DataFrame, order: Sequence[str]) -> DataFrame:
@@ -399,14 +485,22 @@ def _with_static_vectors(job: Job, lines: DataFrame, order: Sequence[str]) -> Da
     return ordered.hint("merge").join(vectors.hint("merge"), "gene")
 
 
-def _ledger_lines(job: Job, answers: DataFrame) -> DataFrame:
-    lines = answers.where("report IS NOT NULL").select("adata_id", "content_hash", "report.*")
-    stamps = _stamps(job) | {"run_id": F.lit(job.run_id), "at": F.current_timestamp()}
-    return lines.withColumns(stamps)
+def _reports(answers: DataFrame) -> DataFrame:
+    return answers.where("report IS NOT NULL").select("adata_id", "content_hash", "report.*")
+
+
+def _ledger_lines(job: Job, reports: DataFrame, members: pd.DataFrame) -> DataFrame:
+    """Lines of the ledger: each row's report, with its sample and what that says of it; in one file."""
+    if len(members):
+        reports = reports.join(_of_members(job, members), "adata_id", "left")
+        warnings = F.when(F.isnull("warning"), F.col("warnings")).otherwise(F.concat("warnings", F.array("warning")))
+        reports = reports.withColumn("warnings", warnings)
+    stamps = _stamps(job) | {"at": F.current_timestamp(), "environment": F.lit(_environment())}
+    return _as_in_table(job, reports.withColumns(stamps), job.ledger).repartition(1)
 
 
 def _stamps(job: Job) -> dict[str, Column]:
-    return {name: F.lit(value) for name, value in job.stamps.items()}
+    return {name: F.lit(value) for name, value in {**job.stamps, "run_id": job.run_id}.items()}
 
 
 # --- what a person sees ---------------------------------------------------------------------------
@@ -414,12 +508,9 @@ def _stamps(job: Job) -> dict[str, Column]:
 
 def _plan(job: Job) -> Summary:
     """Say what a run would do, and how long it took per cell before; write nothing."""
-    rows = tables.read(job.spark, job.input, tables.ADATA_ROWS, version=job.input_version)
-    if tables.exists(job.spark, job.ledger):
-        missing = _missing(job, rows)
-    else:
-        nothing = job.spark.createDataFrame([], tables.LEDGER)
-        missing = missing_rows(rows, nothing, retry_failed=False, name=job.input)
+    first = not all(tables.exists(job.spark, table) for table in (job.output, job.ledger, job.runs))
+    ledger = job.spark.createDataFrame([], tables.LEDGER) if first else None
+    missing = _missing(job, job.rows, ledger)
     waves = list(missing.waves(job.settings.wave_cells))
     cells = int(missing.pending["cells"].sum())
     rate = _cells_per_second(job)
@@ -430,6 +521,7 @@ def _plan(job: Job) -> Summary:
         "rows_in": missing.rows_in,
         "rows": len(missing.pending),
         "rows_skipped": missing.rows_in - len(missing.pending),
+        "rows_removed": 0 if first else _vanished(job).rows,
         "cells": cells,
         "waves": len(waves),
         "partitions": sum(map(n_tasks, waves)),

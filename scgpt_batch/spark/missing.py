@@ -3,12 +3,13 @@
 Only keys, hashes, sizes and times are read, of the input and of the ledger: neither payload nor vectors.
 """
 
+import hashlib
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import pandas as pd
-from pyspark.sql import Column, DataFrame, Observation, SparkSession, Window
+from pyspark.sql import Column, DataFrame, Observation, SparkSession, Window, WindowSpec
 from pyspark.sql import functions as F
 
 from scgpt_batch.errors import ConfigError
@@ -30,9 +31,9 @@ class Missing:
         Rows of the table.
     pending
         Rows without a result, largest first: adata_id, content_hash (None where not needed yet), cells, copies (equal
-        rows of one key), known (another content of the key, or a failure, is in the ledger), sample (of a sample of
-        several rows, else None), ingested_at (microseconds, where the table tells). A sample of which one row lacks a
-        result is here with all of its rows.
+        rows of one key), known (the ledger has a line for the key), sample_id (where the rows of a sample depend on
+        each other), sample (the same where the sample has several rows, else None), ingested_at (microseconds, where
+        the table has it). A sample of which one row lacks a result is here with all of its rows.
     """
 
     rows_in: int
@@ -83,37 +84,55 @@ def between_neighbours(wave: pd.DataFrame) -> Column:
     return condition & F.col("ingested_at").between(first, last)
 
 
-def missing_rows(rows: DataFrame, ledger: DataFrame, *, retry_failed: bool, name: str) -> Missing:
-    """Ask which rows have no line in the ledger for their content.
+def missing_rows(rows: DataFrame, ledger: DataFrame, *, counts: Column, samples: bool, name: str) -> Missing:
+    """Find the rows without a result: a ledger line for their content, and for the contents of their sample.
 
     Parameters
     ----------
     rows
         The `adata_rows` table. Content hashes that it lacks are computed, which reads payload, only where they decide
-        something: when the ledger knows such a row's adata_id, or that comes twice.
+        something: when the ledger knows such a row or its sample, or an adata_id comes twice.
     ledger
-        Its lines of the run's mode, model and parameters.
+        Its lines of the run's mode, model and parameters; the newest of a row counts.
+    counts
+        Whether a line of the ledger is a result; others are tried again.
+    samples
+        Whether the rows of a sample depend on each other (`samples.rows_depend`); if not, `sample_id` is not read.
     name
         The input table's, for messages.
 
     Raises
     ------
     ConfigError
-        Rows without adata_id, or different contents under one.
+        Rows without adata_id, different contents under one, or a sample_id that is another row's adata_id.
     """
-    missing = _asked(_found(rows, ledger, retry_failed), name)
+    if not samples:
+        rows = rows.withColumn("sample_id", F.lit(None).cast("string"))
+    missing = _asked(_found(rows, ledger, counts, samples), name)
     if missing is None:
-        missing = _asked(_found(rows.withColumn("content_hash", tables.row_hash()), ledger, retry_failed), name)
+        hashed = rows.withColumn("content_hash", tables.row_hash())
+        missing = _asked(_found(hashed, ledger, counts, samples), name)
     assert missing is not None  # with every hash known, all is decided
     return missing
+
+
+def sample_hash(sample_id: str, hashes: Iterable[str]) -> str:
+    """Hash a sample's id and its rows' content hashes, in whatever order these come; as `_sample_hash` does."""
+    return hashlib.sha256("\n".join([sample_id, *sorted(hashes)]).encode()).hexdigest()[:32]
+
+
+def _sample_hash(members: WindowSpec) -> Column:
+    contents = F.array_sort(F.collect_list("content_hash").over(members))
+    told = F.concat_ws("\n", F.array("sample_id"), contents)
+    return F.when(F.isnotnull("sample_id"), F.substring(F.sha2(told, 256), 1, 32))
 
 
 def _asked(found: DataFrame, name: str) -> Missing | None:
     """Ask what is missing; None where content hashes decide it that the table lacks."""
     found = found.persist()  # where there are samples, asked twice
-    columns = ("adata_id", "content_hash", "cells", "copies", "known", "sample", "ingested_at")
     keys = Observation("keys")
     try:
+        columns = ("adata_id", "content_hash", "cells", "copies", "known", "sample_id", "sample", "ingested_at")
         pending: pd.DataFrame = found.observe(keys, *_told()).where("NOT done").select(*columns).toPandas()
         told = keys.get
         if told["undecided"]:
@@ -121,9 +140,12 @@ def _asked(found: DataFrame, name: str) -> Missing | None:
         if told["nameless"]:
             raise ConfigError(f"{name} has rows without adata_id: give each row a key")
         if told["ambiguous"]:
-            raise ConfigError(f"{name} has {told['ambiguous']} adata_id with several contents, first {told['first']!r}")
+            raise ConfigError(
+                f"{name} has {told['ambiguous']} adata_id with several contents or samples, first {told['first']!r}: "
+                "give each row a key of its own"
+            )
         if told["in_samples"]:
-            pending = _by_sample(found).where("NOT done").select(*columns).toPandas()
+            _refuse_clashes(found, name)
     finally:
         found.unpersist()
     pending = pending.sort_values(["cells", "adata_id"], ascending=[False, True], ignore_index=True)
@@ -131,22 +153,33 @@ def _asked(found: DataFrame, name: str) -> Missing | None:
     return Missing(int(told["rows"]), pending)
 
 
+def _refuse_clashes(found: DataFrame, name: str) -> None:
+    """Refuse a sample_id that is the adata_id of a row outside the sample: both would write lines of one key."""
+    samples = found.select(F.col("sample_id").alias("id")).dropna().distinct()
+    other = samples.join(found, (F.col("id") == F.col("adata_id")) & ~F.col("id").eqNullSafe(F.col("sample_id")))
+    clash = other.select(F.min("id")).first()
+    if clash and clash[0] is not None:
+        raise ConfigError(
+            f"{name}: {clash[0]!r} is the sample_id of some rows and the adata_id of a row outside that sample: "
+            "rename the sample or the row"
+        )
+
+
 def _told() -> list[Column]:
     """What the keys are like: how many rows, and what is wrong with them."""
-    differ = F.col("lowest") != F.col("content_hash")
-    compared = (F.col("copies") > 1) | F.col("known")
+    differ = (F.col("lowest") != F.col("content_hash")) | F.col("samples_differ")
     return [
         F.coalesce(F.sum("copies"), F.lit(0)).alias("rows"),
         F.count_if(F.isnull("adata_id")).alias("nameless"),
-        F.count_if(compared & (F.col("hashes") < F.col("copies"))).alias("undecided"),
+        F.count_if(F.col("compared") & (F.col("hashes") < F.col("copies"))).alias("undecided"),
         F.count_if(differ).alias("ambiguous"),
         F.min(F.when(differ, F.col("adata_id"))).alias("first"),
         F.count("sample_id").alias("in_samples"),
     ]
 
 
-def _found(rows: DataFrame, ledger: DataFrame, retry_failed: bool) -> DataFrame:
-    """Each adata_id with its size, content and whether that has a result."""
+def _found(rows: DataFrame, ledger: DataFrame, counts: Column, samples: bool) -> DataFrame:
+    """Each adata_id with its size, content, sample and whether it has a result."""
     keys = rows.groupBy("adata_id").agg(
         F.max(F.coalesce("n_obs", F.lit(ROW_CELLS_UNKNOWN))).alias("cells"),
         F.count("*").alias("copies"),
@@ -154,33 +187,45 @@ def _found(rows: DataFrame, ledger: DataFrame, retry_failed: bool) -> DataFrame:
         F.min("content_hash").alias("lowest"),
         F.max("content_hash").alias("content_hash"),
         F.max("sample_id").alias("sample_id"),
+        (
+            (F.min("sample_id") != F.max("sample_id"))
+            | ((F.count("sample_id") > 0) & (F.count("sample_id") < F.count("*")))
+        ).alias("samples_differ"),
         F.unix_micros(F.max("ingested_at")).alias("ingested_at"),
     )
-    counts = F.lit(True) if not retry_failed else F.col("status") == "ok"
-    told = ledger.groupBy("adata_id").agg(
-        F.collect_set(F.when(counts, F.col("content_hash"))).alias("contents"), F.lit(True).alias("known")
+    newest = ledger.groupBy("adata_id").agg(
+        F.max_by(F.struct("content_hash", "sample_hash", F.coalesce(counts, F.lit(False)).alias("counts")), "at").alias(
+            "line"
+        )
     )
-    found = keys.join(told, "adata_id", "left")
-    return found.select(
-        *keys.columns,
-        F.lit(None).cast("string").alias("sample"),
-        F.coalesce("known", F.lit(False)).alias("known"),
-        F.coalesce(F.array_contains("contents", F.col("content_hash")), F.lit(False)).alias("done"),
-    )
-
-
-def _by_sample(found: DataFrame) -> DataFrame:
-    """Take a sample of several rows as one: it has a result when all of its rows have one."""
-    alone = F.when(F.isnull("sample_id"), F.col("adata_id"))
-    together = Window.partitionBy("sample_id", alone)
-    shared = F.isnotnull("sample_id") & (F.count("*").over(together) > 1)
-    return found.withColumns(
+    found = keys.join(newest, "adata_id", "left").withColumns(
         {
-            "sample": F.when(shared, F.col("sample_id")),
-            "done": F.min("done").over(together),
-            "known": F.max("known").over(together),
+            "samples_differ": F.coalesce("samples_differ", F.lit(False)),
+            "known": F.isnotnull("line"),
+            "sample_hash": F.lit(None).cast("string"),
+            "sample": F.lit(None).cast("string"),
         }
     )
+    if samples:
+        members = Window.partitionBy("sample_id", F.when(F.isnull("sample_id"), F.col("adata_id")))
+        several = F.isnotnull("sample_id") & (F.count("*").over(members) > 1)
+        found = found.withColumns(
+            {
+                "sample_hash": _sample_hash(members),
+                "sample": F.when(several, F.col("sample_id")),
+                "known": F.max("known").over(members),
+            }
+        )
+    same = F.col("content_hash").eqNullSafe(F.col("line.content_hash")) & F.col("sample_hash").eqNullSafe(
+        F.col("line.sample_hash")
+    )
+    found = found.withColumns(
+        {
+            "compared": (F.col("copies") > 1) | F.col("known"),
+            "done": F.coalesce(same & F.col("line.counts"), F.lit(False)),
+        }
+    ).drop("line")
+    return found.withColumn("done", F.min("done").over(members)) if samples else found
 
 
 def n_tasks(wave: pd.DataFrame) -> int:

@@ -44,20 +44,21 @@ ADATA_ROWS = """
 """
 _STAMPS = """
     mode STRING, model_name STRING, model_version STRING, params_hash STRING, content_hash STRING, run_id STRING,
-    embedded_at TIMESTAMP
+    embedded_at TIMESTAMP, package_version STRING
 """
 GENE_EMBEDDINGS = f"adata_id STRING, `group` STRING, gene STRING, embedding ARRAY<FLOAT>, n_cells INT, {_STAMPS}"
 CELL_EMBEDDINGS = f"adata_id STRING, cell_id STRING, embedding ARRAY<FLOAT>, {_STAMPS}"
 LEDGER = """
     adata_id STRING, content_hash STRING, mode STRING, model_name STRING, model_version STRING, params_hash STRING,
     status STRING, cells BIGINT, embeddings BIGINT, genes_in INT, genes_matched INT, coverage DOUBLE,
-    warnings ARRAY<STRING>, error_class STRING, error_message STRING, run_id STRING, at TIMESTAMP
+    warnings ARRAY<STRING>, error_class STRING, error_message STRING, run_id STRING, at TIMESTAMP,
+    sample_id STRING, sample_hash STRING, environment STRING
 """
 RUNS = """
     run_id STRING, started_at TIMESTAMP, finished_at TIMESTAMP, status STRING, mode STRING, model_uri STRING,
     model_version STRING, params STRING, rows_in BIGINT, rows_ok BIGINT, rows_failed BIGINT, rows_skipped BIGINT,
     cells BIGINT, embeddings BIGINT, seconds DOUBLE, input_table STRING, input_version BIGINT, output_table STRING,
-    output_version BIGINT, package_version STRING
+    output_version BIGINT, package_version STRING, rows_removed BIGINT
 """
 
 # Without these a table is another's. A column of ours that is not among them is added to a table that lacks it.
@@ -92,8 +93,10 @@ def table_name(given: str) -> str:
     Raises
     ------
     ConfigError
-        It is neither.
+        It is neither, or contains `${`, which Spark replaces in SQL text.
     """
+    if "${" in given:
+        raise ConfigError(f"table {given!r} contains ${{...}}, which Spark replaces in SQL: rename the table or folder")
     if match := _PATH.fullmatch(given.strip()):
         path = match["path"]
         return f"delta.`{path if '://' in path or path.startswith('dbfs:') else Path(path).absolute()}`"
@@ -119,7 +122,7 @@ def exists(spark: SparkSession, table: str) -> bool:
 
 
 def read(spark: SparkSession, table: str, columns: str, *, version: int | None = None) -> DataFrame:
-    """Read a table with at least `columns` (DDL): those it lacks are null, further ones are carried along.
+    """Read a table or view with at least `columns` (DDL): those it lacks are null, further ones are carried along.
 
     Names are found whatever their case and get ours. `version` None reads the newest snapshot.
 
@@ -129,7 +132,7 @@ def read(spark: SparkSession, table: str, columns: str, *, version: int | None =
         There is no such table, it has no `adata_id`, or a column's type cannot be read as ours.
     """
     if not exists(spark, table):
-        raise ConfigError(f"no Delta table {table}")
+        raise ConfigError(f"no table {table}")
     rows = spark.table(table) if version is None else spark.sql(f"SELECT * FROM {table} VERSION AS OF {version}")
     return _completed(rows, table, columns)
 
@@ -148,7 +151,7 @@ def _completed(rows: DataFrame, table: str, columns: str) -> DataFrame:
         raise ConfigError(f"{table} has no column adata_id: each row needs a key")
     taken = []
     for name, field in held.items():
-        column = F.col(f"`{field.name}`")
+        column = F.col(_quoted(field.name))
         if name in wanted:
             column = _as_ours(column, field.dataType, wanted[name].dataType, f"{table}: column {field.name}")
         taken.append(column.alias(wanted[name].name if name in wanted else field.name))
@@ -236,10 +239,17 @@ def _lines_unchecked(spark: SparkSession) -> Iterator[None]:
             spark.conf.set(_CHECK, before)
 
 
-def upsert(spark: SparkSession, table: str, rows: DataFrame, keys: Sequence[str]) -> None:
-    """Insert rows, or update those that agree on all `keys`, in one commit."""
-    same = " AND ".join(f"t.{key} = s.{key}" for key in keys)
-    _merge(spark, table, rows, f"{same} WHEN MATCHED THEN UPDATE SET * WHEN NOT MATCHED THEN INSERT *")
+def delete_lines(table: str, lines: DataFrame, runs: Sequence[str]) -> None:
+    """Delete the lines of some runs that agree with one of `lines` on all of its columns, in one commit.
+
+    Parameters
+    ----------
+    lines
+        Distinct, without nulls.
+    """
+    same = [f"t.{identifier(name)} = s.{identifier(name)}" for name in lines.columns]
+    written = f"t.run_id IN ({', '.join(map(literal, runs))})"
+    _merge(lines.sparkSession, table, lines, f"{' AND '.join([*same, written])} WHEN MATCHED THEN DELETE")
 
 
 def insert(spark: SparkSession, table: str, values: Mapping[str, str | float | datetime]) -> None:
@@ -255,12 +265,35 @@ def update(spark: SparkSession, table: str, values: Mapping[str, str | float | d
 
 
 def literal(value: str | float | datetime) -> str:
-    """Spell a string, a number or a time (with its zone) as an SQL literal."""
+    """Return a string, a number or a time (with its zone) as an SQL literal.
+
+    A string is the same whatever the session's settings: Spark replaces `${name}` in SQL text, and takes backslashes
+    for escapes or not. Strings with such characters are therefore written as bytes.
+    """
     if isinstance(value, datetime):
         return f"TIMESTAMP '{value.isoformat()}'"
-    if isinstance(value, str):
-        return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
-    return repr(value)
+    if not isinstance(value, str):
+        return repr(value)
+    if value.isprintable() and not set(value) & set("'\\$"):
+        return f"'{value}'"
+    return f"CAST(X'{value.encode().hex()}' AS STRING)"
+
+
+def identifier(name: str) -> str:
+    """Quote a column's name for SQL.
+
+    Raises
+    ------
+    ConfigError
+        It contains `${`, which Spark replaces in SQL text.
+    """
+    if "${" in name:
+        raise ConfigError(f"column {name!r} cannot be named in SQL: Spark replaces ${{...}}; rename the column")
+    return _quoted(name)
+
+
+def _quoted(name: str) -> str:
+    return f"`{name.replace('`', '``')}`"
 
 
 def _retried(table: str, write: Callable[[], Written], *, tries: int = COMMIT_TRIES) -> Written:
@@ -278,13 +311,14 @@ def _retried(table: str, write: Callable[[], Written], *, tries: int = COMMIT_TR
 
 
 def upsert_rows(spark: SparkSession, table: str, rows: DataFrame) -> int:
-    """Insert AnnData rows that are new, replace those whose content changed; return how many that were."""
+    """Insert AnnData rows that are new, replace those whose content or sample changed; return how many that were."""
     names = rows.columns
     updates, values = ", ".join(f"{n} = s.{n}" for n in names), ", ".join(f"s.{n}" for n in names)
     return _merge(
         spark, table, rows,
         f"""t.adata_id = s.adata_id
-        WHEN MATCHED AND NOT (t.content_hash <=> s.content_hash) THEN UPDATE SET {updates}
+        WHEN MATCHED AND NOT (t.content_hash <=> s.content_hash AND t.sample_id <=> s.sample_id)
+        THEN UPDATE SET {updates}
         WHEN NOT MATCHED THEN INSERT ({", ".join(names)}) VALUES ({values})""",
     )  # fmt: skip
 
@@ -301,8 +335,16 @@ def _merge(spark: SparkSession, table: str, rows: DataFrame, clauses: str) -> in
 
 
 def version(spark: SparkSession, table: str) -> int:
-    """Return the table's newest version."""
+    """Return the newest version of a Delta table."""
     return _newest(spark, table)["version"]
+
+
+def snapshot(spark: SparkSession, table: str) -> int | None:
+    """Return the newest version of a table to read at; None for a view or a table of another format."""
+    try:
+        return version(spark, table)
+    except AnalysisException:
+        return None
 
 
 def _newest(spark: SparkSession, table: str) -> Row:
@@ -318,8 +360,11 @@ def row_hash() -> Column:
 
 
 def content_hash() -> Column:
-    """Hash a row's payload: 128 bits as 32 hexadecimal digits, computed in the JVM without touching Python."""
-    payload = [F.col(name) for name in PAYLOAD_COLUMNS]
+    """Hash what decides a row's result, but for its sample: payload, x_dtype and shape.
+
+    128 bits as 32 hexadecimal digits, computed in the JVM without touching Python. Null columns change nothing.
+    """
+    payload = [F.col(name) for name in (*PAYLOAD_COLUMNS, "x_dtype", "n_obs", "n_vars")]
     halves = [F.lpad(F.lower(F.hex(F.xxhash64(F.lit(seed), *payload))), 16, "0") for seed in (0, 1)]
     return F.concat(*halves)
 
@@ -329,9 +374,11 @@ def _fields(spark: SparkSession, columns: str) -> StructType:
 
 
 def _as_ours(column: Column, have: DataType, want: DataType, where: str) -> Column:
-    """Take a column whose type is of the same kind as ours; whole numbers are fine keys."""
+    """Take a column whose type is of the same kind as ours; whole numbers are fine keys, dates are fine times."""
     if have == want or _same_kind(have, want):
         return column
+    if isinstance(want, TimestampType) and isinstance(have, TimestampNTZType | DateType):
+        return column.cast(want)
     if isinstance(want, StringType) and isinstance(have, NumericType):
         return column.cast(want)
     raise ConfigError(f"{where} is {have.simpleString()}, {want.simpleString()} is needed")
@@ -340,8 +387,7 @@ def _as_ours(column: Column, have: DataType, want: DataType, where: str) -> Colu
 def _same_kind(have: DataType, want: DataType) -> bool:
     if isinstance(have, ArrayType) and isinstance(want, ArrayType):
         return _same_kind(have.elementType, want.elementType)
-    kinds = (NumericType, StringType, (TimestampType, TimestampNTZType))
-    return any(isinstance(have, kind) and isinstance(want, kind) for kind in kinds)
+    return any(isinstance(have, kind) and isinstance(want, kind) for kind in (NumericType, StringType))
 
 
 def _adapt(spark: SparkSession, table: str, columns: str, vector_length: int | None) -> None:
@@ -391,7 +437,7 @@ def _found_in_warehouse(spark: SparkSession, table: str) -> bool:
     if _PATH.fullmatch(table) or spark.conf.get("spark.sql.catalogImplementation") != "in-memory":
         return False
     *schema, name = table.replace("`", "").split(".")
-    if schema[:-1] not in ([], ["spark_catalog"]):
+    if schema[:-1] not in ([], ["spark_catalog"]) or not all(part.isidentifier() for part in (*schema, name)):
         return False
     warehouse = Path(str(spark.conf.get("spark.sql.warehouse.dir")).removeprefix("file:"))
     folder = warehouse / (f"{schema[-1]}.db/{name}" if schema and schema[-1] != "default" else name)
@@ -399,7 +445,7 @@ def _found_in_warehouse(spark: SparkSession, table: str) -> bool:
         return False
     if schema:
         spark.sql(f"CREATE SCHEMA IF NOT EXISTS {schema[-1]}")
-    spark.sql(f"CREATE TABLE {table} USING delta LOCATION '{folder}'")
+    spark.catalog.createTable(table, path=str(folder), source="delta")
     logger.info("%s: found again in %s", table, folder)
     return True
 
@@ -417,7 +463,7 @@ def delete_older(spark: SparkSession, table: str, column: str, days: int) -> int
     types = {field.name: field.dataType for field in spark.table(table).schema}
     if not isinstance(types.get(column), DateType | TimestampType | TimestampNTZType):
         raise ConfigError(f"{table} has no column {column!r} of dates or times: rows older than what?")
-    deleted = spark.sql(f"DELETE FROM {table} WHERE `{column}` < date_sub(current_date(), {days})")
+    deleted = spark.sql(f"DELETE FROM {table} WHERE {identifier(column)} < date_sub(current_date(), {days})")
     spark.sql(f"REORG TABLE {table} APPLY (PURGE)")
     return deleted.first()["num_affected_rows"]  # type: ignore[index]
 
@@ -442,7 +488,7 @@ def cluster(spark: SparkSession, table: str, column: str) -> None:
     if detail["clusteringColumns"] == [column]:
         return
     try:
-        spark.sql(f"ALTER TABLE {table} CLUSTER BY (`{column}`)")
+        spark.sql(f"ALTER TABLE {table} CLUSTER BY ({identifier(column)})")
     except AnalysisException as exc:
         raise ConfigError(f"{table} cannot be clustered by {column!r}: {str(exc).splitlines()[0]}") from exc
 
