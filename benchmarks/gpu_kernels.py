@@ -1,6 +1,6 @@
-"""A Triton kernel of the GPU benchmarks: the sum of two tensors and its LayerNorm in one pass over memory.
+"""Triton kernels of the GPU benchmarks: a sum and its LayerNorm in one pass over memory; attention over packed cells.
 
-With `TRITON_INTERPRET=1` it runs on the CPU, where the tests compare it with torch.
+With `TRITON_INTERPRET=1` they run on the CPU, where the tests compare them with torch.
 """
 
 from __future__ import annotations
@@ -49,3 +49,78 @@ def add_norm(
         WIDTH=width, ROWS=rows, HALF=second is not out, num_warps=4,
     )  # fmt: skip
     return out, second
+
+
+@triton.jit
+def _attend_to(q, k_at, v_at, there, top, total, mixed, scale, MASKED: tl.constexpr):
+    """Add one block of keys and values to what a block of queries has seen (online softmax in base 2)."""
+    if MASKED:
+        k = tl.load(k_at, mask=there[:, None], other=0.0)
+        v = tl.load(v_at, mask=there[:, None], other=0.0)
+    else:
+        k = tl.load(k_at)
+        v = tl.load(v_at)
+    scores = tl.dot(q, tl.trans(k))
+    if MASKED:
+        scores = tl.where(there[None, :], scores, float("-inf"))
+    highest = tl.maximum(top, tl.max(scores, 1) * scale)
+    weights = tl.exp2(scores * scale - highest[:, None])
+    shrink = tl.exp2(top - highest)
+    mixed = tl.dot(weights.to(v.dtype), v, mixed * shrink[:, None])
+    return highest, total * shrink + tl.sum(weights, 1), mixed
+
+
+@triton.jit
+def _packed_attention(
+    q_ptr, k_ptr, v_ptr, out_ptr, ends_ptr, scale, stride, out_stride,
+    WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    first, head, cell = tl.program_id(0) * QUERIES, tl.program_id(1), tl.program_id(2)
+    start = tl.load(ends_ptr + cell)
+    length = tl.load(ends_ptr + cell + 1) - start
+    if first < length:
+        rows, columns = first + tl.arange(0, QUERIES), tl.arange(0, WIDTH)
+        here = (rows < length)[:, None]
+        offset = start.to(tl.int64) * stride + head * WIDTH
+        q = tl.load(q_ptr + offset + rows[:, None] * stride + columns[None, :], mask=here, other=0.0)
+        k_ptr += offset
+        v_ptr += offset
+        top = tl.full([QUERIES], float("-inf"), tl.float32)
+        total = tl.zeros([QUERIES], tl.float32)
+        mixed = tl.zeros([QUERIES, WIDTH], tl.float32)
+        whole = length // KEYS * KEYS
+        for at in range(0, whole, KEYS):
+            keys = at + tl.arange(0, KEYS)
+            places = keys[:, None] * stride + columns[None, :]
+            top, total, mixed = _attend_to(
+                q, k_ptr + places, v_ptr + places, keys < length, top, total, mixed, scale, MASKED=False
+            )
+        for at in range(whole, length, TAIL):  # what is left of the last block, in small ones
+            keys = at + tl.arange(0, TAIL)
+            places = keys[:, None] * stride + columns[None, :]
+            top, total, mixed = _attend_to(
+                q, k_ptr + places, v_ptr + places, keys < length, top, total, mixed, scale, MASKED=True
+            )
+        mixed = mixed / total[:, None]
+        places = (start + rows).to(tl.int64)[:, None] * out_stride + head * WIDTH + columns[None, :]
+        tl.store(out_ptr + places, mixed.to(out_ptr.dtype.element_ty), mask=here)
+
+
+def packed_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: torch.Tensor, longest: int,
+    *, queries: int = 128, keys: int = 64, warps: int = 4, stages: int = 3,
+) -> torch.Tensor:  # fmt: skip
+    """Attend within each cell: q, k and v are (T, H, D) parts of one projection; `ends` are 0 and each cell's end.
+
+    `queries` and `keys` are the sides of a block of scores; `warps` work on it, `stages` of loads are in flight.
+    """
+    _, heads, width = q.shape
+    if not (q.stride() == k.stride() == v.stride() and q.stride()[1:] == (width, 1)):
+        raise ValueError("q, k and v must be parts of one projection")
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    grid = (triton.cdiv(longest, queries), heads, len(ends) - 1)
+    _packed_attention[grid](
+        q, k, v, out, ends, width**-0.5 * 1.4426950408889634, q.stride(0), out.stride(0),
+        WIDTH=width, QUERIES=queries, KEYS=keys, TAIL=16, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return out

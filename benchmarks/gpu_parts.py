@@ -184,6 +184,9 @@ def engine(sizes: Sizes) -> dict[str, object]:
 
 # (c) Variants
 
+# queries, keys, warps and stages of our attention kernel that are tried
+BLOCKS = ("128/64/4/3", "128/128/8/3", "128/64/8/3", "64/64/4/3", "64/128/4/2")
+
 
 def kernels(sizes: Sizes) -> dict[str, object]:
     """Attention alone: TFLOP/s of each kernel that exists here, and its difference from float64."""
@@ -191,9 +194,9 @@ def kernels(sizes: Sizes) -> dict[str, object]:
     for genes in sizes.genes:
         length, heads, width = genes + 1, sizes.heads, sizes.d // sizes.heads
         n_cells = max(1, sizes.sweep[-1] // 4 // length)
-        q, k, v = torch.randn(3, n_cells * length, heads, width, generator=torch.Generator().manual_seed(0))
-        exact = F.scaled_dot_product_attention(*(x[:length].double().transpose(0, 1) for x in (q, k, v)))
-        q, k, v = (x.to(sizes.device, torch.bfloat16) for x in (q, k, v))
+        projected = torch.randn(n_cells * length, 3 * heads, width, generator=torch.Generator().manual_seed(0))
+        q, k, v = projected.to(sizes.device, torch.bfloat16).chunk(3, dim=1)
+        exact = F.scaled_dot_product_attention(*(x[:length].cpu().double().transpose(0, 1) for x in (q, k, v)))
         for name in _attentions(sizes):
             with _recorded(found, f"{name}, {genes} genes"), torch.inference_mode():
                 use(name)
@@ -214,7 +217,7 @@ def _attentions(sizes: Sizes) -> list[str]:
     if sizes.device != "cuda":
         return ["sdpa"]
     names = [name for name in BACKENDS if not obstacle(name, torch.device("cuda"), torch.bfloat16)]
-    return [*names, "cudnn", "cudnn-dense"]
+    return [*names, "cudnn", "cudnn-dense", *(f"triton/{blocks}" for blocks in BLOCKS)]
 
 
 def variants(sizes: Sizes) -> dict[str, object]:
@@ -249,6 +252,7 @@ def variants(sizes: Sizes) -> dict[str, object]:
     if not rates:
         return {"ok": False, "variants": found}
     fastest = max(rates, key=rates.__getitem__).attention
+    measure(Variant(fastest, "torch", torch.bfloat16))
     for norm in ("triton", "compiled"):
         for residual in (torch.float32, torch.bfloat16):
             measure(Variant(fastest, norm, residual))

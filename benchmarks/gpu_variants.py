@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
-from gpu_imports import Packing, ScGPT, activate, attention, distinct, send
+from gpu_imports import BACKENDS, Packing, ScGPT, activate, attention, distinct, send
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 HALF = torch.bfloat16
@@ -27,7 +27,7 @@ class Variant:
     ----------
     attention
         A backend of the package; "cudnn": cuDNN's kernel for packed sequences, through torch; "cudnn-dense": cuDNN's
-        kernel over runs of cells of one length.
+        kernel over runs of cells of one length; "triton/queries/keys/warps/stages": our kernel with these blocks.
     norm
         The sum and its LayerNorm: "torch" as the package, "compiled" by torch.compile, "triton" by our kernel.
     residual
@@ -88,15 +88,32 @@ def _layer(
 def _as_package(cells: Packing) -> Packing:
     """The first tokens alone attend by a backend of the package: for one query a cell, the kernel hardly matters."""
     package = copy(cells)  # with the positions that are on the device already
-    package.backend = "varlen" if cells.backend.startswith("cudnn") else cells.backend
+    package.backend = "varlen" if _is_ours(cells.backend) else cells.backend
     return package
 
 
 # Attention
 
 
+def _is_ours(name: str) -> bool:
+    """Say whether a kernel is one of this file's, not a backend of the package."""
+    return name not in BACKENDS
+
+
 def attend(name: str) -> Attend:
+    if name.startswith("triton/"):
+        return partial(_triton_attention, blocks=tuple(map(int, name.split("/")[1:])))
     return {"cudnn": cudnn_attention, "cudnn-dense": cudnn_dense_attention}.get(name, attention)
+
+
+def _triton_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cells: Packing, *, blocks: tuple[int, ...]
+) -> torch.Tensor:
+    from gpu_kernels import packed_attention
+
+    queries, keys, warps, stages = blocks
+    longest = max(cells.lengths)
+    return packed_attention(q, k, v, cells.ends, longest, queries=queries, keys=keys, warps=warps, stages=stages)
 
 
 def cudnn_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cells: Packing) -> torch.Tensor:
@@ -112,7 +129,7 @@ def cudnn_dense_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cel
 
 def use(name: str) -> None:
     """Make a kernel the process's own, where one call has several below it."""
-    activate("varlen" if name.startswith("cudnn") else name)
+    activate("varlen" if _is_ours(name) else name)
 
 
 # Sum and LayerNorm
@@ -123,8 +140,11 @@ def add_norms(name: str) -> Callable[[torch.Tensor, torch.Tensor, torch.nn.Layer
 
 
 def _torch_add_norm(x: torch.Tensor, y: torch.Tensor, norm: torch.nn.LayerNorm) -> tuple[torch.Tensor, ...]:
-    out = norm(x.float() + y)
-    return out.to(x.dtype), out.to(HALF)
+    if x.dtype == HALF:  # the sum is rounded too
+        out = F.layer_norm(x.add_(y), norm.normalized_shape, norm.weight.to(HALF), norm.bias.to(HALF), norm.eps)
+        return out, out
+    out = norm(x.add_(y))
+    return out, out.to(HALF)
 
 
 def _compiled_add_norm(x: torch.Tensor, y: torch.Tensor, norm: torch.nn.LayerNorm) -> tuple[torch.Tensor, ...]:

@@ -27,12 +27,65 @@ for rows in (1, 131):
         assert (out is half) == (residual == torch.bfloat16)
 print("compared")
 """
+ATTENTION = """
+import torch
+from gpu_imports import Packing, attention
+from gpu_variants import attend
+for blocks in ("16/16/4/2", "64/32/4/2"):
+    for lengths in ([1], [1, 5, 33, 64, 65, 16]):
+        # the interpreter has no bfloat16 products
+        for dtype, atol in ((torch.float32, 1e-6), (torch.float16, 2e-3)):
+            q, k, v = torch.randn(sum(lengths), 3 * 2, 16).to(dtype).chunk(3, dim=1)
+            cells = Packing(lengths, q.device, "sdpa")
+            found = attend("triton/" + blocks)(q, k, v, cells)
+            wanted = attention(q.float(), k.float(), v.float(), cells)
+            torch.testing.assert_close(found.float(), wanted, atol=atol, rtol=0)
+print("compared")
+"""
+
+
+COMPILED = """
+import gpu_kernels, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+def ptx(kernel, signature, constants, **options):
+    signature = dict(pair.split(":") for pair in signature.split()) | dict.fromkeys(constants, "constexpr")
+    aligned = [i for i, (name, kind) in enumerate(signature.items()) if kind[0] == "*" or "stride" in name]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+
+pointers = "x_ptr:*fp32 y_ptr:*bf16 weight_ptr:*fp32 bias_ptr:*fp32 out_ptr:*fp32 half_ptr:*bf16 n_rows:i32 eps:fp32"
+assert "st.global" in ptx(gpu_kernels._add_norm, pointers, {"WIDTH": 512, "ROWS": 4, "HALF": True}, num_warps=4)
+pointers = "q_ptr:*bf16 k_ptr:*bf16 v_ptr:*bf16 out_ptr:*bf16 ends_ptr:*i32 scale:fp32 stride:i32 out_stride:i32"
+text = ptx(gpu_kernels._packed_attention, pointers, {"WIDTH": 64, "QUERIES": 128, "KEYS": 64, "TAIL": 16},
+           num_warps=4, num_stages=3)
+assert "wgmma" in text and "cp.async" in text  # Hopper's products, and loads ahead of them
+print("compiled")
+"""
+
+
+def interpreted(program):
+    """Run a program with Triton's interpreter, which has to be chosen before Triton is imported."""
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(BENCHMARKS)}
+    return subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=False)
+
+
+def test_triton_attention_equals_torch_in_the_interpreter():
+    done = interpreted(ATTENTION)
+    assert done.stdout == "compared\n", done.stderr
 
 
 def test_triton_add_norm_equals_torch_in_the_interpreter():
-    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(BENCHMARKS)}
-    done = subprocess.run([sys.executable, "-c", KERNEL], env=env, capture_output=True, text=True, check=False)
+    done = interpreted(KERNEL)
     assert done.stdout == "compared\n", done.stderr
+
+
+def test_triton_kernels_compile_for_hopper():
+    env = os.environ | {"PYTHONPATH": str(BENCHMARKS)}
+    done = subprocess.run([sys.executable, "-c", COMPILED], env=env, capture_output=True, text=True, check=False)
+    assert done.stdout == "compiled\n", done.stderr
 
 
 def test_dry_run_of_the_gpu_benchmark_runs_every_part(tmp_path):
