@@ -353,7 +353,8 @@ def test_no_body_makes_the_model_fail_or_its_memory_grow(endpoint):
         held.append(process.memory_info().rss / 1e6)
 
     ask_anything()
-    assert max(held) < held[len(held) // 3] + 50, f"MB held: {held[:: len(held) // 10]}"
+    third = len(held) // 3  # by then caches are full, and what earlier requests took is given back
+    assert max(held[third:]) < held[third] + 50, f"MB held: {held[:: len(held) // 10]}"
 
 
 # The client
