@@ -24,6 +24,7 @@ from scgpt_batch.model import Checkpoint, ModelConfig, ScGPT, checkpoint_digest
 from scgpt_batch.parameters import Parameters
 from scgpt_batch.prepare import PreparedRow, RowReader, RowReport, given_decisions
 from scgpt_batch.preprocess import Tokens
+from scgpt_batch.samples import with_decisions
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +83,8 @@ class Embedder:
         ----------
         rows
             Each has the payload columns of `anndata_rows`; a row of a larger sample also its `decisions` (`Decisions`
-            or their bytes). Other columns are not looked at.
+            or their bytes). In a list or tuple, rows that share a `sample_id` and carry no `decisions` get their
+            sample's first, as in the batch job; rows of an iterator stay as they are. Other columns are not looked at.
         parameters
             As for the PyFunc; `on_error` and `encoding` are the caller's to act on.
         with_vectors
@@ -103,6 +105,8 @@ class Embedder:
             The parameters state another model than the checkpoint's.
         """
         check_model_parameters(parameters, self.config)
+        if isinstance(rows, (list, tuple)):
+            rows = with_decisions(self.reader, rows, parameters)
         works = (self._work(row, parameters, with_vectors, sums) for row in rows)
         return self._answers(works, parameters, wanted)
 

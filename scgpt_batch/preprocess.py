@@ -28,7 +28,8 @@ from scgpt_batch.variable_genes import by_curve, by_dispersion, mean_var
 COLLATOR_BINS = 51  # upstream's data collator takes this number whatever args.json says
 BLOCK = 65_536  # entries binned at once: what they need stays in the cache
 
-HVG_ERRORS = (ValueError, IndexError, ZeroDivisionError, np.linalg.LinAlgError)  # scanpy's, where it cannot choose
+# where genes cannot be chosen: scanpy's, and ours
+HVG_ERRORS = (ValueError, IndexError, KeyError, ZeroDivisionError, np.linalg.LinAlgError, PreprocessError)
 _ONE_AT_A_TIME = threading.Lock()
 
 
@@ -483,26 +484,39 @@ def _variable_genes(adata: ad.AnnData, p: Parameters) -> np.ndarray | None:
     """Choose variable genes, with scanpy's statistics in var: a mask, (genes,); None where all are kept."""
     if not p.subset_hvg:
         return None
-    batch_labels(adata, p)
-    if p.hvg_flavor.startswith("seurat_v3"):
-        _refuse_too_few_points(adata, p)
+    labels = batch_labels(adata, p)
+    if p.batch_key:
+        adata.obs[p.batch_key] = pd.Categorical(labels)
+    keeps_all = p.subset_hvg >= adata.n_vars  # then no choice is needed, and none that fails may fail the row
     try:
-        if p.hvg_flavor.startswith("seurat_v3"):
-            labels = batch_labels(adata, p)
-            batches = [sp.csr_matrix(adata.X[np.flatnonzero(labels == batch)]) for batch in np.unique(labels)]
-            _describe_genes(adata, by_curve(adata.X, batches, p.subset_hvg, p.hvg_flavor))
-        elif p.hvg_flavor == "cell_ranger" and not p.batch_key:
-            _describe_genes(adata, by_dispersion(*mean_var(adata.X), p.subset_hvg, p.hvg_flavor))
-        else:
-            sc.pp.highly_variable_genes(
-                adata, n_top_genes=p.subset_hvg, batch_key=p.batch_key or None, flavor=p.hvg_flavor
-            )
+        found = _scanpys_choice(adata, labels, p)
     except HVG_ERRORS as exc:
+        if keeps_all:
+            return None
         raise cannot_choose(p, adata.n_obs, adata.n_vars, exc) from exc
-    variable = adata.var["highly_variable"].to_numpy(bool)
-    if not variable.any():
+    if keeps_all and not found.any():
+        return None
+    if not found.any():
         raise PreprocessError("no variable gene is left")
-    return variable
+    return with_requested_genes(found, adata.var_names, p)
+
+
+def _scanpys_choice(adata: ad.AnnData, labels: np.ndarray, p: Parameters) -> np.ndarray:
+    if p.hvg_flavor.startswith("seurat_v3"):
+        batches = [sp.csr_matrix(adata.X[np.flatnonzero(labels == batch)]) for batch in np.unique(labels)]
+        _describe_genes(adata, by_curve(adata.X, batches, p.subset_hvg, p.hvg_flavor))
+    elif p.hvg_flavor == "cell_ranger" and not p.batch_key:
+        _describe_genes(adata, by_dispersion(*mean_var(adata.X), p.subset_hvg, p.hvg_flavor))
+    else:
+        sc.pp.highly_variable_genes(adata, n_top_genes=p.subset_hvg, batch_key=p.batch_key or None, flavor=p.hvg_flavor)
+    return adata.var["highly_variable"].to_numpy(bool)
+
+
+def with_requested_genes(variable: np.ndarray, genes: pd.Index, parameters: Parameters) -> np.ndarray:
+    """Add the genes that the request asks for to the variable ones: a mask, (genes,)."""
+    if parameters.mode == "cell" or not parameters.genes:
+        return variable
+    return variable | genes.isin(parameters.genes)
 
 
 def _describe_genes(adata: ad.AnnData, columns: dict[str, np.ndarray]) -> None:
@@ -511,26 +525,12 @@ def _describe_genes(adata: ad.AnnData, columns: dict[str, np.ndarray]) -> None:
 
 
 def cannot_choose(p: Parameters, n_obs: int, n_vars: int, exc: Exception) -> PreprocessError:
-    """Say what scanpy's error means."""
+    """Say what an error in the choice of variable genes means."""
     return PreprocessError(
-        f"scanpy cannot choose {p.subset_hvg} variable genes ({p.hvg_flavor}) from {n_obs} cells × {n_vars} genes; "
-        f"counts want seurat_v3, log values cell_ranger or seurat, and a row needs enough cells: "
-        f"{str(exc).splitlines()[0]}"
+        f"cannot choose {p.subset_hvg} variable genes ({p.hvg_flavor}) from {n_obs} cells × {n_vars} genes: "
+        f"{str(exc).splitlines()[0]}. Use seurat_v3 for counts and cell_ranger or seurat for log values, rows of more "
+        "cells, or subset_hvg 0"
     )
-
-
-def _refuse_too_few_points(adata: ad.AnnData, p: Parameters) -> None:
-    """scikit-misc's LOESS fit kills the process when its span (0.3) covers no point: fewer than 4 varying genes."""
-    batches = adata.obs[p.batch_key].astype(str).to_numpy() if p.batch_key else np.zeros(adata.n_obs)
-    for batch in pd.unique(batches):
-        x = sp.csc_matrix(adata.X[np.flatnonzero(batches == batch)])
-        varying = (x.max(axis=0) != x.min(axis=0)).getnnz()
-        if varying < 4:
-            where = f" of batch {batch!r}" if p.batch_key else ""
-            raise PreprocessError(
-                f"scanpy cannot choose {p.subset_hvg} variable genes ({p.hvg_flavor}) from {x.shape[0]} cells × "
-                f"{x.shape[1]} genes{where}: {varying} genes vary between the cells, at least 4 must"
-            )
 
 
 def _refuse_empty(adata: ad.AnnData, why: str) -> None:

@@ -10,7 +10,7 @@ gene filter, and which are variable among the cells that reach the cell filter. 
 rows nor their order changes a bit of them; their size is genes × batches, whatever the number of cells.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import reduce
@@ -33,6 +33,7 @@ from scgpt_batch.preprocess import (
     min_counts,
     preprocess,
     quiet_libraries,
+    with_requested_genes,
 )
 from scgpt_batch.variable_genes import (
     Moments,
@@ -145,10 +146,39 @@ def statistics(
     decisions
         What the passes before decided; None in the first.
     """
+    if decisions is not None and decisions.final:
+        return Statistics()
     try:
         return _contribution(reader, row, parameters, decisions)
     except RowError:  # told in the ledger when the row is embedded
         return Statistics(left_out=1)
+
+
+def with_decisions(
+    reader: RowReader, rows: Sequence[Mapping[str, Any]], parameters: Parameters
+) -> list[Mapping[str, Any]]:
+    """Give the rows that share a `sample_id` their sample's decisions, as the batch job does.
+
+    Rows that carry decisions already, rows without a `sample_id` and rows that are alone with theirs stay as they are;
+    without preprocessing there is nothing to decide.
+    """
+    found = list(rows)
+    if not parameters.need_preprocess:
+        return found
+    samples: dict[str, list[int]] = {}
+    for i, row in enumerate(rows):
+        if isinstance(row.get("sample_id"), str) and row.get("decisions") is None:
+            samples.setdefault(row["sample_id"], []).append(i)
+    for members in samples.values():
+        if len(members) == 1:
+            continue
+        decisions: Decisions | None = None
+        for _ in range(passes(parameters)):
+            parts = [statistics(reader, rows[i], parameters, decisions) for i in members]
+            decisions = decide(merge(parts), parameters, decisions)
+        for i in members:
+            found[i] = {**rows[i], "decisions": decisions}
+    return found
 
 
 def merge(parts: Iterable[Statistics]) -> Statistics:
@@ -275,29 +305,42 @@ def _of_kept_cells(statistics: Statistics, p: Parameters, decisions: Decisions) 
     if not sum(statistics.cells.values()):
         raise PreprocessError(f"no cell reaches {min_counts(p):g} counts")
     decided = replace(decisions, final=True)
+    keeps_all = p.subset_hvg >= len(decided.genes)  # then no choice is needed
     if not p.subset_hvg:
         return decided
     batches = {batch: _batch_moments(statistics, batch, p) for batch in sorted(statistics.cells)}
-    with _scanpy_errors(statistics, p):
-        if _fits_curve(p):
-            return replace(decided, fits={batch: fit_batch(m) for batch, m in batches.items()}, final=False)
-        if p.batch_key:
-            found = by_dispersion_in_batches(decided.genes, list(batches.values()), p.subset_hvg, p.hvg_flavor)
-        else:
-            found = by_dispersion(*batches[ALL].mean_var(), p.subset_hvg, p.hvg_flavor)["highly_variable"]
-    return replace(decided, variable=found)
+    try:
+        with _scanpy_errors(statistics, p):
+            if _fits_curve(p):
+                fits = {batch: fit_batch(m) for batch, m in batches.items()}
+                return replace(decided, fits=fits, final=False)
+            if p.batch_key:
+                found = by_dispersion_in_batches(decided.genes, list(batches.values()), p.subset_hvg, p.hvg_flavor)
+            else:
+                found = by_dispersion(*batches[ALL].mean_var(), p.subset_hvg, p.hvg_flavor)["highly_variable"]
+    except PreprocessError:
+        if keeps_all:
+            return decided
+        raise
+    if keeps_all and not found.any():
+        return decided
+    return _with_variable_genes(decided, found, p)
+
+
+def _with_variable_genes(decisions: Decisions, found: np.ndarray, p: Parameters) -> Decisions:
+    return replace(decisions, variable=with_requested_genes(found, pd.Index(decisions.genes), p))
 
 
 def _by_curve(statistics: Statistics, p: Parameters, decisions: Decisions) -> Decisions:
-    variances = {}
-    for batch, fit in decisions.fits.items():
-        beyond, bounds = statistics.total("beyond", batch), fit.bounds
-        sums = statistics.total("within", batch) + beyond * bounds
-        squares = statistics.total("within squared", batch) + beyond * bounds**2
-        variances[batch] = normalized_variance(fit, Moments(fit.cells, sums, squares))
+    variances = []
     with _scanpy_errors(statistics, p):
-        found = by_normalized_variance(list(variances.values()), p.subset_hvg, p.hvg_flavor)
-    return replace(decisions, variable=found, fits={}, final=True)
+        for batch, fit in decisions.fits.items():
+            beyond, bounds = statistics.total("beyond", batch), fit.bounds
+            sums = statistics.total("within", batch) + beyond * bounds
+            squares = statistics.total("within squared", batch) + beyond * bounds**2
+            variances.append(normalized_variance(fit, Moments(fit.cells, sums, squares)))
+        found = by_normalized_variance(variances, p.subset_hvg, p.hvg_flavor)
+    return _with_variable_genes(replace(decisions, fits={}, final=True), found, p)
 
 
 def _batch_moments(statistics: Statistics, batch: str, p: Parameters) -> Moments:

@@ -21,6 +21,7 @@ from scgpt_batch.decisions import BatchFit
 from scgpt_batch.errors import PreprocessError
 
 MEAN_BINS, SPAN = 20, 0.3  # scanpy's defaults
+MIN_POINTS, MIN_MEANS = 4, 3  # of the curve's fit: its span must hold a point, and a parabola has 3 coefficients
 MAD_SCALE = normal.ppf(0.75)  # a normal distribution's median deviation is so many standard deviations
 
 
@@ -151,7 +152,7 @@ def by_curve(x: sp.csr_matrix, batches: Sequence[sp.csr_matrix], n_top: int, fla
     Raises
     ------
     PreprocessError
-        Fewer than 4 genes vary in a batch.
+        The curve cannot be fitted to a batch.
     """
     mean, var = mean_var(x)
     variances = [_variance_over_curve(batch) for batch in batches]
@@ -185,12 +186,21 @@ def fit_curve(cells: int, mean: np.ndarray, var: np.ndarray) -> BatchFit:
     Raises
     ------
     PreprocessError
-        Fewer than 4 genes vary: the fit would kill the process.
+        The points do not determine a curve. The fit's native code must not see such points: with fewer than 4 it ends
+        the process.
     """
     varying = var > 0
-    if varying.sum() < 4:
-        raise PreprocessError(f"{int(varying.sum())} genes vary between the cells of a batch, at least 4 must")
-    curve = loess(np.log10(mean[varying]), np.log10(var[varying]), span=SPAN, degree=2)
+    with np.errstate(all="ignore"):
+        x, y = np.log10(mean[varying]), np.log10(var[varying])
+    means = len(np.unique(x))
+    if len(x) < MIN_POINTS or means < MIN_MEANS:
+        raise PreprocessError(
+            f"{len(x)} genes vary between the {cells} cells of a batch, with {means} different means; the fit of "
+            f"variances needs {MIN_POINTS} genes and {MIN_MEANS} means"
+        )
+    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+        raise PreprocessError("means or variances of genes are beyond the range of numbers: use counts, or rescale X")
+    curve = loess(x, y, span=SPAN, degree=2)
     curve.fit()
     log_var = np.zeros(len(mean))
     log_var[varying] = curve.outputs.fitted_values

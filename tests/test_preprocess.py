@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -261,6 +263,9 @@ def test_choice_by_cell_ranger_is_scanpys_bit_for_bit(seed, n_obs, n_vars, n_top
     if wanted is not None:
         wanted = wanted[wanted["highly_variable"]]
     if wanted is None or not len(wanted):
+        if n_top >= n_vars:  # no choice is needed
+            assert prepared(adata, subset_hvg=n_top).n_vars == n_vars
+            return
         with pytest.raises(PreprocessError, match=r"cannot choose|no variable gene is left"):
             prepared(adata, subset_hvg=n_top)
         return
@@ -321,6 +326,42 @@ def test_package_imports_no_private_name_of_another_package():
     assert {path.name: found for path in PACKAGE.rglob("*.py") if (found := private.findall(path.read_text()))} == {}
 
 
+# rows and samples fit by `fit_curve` alone
+FUZZ = """
+import numpy as np, scipy.sparse as sp
+from scgpt_batch.errors import PreprocessError
+from scgpt_batch.variable_genes import by_curve
+np.seterr(all="ignore")
+tiny = sp.csr_matrix(np.array([[1e-38, 0, 1e-38, 0], [0, 1e-38, 0, 1e-38]], np.float32))
+try:
+    by_curve(tiny, [tiny], 2, "seurat_v3")
+except PreprocessError as exc:
+    print(exc)
+rng, fitted = np.random.default_rng(0), 0
+for i in range(4000):
+    n, g = rng.integers(1, 12), rng.integers(2, 60 if i % 2 else 12)
+    values = 10.0 ** rng.choice([-45, -40, -38, -20, -10, 0, 3, 19, 30, 38], (n, g) if i % 3 == 0 else (1, 1))
+    x = rng.integers(0, rng.integers(2, 30), (n, g)) * values
+    x[:, rng.random(g) < rng.choice([0, 0.5, 0.9])] = 0
+    x = np.minimum(x, 3e38).astype(np.float32)
+    try:
+        by_curve(sp.csr_matrix(x), [sp.csr_matrix(x)], int(rng.integers(1, g)), "seurat_v3")
+        fitted += 1
+    except (PreprocessError, ValueError):
+        pass
+print(fitted)
+"""
+
+
+def test_no_tiny_or_degenerate_counts_end_the_process():
+    # two cells × four genes of 1e-38 once did: their squares are 0 in float32
+    done = subprocess.run([sys.executable, "-c", FUZZ], capture_output=True, text=True, cwd=DATA.parent.parent)
+    assert done.returncode == 0, done.stderr[-2000:]
+    refused, fitted = done.stdout.splitlines()
+    assert refused.startswith("0 genes vary between the 2 cells of a batch")
+    assert 100 < int(fitted) < 3900
+
+
 def test_genes_alone_come_with_the_cells_that_carry_them():
     adata = small()
     whole, genes = (prepared(adata, subset_hvg=10, min_cell_counts=1, genes_only=only) for only in (False, True))
@@ -331,6 +372,28 @@ def test_genes_alone_come_with_the_cells_that_carry_them():
 def test_more_variable_genes_than_genes_keeps_all(case):
     adata = preprocess(cells_of(case), parameters_of(case, subset_hvg=10**6))
     assert adata.var_names.tolist() == preprocess(cells_of(case), parameters_of(case, subset_hvg=0)).var_names.tolist()
+
+
+@pytest.mark.parametrize("flavor", ["cell_ranger", "seurat_v3", "seurat_v3_paper"])  # scanpy's seurat chooses here
+@pytest.mark.parametrize("n_top", [40, 41])
+def test_no_choice_is_needed_where_all_genes_are_kept(flavor, n_top):
+    adata = small(1)  # too few cells for any choice
+    found = prepared(adata, subset_hvg=n_top, hvg_flavor=flavor)
+    assert found.var_names.tolist() == adata.var_names.tolist()
+
+
+@pytest.mark.parametrize("mode", ["static", "contextual"])
+def test_requested_genes_survive_the_cut(mode):
+    adata = small()
+    cut = set(prepared(adata, subset_hvg=10).var_names)
+    requested = [name for name in adata.var_names if name not in cut][:3]
+    found = prepared(adata, subset_hvg=10, mode=mode, genes=[*requested, "unheard of"])
+    assert set(found.var_names) == cut | set(requested)
+
+
+def test_requested_genes_do_not_change_cell_vectors():
+    cut = prepared(small(), subset_hvg=10).var_names.tolist()
+    assert prepared(small(), subset_hvg=10, mode="cell", genes=["GENE0", "GENE1"]).var_names.tolist() == cut
 
 
 @pytest.mark.parametrize(
@@ -413,15 +476,12 @@ def test_what_cannot_be_prepared_is_named(parameters, message):
         prepared(small(), **parameters)
 
 
-@pytest.mark.parametrize(
-    ("n_obs", "batch_key", "message"),
-    [(1, "", "from 1 cells × 40 genes: 0 genes vary"), (5, "donor", "from 1 cells × 40 genes of batch 'donor 2': 0")],
-    ids=["one cell", "one cell in a batch"],
-)
-def test_too_few_points_for_seurat_v3_are_named(n_obs, batch_key, message):
-    # scanpy's fit would kill the process
+@pytest.mark.parametrize("batch_key", ["", "cell_type"])
+def test_too_few_points_for_seurat_v3_are_named(batch_key):
+    adata = small(1)
+    message = r"cannot choose 10 variable genes \(seurat_v3\) .*0 genes vary between the 1 cells of a batch"
     with pytest.raises(PreprocessError, match=message):
-        prepared(small(n_obs), subset_hvg=10, hvg_flavor="seurat_v3", batch_key=batch_key)
+        prepared(adata, subset_hvg=10, hvg_flavor="seurat_v3", batch_key=batch_key)
 
 
 def test_too_few_cells_for_variable_genes_are_named():

@@ -203,6 +203,41 @@ def test_columns_of_one_gene_are_added_up_in_each_row_of_a_sample(reader):
     assert all(row.genes.tolist() == names.tolist() for row in prepared)
 
 
+@pytest.mark.parametrize("flavor", FLAVORS)
+def test_a_sample_of_few_cells_keeps_all_genes_where_no_choice_is_needed(reader, flavor):
+    rows = cut(pbmc()[:4, :50], 2)
+    parameters = Parameters(hvg_flavor=flavor, subset_hvg=50, filter_gene_by_counts=0)
+    assert kept(decisions_of(rows, parameters, reader)) == pbmc().var_names[:50].tolist()
+
+
+@pytest.mark.parametrize("flavor", ["cell_ranger", "seurat_v3"])
+def test_requested_genes_survive_the_samples_cut(reader, flavor):
+    parameters = Parameters(hvg_flavor=flavor, subset_hvg=600)
+    cut_to = set(kept(decisions_of(cut(pbmc(), 3), parameters, reader)))
+    requested = tuple(name for name in pbmc().var_names if name not in cut_to)[:3]
+    parameters = Parameters(hvg_flavor=flavor, subset_hvg=600, genes=requested)
+    assert set(kept(decisions_of(cut(pbmc(), 3), parameters, reader))) == cut_to | set(requested)
+
+
+@pytest.mark.parametrize("make", [list, tuple])
+def test_listed_rows_of_one_sample_get_the_samples_genes(embedder, make):
+    whole = known_cells(embedder)
+    parameters = Parameters(hvg_flavor="seurat_v3", subset_hvg=40)
+    wanted = embedder.embed(to_row(whole), parameters).genes
+    rows = [row | {"sample_id": "s"} for row in cut(whole, 3)]
+    assert all(answer.genes == wanted for answer in embedder.embed_rows(make(rows), parameters))
+
+
+def test_rows_of_an_iterator_or_of_several_samples_decide_alone(embedder):
+    parameters = Parameters(hvg_flavor="seurat_v3", subset_hvg=40)
+    rows = cut(known_cells(embedder), 3)
+    alone = [embedder.embed(row, parameters).genes for row in rows]
+    shared = [row | {"sample_id": "s"} for row in rows]
+    apart = [row | {"sample_id": f"s{i}"} for i, row in enumerate(rows)]
+    for given in (iter(shared), apart, rows):
+        assert [answer.genes for answer in embedder.embed_rows(given, parameters)] == alone
+
+
 def test_a_bad_row_is_left_out_and_the_others_say_so(reader):
     good = cut(pbmc(), 3)
     parameters = Parameters(hvg_flavor="seurat_v3", subset_hvg=600, batch_key="donor")
@@ -224,12 +259,15 @@ def most_counts(n):
     return int(np.sort(np.asarray(pbmc().X.sum(axis=0)).ravel())[-n])
 
 
+FEW = {"hvg_flavor": "seurat_v3", "subset_hvg": 2}
+
+
 @pytest.mark.parametrize(
     ("cells", "changes", "message"),
     [
         (500, {"filter_gene_by_counts": 10**6}, "no gene reaches filter_gene_by_counts 1000000"),
         (500, {"min_cell_counts": 1e6}, r"no cell reaches 1e\+06 counts"),
-        (1000, {"hvg_flavor": "seurat_v3", "filter_gene_by_counts": most_counts(3)}, "at least 4 must"),
+        (1000, {"filter_gene_by_counts": most_counts(3)} | FEW, "3 genes vary between the 1000 cells"),
         (40, {"filter_gene_by_counts": 0}, "cannot choose 1200 variable genes"),
         (500, {"hvg_flavor": "seurat", "result_normed_key": ""}, "not in index"),  # scanpy, on exp(10,000)
     ],

@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 import scanpy as sc
 import scgpt.tasks
+import scipy.sparse as sp
 import torch
 from scgpt.model import TransformerModel
 from scgpt.preprocess import Preprocessor, binning
 from scgpt.tokenizer.gene_tokenizer import GeneVocab
 from scgpt.utils import load_pretrained
 
-from scgpt_batch.anndata_rows import to_row
+from scgpt_batch.anndata_rows import from_row, to_row
 from scgpt_batch.embedder import Embedder
+from scgpt_batch.errors import RowError
 from scgpt_batch.model import load_checkpoint
 from scgpt_batch.parameters import Parameters
 from scgpt_batch.preprocess import bin_range, binned_layer, preprocess
@@ -166,3 +168,37 @@ def test_preprocessing_keeps_the_same_genes_and_gives_the_same_bins(pbmc, draw, 
         dense = np.zeros(values.shape, np.int64)
         dense[values.nonzero()] = ours
         assert np.array_equal(dense, theirs)
+
+
+SHARED = {
+    "tutorial": {},
+    "not normalised": {"normalize_total": 0.0},
+    "normalised values replace X": {"result_normed_key": ""},
+    "not normalised, logs replace X": {"normalize_total": 0.0, "result_log1p_key": ""},
+}
+
+
+@pytest.mark.parametrize("case", SHARED)
+@pytest.mark.parametrize("flavor", ["seurat_v3", "cell_ranger", "seurat"])
+@pytest.mark.parametrize("dtype", [np.float32, np.int32], ids=["float32", "int32"])
+def test_variable_genes_look_at_what_upstream_leaves_in_x(pbmc, case, flavor, dtype):
+    # with nothing between X and the logs, upstream's X and log layer are one object
+    cells = ad.AnnData(sp.csr_matrix(pbmc.X[:600], dtype=dtype), pbmc.obs[:600], pbmc.var)
+    named = {
+        "use_key": "X", "filter_gene_by_counts": 3, "normalize_total": 1e4, "result_normed_key": "X_normed",
+        "log1p": True, "result_log1p_key": "X_log1p", "subset_hvg": 1200, "hvg_flavor": flavor, "binning": 51,
+    } | SHARED[case]  # fmt: skip
+    wanted, error = cells.copy(), None
+    try:
+        Preprocessor(**(named | {"result_normed_key": named["result_normed_key"] or None}))(wanted)
+    except Exception as exc:  # seurat on counts
+        error = exc
+    found = from_row(to_row(cells))
+    assert found.X.dtype == dtype
+    found.X = found.X.astype(np.float32)
+    if error is not None:
+        with pytest.raises(RowError):
+            preprocess(found, Parameters(**named), whole_numbers=dtype == np.int32)
+        return
+    found = preprocess(found, Parameters(**named), whole_numbers=dtype == np.int32)
+    assert found.var_names.tolist() == wanted.var_names.tolist()
