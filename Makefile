@@ -115,4 +115,4 @@ fault-serving: setup
 	  -k 'kills or no_body'
 
 clean:
-	rm -rf .demo .cache $(VENV) $(UPSTREAM)
+	rm -rf .demo .cache dist mlruns $(VENV) $(UPSTREAM)

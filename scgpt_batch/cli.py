@@ -69,12 +69,10 @@ def _ingest(settings: IngestSettings) -> Summary:
 
 
 def _register(settings: RegisterSettings) -> Summary:
-    import mlflow
-
-    from scgpt_batch.registry import register
+    from scgpt_batch.registry import register, use_experiment
 
     if settings.experiment:
-        mlflow.set_experiment(settings.experiment)
+        use_experiment(settings.experiment)
     model = register(settings.checkpoint, settings.name, alias=settings.alias, input_roots=settings.input_roots)
     return {"model_uri": model.uri, "version": model.version, "checkpoint_digest": model.digest}
 

@@ -8,6 +8,7 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ REQUIREMENTS = (
     "torch",
 )  # fmt: skip
 
+# The extra that brings a library by which MLflow reads and writes the files of a model in Unity Catalog.
+STORAGE_EXTRAS = {"boto3": "databricks-aws", "azure": "databricks-azure", "google": "databricks-gcp"}
 
 SAMPLE = "sample.json"
 # What the sample is asked when a version is registered, and again when it is promoted: every mode, and preprocessing.
@@ -134,8 +137,9 @@ def register(checkpoint: str, name: str, *, alias: str = "", input_roots: Sequen
         client.update_model_version(name, version.version, description=card)
         if alias:
             client.set_registered_model_alias(name, alias, version.version)
-    except MlflowException as exc:
-        raise ConfigError(f"MLflow did not register {name!r} at {mlflow.get_registry_uri()}: {exc.message}") from exc
+    except (MlflowException, ImportError) as exc:
+        why = _explained(exc)
+        raise ConfigError(f"MLflow did not register {name!r} at {mlflow.get_registry_uri()}: {why}") from exc
     return resolve(f"models:/{name}/{version.version}")
 
 
@@ -153,6 +157,22 @@ def _layout_files(checkpoint: Checkpoint, folder: Path) -> Path:
     return folder
 
 
+def use_experiment(name: str) -> None:
+    """Log to an MLflow experiment, which is created if it is missing.
+
+    A store in sqlite keeps the files of new experiments beside the database; MLflow's own default is `./mlruns`.
+    """
+    uri = mlflow.get_tracking_uri()
+    if uri.startswith("sqlite:///") and mlflow.get_experiment_by_name(name) is None:
+        artifacts = Path(uri.removeprefix("sqlite:///")).resolve().with_name("artifacts")
+        try:
+            mlflow.create_experiment(name, artifacts.as_uri())
+        except MlflowException:
+            if mlflow.get_experiment_by_name(name) is None:  # not created by another run in the meantime
+                raise
+    mlflow.set_experiment(name)
+
+
 def resolve(model_uri: str) -> ResolvedModel:
     """Find a model and fetch its files: an alias becomes the version it stands for now.
 
@@ -168,8 +188,9 @@ def resolve(model_uri: str) -> ResolvedModel:
         flavor = mlflow.models.Model.load(str(folder)).flavors["python_function"]
         checkpoint = folder / flavor["artifacts"]["checkpoint"]["path"]
         digest = flavor["config"]["checkpoint_digest"]
-    except MlflowException as exc:
-        raise ConfigError(f"no model at {model_uri} in {mlflow.get_registry_uri()}: {exc.message}") from exc
+    except (MlflowException, ImportError) as exc:
+        why = _explained(exc)
+        raise ConfigError(f"no model at {model_uri} in {mlflow.get_registry_uri()}: {why}") from exc
     except (KeyError, TypeError, AttributeError, OSError, yaml.YAMLError) as exc:
         why = " ".join(str(exc).split())  # YAML's complaints have several lines
         raise ConfigError(f"{model_uri} is no model that scgpt-batch register made: {why}") from exc
@@ -301,4 +322,22 @@ def _existing_folder(path: str) -> str:
 
 
 def _public_version(package: str) -> str:
-    return installed_version(package).split("+")[0]
+    """Return an installed version that a package index has; mlflow's also where only mlflow-skinny is installed."""
+    try:
+        return installed_version(package).split("+")[0]
+    except PackageNotFoundError:
+        if package != "mlflow":
+            raise
+        return installed_version("mlflow-skinny")
+
+
+def _explained(exc: MlflowException | ImportError) -> str:
+    """Return the message of an error of MLflow; of a missing storage library: what to install."""
+    error: BaseException | None = exc
+    while error is not None:
+        library = (getattr(error, "name", None) or "").split(".")[0]
+        if isinstance(error, ImportError) and library in STORAGE_EXTRAS:
+            extra = f"scgpt_batch[{STORAGE_EXTRAS[library]}]"
+            return f"the library of the cloud's storage is not installed ({error}); pip install '{extra}'"
+        error = error.__cause__
+    return str(getattr(exc, "message", exc))

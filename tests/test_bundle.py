@@ -110,3 +110,17 @@ def test_a_changed_threshold_changes_its_alert(tmp_path):
     (tmp_path / "monitor.yml").write_text("monitor: {max_error_rate: 0.25, hours: 2}")
     made = {path.name: text for path, text in generator.files(tmp_path).items()}
     assert "double_value: 0.25" in made["error_rate.alert.yml"] and "120 minutes" in made["error_rate.alert.yml"]
+
+
+@pytest.mark.parametrize("target", AS_WRITTEN["targets"])
+def test_account_users_is_never_given_as_a_workspace_group(target):
+    permissions = [
+        p for kind in bundles.resolved(target).values() for r in kind.values() for p in r.get("permissions", [])
+    ]
+    groups = {permission.get("group_name") for permission in permissions}
+    assert "users" in groups and "account users" not in groups
+
+
+def test_curators_may_register_models_in_the_schema():
+    grants = bundles.resolved("prod")["schemas"]["scgpt"]["grants"]
+    assert "CREATE_MODEL" in next(grant["privileges"] for grant in grants if grant["principal"] == "curators")

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import mlflow
@@ -266,3 +267,47 @@ def test_the_model_answers_where_only_its_requirements_are(registered, lonely, t
     for mode, found in theirs.items():
         answer = ours.embed(rows.iloc[0].to_dict(), Parameters(need_preprocess=False, mode=mode))
         assert_close(found, answer.embeddings, atol=1e-6)
+
+
+def test_experiment_of_a_store_in_sqlite_keeps_its_files_beside_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "store").mkdir()
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri("sqlite:///store/mlflow.db")
+    try:
+        registry.use_experiment("beside")
+        registry.use_experiment("beside")
+        assert mlflow.get_experiment_by_name("beside").artifact_location == (tmp_path / "store/artifacts").as_uri()
+    finally:
+        mlflow.set_experiment(experiment_id="0")
+        mlflow.set_tracking_uri(before)
+
+
+@pytest.mark.parametrize(
+    ("library", "extra"),
+    [("boto3", "databricks-aws"), ("azure.core.credentials", "databricks-azure"), ("google.cloud", "databricks-gcp")],
+)
+def test_missing_storage_library_names_the_extra(tracking, monkeypatch, library, extra):
+    def without_library(*_, **__):
+        try:
+            raise ModuleNotFoundError(f"No module named {library!r}", name=library)
+        except ImportError as exc:
+            raise mlflow.exceptions.MlflowException("Unable to import necessary dependencies") from exc
+
+    monkeypatch.setattr(mlflow.artifacts, "download_artifacts", without_library)
+    with pytest.raises(ConfigError, match=rf"pip install 'scgpt_batch\[{extra}\]'"):
+        registry.resolve("models:/scgpt/1")
+
+
+def test_requirement_mlflow_has_the_version_of_mlflow_skinny(monkeypatch):
+    installed = {"mlflow-skinny": "3.17.2"}
+
+    def version(package):
+        if package not in installed:
+            raise PackageNotFoundError(package)
+        return installed[package]
+
+    monkeypatch.setattr(registry, "installed_version", version)
+    assert registry._public_version("mlflow") == "3.17.2"
+    with pytest.raises(PackageNotFoundError):
+        registry._public_version("torch")

@@ -324,3 +324,28 @@ def test_prune_keeps_the_newest_versions_of_each_model_and_forgets_the_others(sp
         assert {row[0] for row in left} == kept
     assert spark.table(table).where("model_name = 'other'").count() == 3
     assert prune(spark, table, ledger, 2) == 0
+
+
+class WithoutCreateSchema:
+    """The session of a principal without the right: Unity Catalog refuses the statement also where it does nothing."""
+
+    def __init__(self, spark):
+        self._spark = spark
+
+    def __getattr__(self, name):
+        return getattr(self._spark, name)
+
+    def sql(self, statement, *args, **kwargs):
+        if statement.startswith("CREATE SCHEMA"):
+            raise PermissionError("User does not have CREATE SCHEMA on Catalog 'main'")
+        return self._spark.sql(statement, *args, **kwargs)
+
+
+def test_table_in_an_existing_schema_needs_no_right_to_create_schemas(spark):
+    tables.create(WithoutCreateSchema(spark), "default.without_create_schema", tables.ADATA_ROWS)
+    assert tables.exists(spark, "default.without_create_schema")
+
+
+def test_missing_schema_is_created(spark):
+    tables.create(spark, "made_by_create.rows", tables.ADATA_ROWS)
+    assert spark.catalog.databaseExists("made_by_create")

@@ -138,7 +138,7 @@ def embed_table(spark: SparkSession, settings: EmbedSettings, parameters: Parame
         return _plan(job)
     _create_tables(job)
     if settings.experiment:
-        mlflow.set_experiment(settings.experiment)
+        registry.use_experiment(settings.experiment)
     with mlflow.start_run(run_name=f"embed {parameters.mode}") as run:
         job.run_id = run.info.run_id
         return _run(job)

@@ -177,7 +177,8 @@ def create(spark: SparkSession, table: str, columns: str, *, vector_length: int 
         _adapt(spark, table, columns, vector_length)
         return
     schema = table.rsplit(".", 1)[0] if not _PATH.fullmatch(table) and "." in table else None
-    if schema:
+    # Unity Catalog checks the right to create schemas before it looks whether the schema exists
+    if schema and not spark.catalog.databaseExists(schema):
         spark.sql(f"CREATE SCHEMA IF NOT EXISTS {schema}")
     promises = "" if vector_length is None else f"TBLPROPERTIES ({_promises(vector_length)})"
     statement = f"CREATE TABLE IF NOT EXISTS {table} ({columns}) USING delta {promises}"
