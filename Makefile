@@ -7,7 +7,7 @@
 # make faults  break the nightly run for real, and count what is lost or doubled
 # make bench-blog   the blog's wrapper against this job, side by side
 # make bench-serving  the blog's wrapper under mlflow models serve against scgpt-batch serve; 20,000 requests; 10,000 rows
-# make fault-serving  the endpoint killed 20 times under load, and 5,000 requests of nonsense
+# make fault-serving  the endpoint killed 50 times under load, 50,000 hostile bodies and 50,000 times random bytes (an hour)
 
 PYTHON ?= python3
 VENV := .venv
@@ -111,8 +111,9 @@ faults: setup
 	$(VENV)/bin/python -m tests.faults.run
 
 fault-serving: setup
-	SCGPT_BATCH_KILLS=20 SCGPT_BATCH_FUZZ=5000 $(VENV)/bin/pytest tests/test_serving.py tests/test_serving_log.py \
-	  -k 'kills or no_body'
+	SCGPT_BATCH_KILLS=$${SCGPT_BATCH_KILLS:-50} SCGPT_BATCH_FUZZ=$${SCGPT_BATCH_FUZZ:-50000} \
+	  $(VENV)/bin/pytest tests/test_serving.py tests/test_serving_log.py tests/test_serving_limits.py \
+	  -k 'kills or no_body or no_bytes'
 
 clean:
 	rm -rf .demo .cache dist mlruns $(VENV) $(UPSTREAM)

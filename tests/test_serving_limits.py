@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import resource
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from scgpt_batch.cli import WRONG_USAGE, main
 from scgpt_batch.embedder import Embedder
 from scgpt_batch.model import Vocabulary, load_checkpoint
 from scgpt_batch.parameters import Parameters
+from scgpt_batch.serving.connections import FILES_KEPT, connections_within_files
 from scgpt_batch.serving.microbatch import MicroBatcher
 from tests.endpoint_process import EndpointProcess, payload
 from tests.helpers import mlflow_store, random_adata
@@ -203,6 +205,18 @@ def test_an_open_address_needs_a_token_or_the_flag(capsys, monkeypatch, flags, t
     monkeypatch.delenv("SCGPT_BATCH_TOKEN", raising=False)
     assert main(["serve", "--model-uri", "/nowhere", "--port", "0", *flags]) == WRONG_USAGE
     assert told in capsys.readouterr().err
+
+
+def test_connections_leave_files_for_everything_else():
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (512, before[1]))
+        assert connections_within_files(100) == 100
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 512
+        assert connections_within_files(1000) == 1000  # the soft limit is raised
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 1000 + FILES_KEPT
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_work_that_nobody_waits_for_ends_before_its_next_batch(golden, genes, monkeypatch):

@@ -44,13 +44,13 @@ class LimitedProtocol(H11Protocol):
             self._watch_header()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the clocks."""
+        """Cancel the timers."""
         self._header_timer = _cancelled(self._header_timer)
         self._stall_timer = _cancelled(self._stall_timer)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Take bytes; while they are part of a header, the clock runs."""
+        """Take bytes; a header that is not complete has a deadline."""
         super().data_received(data)
         self._watch_header()
 
@@ -69,7 +69,7 @@ class LimitedProtocol(H11Protocol):
         self._watch_answer()
 
     def resume_writing(self) -> None:
-        """Note that it has."""
+        """Cancel the watch: the client has taken its answer."""
         self._stall_timer = _cancelled(self._stall_timer)
         super().resume_writing()
 
