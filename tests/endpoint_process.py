@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -78,6 +79,14 @@ class EndpointProcess:
         if self.process.poll() is None:
             self.kill()
         self.process.stdout.close()
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 300) -> None:
+    """Return once the condition holds; fail when it does not within a time that no machine needs."""
+    ends = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < ends, f"not within {seconds:g} s"
+        time.sleep(0.01)
 
 
 def payload(row: dict[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from scgpt_batch.model import Vocabulary, load_checkpoint
 from scgpt_batch.parameters import Parameters
 from scgpt_batch.serving.connections import FILES_KEPT, connections_within_files
 from scgpt_batch.serving.microbatch import MicroBatcher
-from tests.endpoint_process import EndpointProcess, payload
+from tests.endpoint_process import EndpointProcess, payload, wait_until
 from tests.helpers import mlflow_store, random_adata
 
 TOKEN = "s3cret"
@@ -125,10 +125,9 @@ def test_a_client_that_leaves_stops_the_work_and_is_logged(limited, genes):
     begun = limited.table.with_name("payload_spool") / "unanswered"
     with connect(limited) as connection:
         connection.sendall(head.encode() + f"content-length: {len(body)}\r\n\r\n".encode() + body)
-        while not list(begun.iterdir()):
-            pass
-    while 'scgpt_batch_requests_total{status="499"}' not in limited.session.get(f"{limited.url}/metrics").text:
-        pass
+        wait_until(lambda: list(begun.iterdir()))
+    counted = 'scgpt_batch_requests_total{status="499"}'
+    wait_until(lambda: counted in limited.session.get(f"{limited.url}/metrics", timeout=60).text)
 
 
 HEADERS = [

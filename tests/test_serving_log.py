@@ -21,7 +21,7 @@ from scgpt_batch.errors import ConfigError
 from scgpt_batch.model import Vocabulary
 from scgpt_batch.serving.inference_log import MAX_PAYLOAD, SCHEMA, Exchange, InferenceLog, Spool, table_path
 from scgpt_batch.serving.metrics import Metrics
-from tests.endpoint_process import EndpointProcess, payload
+from tests.endpoint_process import EndpointProcess, payload, wait_until
 from tests.helpers import mlflow_store, random_adata
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
@@ -388,8 +388,7 @@ def test_a_request_in_flight_when_the_process_dies_leaves_a_trace(registered, tm
     with EndpointProcess(registered, tmp_path) as endpoint:
         asking = threading.Thread(target=_ask_in_vain, args=(endpoint, document))
         asking.start()
-        while not list((tmp_path / "payload_spool" / "unanswered").iterdir()):
-            time.sleep(0.01)
+        wait_until(lambda: list((tmp_path / "payload_spool" / "unanswered").iterdir()))
         endpoint.kill()
         asking.join()
     with EndpointProcess(registered, tmp_path) as endpoint:
