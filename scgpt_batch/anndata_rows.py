@@ -151,7 +151,10 @@ def read_row(row: Mapping[str, Any]) -> RowContent:
     else:
         x = _csr(row, len(obs), len(var))
         check_values(x, var.index, "x_data")
-    x = _as_stated(x, _given(row, "x_dtype"))
+    stated = _given(row, "x_dtype")
+    if stated is None and sp.issparse(matrix) and matrix.dtype.name in _NUMBER_TYPES:
+        stated = matrix.dtype.name
+    x = _as_stated(x, stated)
     x.eliminate_zeros()
     return RowContent(x, obs, var, (warning,) if warning else ())
 
@@ -427,7 +430,8 @@ def _dense(given: Any, n_obs: int, n_vars: int) -> sp.csr_matrix:
     if sp.issparse(given):
         matrix = sp.csr_matrix(given)
         # scipy lets anyone set the arrays; they are checked as if they came in columns
-        arrays = {"x_data": matrix.data, "x_indices": matrix.indices, "x_indptr": matrix.indptr}
+        data = matrix.data.view(np.uint8) if matrix.dtype == bool else matrix.data
+        arrays = {"x_data": data, "x_indices": matrix.indices, "x_indptr": matrix.indptr}
         if matrix.shape != (n_obs, n_vars):
             raise PayloadError(f"adata_sparsematrix is {matrix.shape}, obs and var want ({n_obs}, {n_vars})")
         return _csr(arrays, n_obs, n_vars)

@@ -101,6 +101,17 @@ def test_missing_layer_is_named(folder):
         load_checkpoint(folder)
 
 
+def test_layers_beyond_the_stated_ones_are_refused(folder):
+    change_json(folder / "args.json", nlayers=2)
+    with pytest.raises(CheckpointError, match=r"tensors of 3 layers, args\.json says nlayers 2"):
+        load_checkpoint(folder)
+
+
+def test_a_whole_pad_value_may_be_written_as_a_float(folder):
+    change_json(folder / "args.json", pad_value=-2.0)
+    assert load_checkpoint(folder).config.pad_value == -2
+
+
 @pytest.mark.parametrize(("name", "args"), [(WQKV, {}), ("linear1", {"d_hid": 64})], ids=["tensor", "args.json"])
 def test_wrong_shape_is_named(folder, name, args):
     change_json(folder / "args.json", **args)
@@ -201,6 +212,7 @@ def test_what_is_not_built_is_named(folder, args):
         ({"d_hid": 10**30}, "d_hid must be at least 1 and at most 65536"),
         ({"pad_value": 10**30}, "pad_value must be a number that float32 holds"),
         ({"pad_value": None}, "pad_value must be a whole number"),
+        ({"pad_value": -2.5}, r"pad_value must be a whole number, not -2\.5"),
         ({"pad_token": "<mask>"}, "pad_token must be '<pad>', not '<mask>'"),
     ],
     ids=str,

@@ -92,6 +92,8 @@ class ModelConfig:
         values = {}
         for name in ("embsize", "nheads", "d_hid", "nlayers", "n_layers_cls", "pad_value"):
             value = args.get(name, getattr(cls, name, None))
+            if name == "pad_value" and isinstance(value, float) and value.is_integer():
+                value = int(value)  # a value of X, which some write as -2.0
             if not isinstance(value, int) or isinstance(value, bool):
                 raise CheckpointError(f"args.json: {name} must be a whole number, not {value!r}")
             values[name] = value
@@ -156,12 +158,18 @@ class Checkpoint:
         return {name: state[name].float() for name in expected}, tuple(ignored)
 
     def _refuse_wrong_tensors(self, state: dict[str, torch.Tensor], expected: dict[str, tuple[int, ...]]) -> None:
-        """Refuse tensors that are missing, of another shape or not finite."""
+        """Refuse tensors that are missing, of layers beyond the stated ones, of another shape or not finite."""
         missing = sorted(set(expected) - set(state))
         if missing:
             raise CheckpointError(
                 f"{self.weights} lacks {len(missing)} of {len(expected)} tensors, first {missing[0]!r}; "
                 "upstream would leave them random"
+            )
+        layers = {name.split(".")[2] for name in state if name.startswith("transformer_encoder.layers.")}
+        if len(layers) > self.config.nlayers:
+            raise CheckpointError(
+                f"{self.weights} has tensors of {len(layers)} layers, args.json says nlayers {self.config.nlayers}: "
+                "the last layers would be left out; take the args.json of these weights"
             )
         rows = state["encoder.embedding.weight"].shape[0]
         if rows != len(self.vocabulary):

@@ -20,7 +20,7 @@ from requests.adapters import HTTPAdapter
 from tqdm.auto import tqdm
 from urllib3.util import Retry
 
-from scgpt_batch.anndata_rows import PAYLOAD_COLUMNS, to_row
+from scgpt_batch.anndata_rows import PAYLOAD_COLUMNS, to_row, unique_cell_names
 from scgpt_batch.answers import unpacked
 from scgpt_batch.errors import ConfigError, PartsFailed, PayloadError
 from scgpt_batch.gene_names import lookup_columns
@@ -131,7 +131,9 @@ def _lean(adata: ad.AnnData, asked: Parameters) -> ad.AnnData:
     missing = [name for name in obs if name not in adata.obs]
     if missing:
         raise ConfigError(f"obs has no column {missing[0]!r}")
-    return ad.AnnData(adata.X, obs=adata.obs[obs], var=adata.var[lookup_columns(adata.var.columns)])
+    names, _ = unique_cell_names(adata.obs_names)  # over all cells: a request may hold some of them
+    var = adata.var[lookup_columns(adata.var.columns)]
+    return ad.AnnData(adata.X, obs=adata.obs[obs].set_axis(names), var=var)
 
 
 @dataclass(frozen=True)
