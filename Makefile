@@ -1,5 +1,7 @@
 # make demo    sets everything up, runs the main job on real cells, shows the result
 # make test    sets everything up, passes checks and tests
+# make numbers       the tests of numbers again, with the kernels of two kinds of older CPUs
+# make test-versions installs the wheel with each Python and set of versions that is supported, and tests it there
 # make check   lint, format, types, import direction
 # make bundle  writes the dashboard and alerts of conf/databricks anew, from the SQL and conf/monitor.yml
 # make parity  compares live with the real scgpt 0.2.4, in an environment of its own
@@ -15,7 +17,7 @@ UPSTREAM := .venv-upstream
 export SPARK_LOCAL_IP ?= 127.0.0.1
 export PYTHONUNBUFFERED = 1
 
-.PHONY: setup java chromium demo test check bundle parity bench bench-blog bench-serving faults fault-serving clean
+.PHONY: setup java chromium demo test numbers test-versions check bundle parity bench bench-blog bench-serving faults fault-serving clean
 
 setup: $(VENV)/.ready java
 
@@ -87,8 +89,18 @@ check: setup
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
-test: check chromium
+test: check chromium numbers
 	$(VENV)/bin/pytest
+
+# torch chooses its kernels by CPU: "default" has no vector instructions, "avx2" none of 512 bits.
+NUMBERS := tests/test_model.py tests/test_embedder.py
+numbers: setup
+	ATEN_CPU_CAPABILITY=default $(VENV)/bin/pytest $(NUMBERS)
+	ATEN_CPU_CAPABILITY=avx2 $(VENV)/bin/pytest $(NUMBERS)
+
+# LEGS="newest-3.12 lowest-3.11": only these
+test-versions: setup
+	$(VENV)/bin/python -m tests.versions.run $(LEGS)
 
 bundle: setup
 	$(VENV)/bin/python -m scgpt_batch.monitoring.bundle conf

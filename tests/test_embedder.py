@@ -312,7 +312,8 @@ def test_several_threads_may_ask_at_once(embedder):
     alone = [embedder.embed(row, parameters).cell_embeddings for row in rows]
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(lambda row: embedder.embed(row, parameters).cell_embeddings, rows))
-    assert all(np.array_equal(a, b) for a, b in zip(alone, together, strict=True))
+    for one, other in zip(alone, together, strict=True):
+        assert_close(other, one, atol=1e-6)  # torch may use another number of threads, and so another kernel
 
 
 @pytest.mark.parametrize(

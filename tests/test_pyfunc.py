@@ -105,7 +105,10 @@ def assert_same_answers(found, wanted):
     for name in found:
         for a, b in zip(found[name], wanted[name], strict=True):
             assert (a is None) == (b is None), name
-            assert a is None or np.array_equal(a, b), name
+            if a is not None and name.endswith("_embeddings"):  # their batches may differ, and so torch's kernels
+                assert_close(np.array([*map(np.asarray, a)]), np.array([*map(np.asarray, b)]), atol=1e-6)
+            else:
+                assert a is None or np.array_equal(a, b), name
 
 
 # Rows in, answers out
@@ -219,7 +222,7 @@ def test_a_parameter_in_a_column_wins_for_its_row(model):
 def test_a_number_in_a_column_wins_for_its_row(model):
     found = model.predict(frame(row(), row(), max_length=[3, 1200]), params=CELLS)
     alone = model.predict(frame(row()), params=CELLS | {"max_length": 3})
-    assert np.array_equal(found["cell_embeddings"][0], alone["cell_embeddings"][0])
+    assert_close(np.stack(found["cell_embeddings"][0]), np.stack(alone["cell_embeddings"][0]), atol=1e-6)
     assert not np.array_equal(*found["cell_embeddings"])
 
 

