@@ -76,7 +76,9 @@ def write_rows(spark: SparkSession, table: Path, *, n_rows: int, fmt: Format) ->
     rows = cell_rows(read_cells(PBMC, n_genes=N_GENES), n_rows=n_rows, n_cells=N_CELLS)
     while batch := list(islice(rows, ROWS_A_FILE[fmt])):
         frame = spark.createDataFrame(to_arrow(batch, fmt)).coalesce(1)
-        frame = frame.withColumn("content_hash", content_hash())  # as ingest writes it
+        frame = frame.withColumns({"x_dtype": F.lit(None).cast("string")}).withColumn(
+            "content_hash", content_hash()
+        )  # as ingest writes it
         frame.write.format("delta").mode("append").save(str(table))
     return table_bytes(table)
 

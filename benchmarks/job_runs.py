@@ -13,6 +13,7 @@ from delta_session import delta_session
 from figures import PBMC, ROOT, WORK
 from full_size_checkpoint import write_checkpoint
 from pbmc_rows import cell_rows, gene_names, read_cells, to_arrow
+from pyspark.sql import functions as F
 from worker_memory import WorkerMemory
 
 from scgpt_batch.spark.tables import content_hash
@@ -27,7 +28,11 @@ def write_rows(name: str, n_rows: int, n_cells: int) -> Path:
     shutil.rmtree(table, ignore_errors=True)
     spark = delta_session("rows")
     made = list(cell_rows(read_cells(PBMC, n_genes=N_GENES), n_rows=n_rows, n_cells=n_cells))
-    frame = spark.createDataFrame(to_arrow(made, "csr")).withColumn("content_hash", content_hash())
+    frame = (
+        spark.createDataFrame(to_arrow(made, "csr"))
+        .withColumns({"x_dtype": F.lit(None).cast("string")})
+        .withColumn("content_hash", content_hash())
+    )
     frame.coalesce(2).write.format("delta").save(str(table))
     spark.stop()
     return table

@@ -245,6 +245,11 @@ def load_embedder(
         return _EMBEDDERS[key]
 
 
+def opened_embedder(digest: str, device: str | None = None) -> Embedder | None:
+    """Return the embedder of a checkpoint that this process has opened; None if it has not."""
+    return _EMBEDDERS.get((digest, device, ()))
+
+
 def loads_in_this_process() -> int:
     """How many models this process has loaded: one for each checkpoint, however many requests."""
     return len(_EMBEDDERS)

@@ -120,3 +120,8 @@ def in_one_line(exc: Exception) -> str:
     first = lines[0].removeprefix(": ") if lines else type(exc).__name__
     causes = [line.removeprefix("Caused by: ") for line in lines if line.startswith("Caused by: ")]
     return masked(f"{first}: {causes[-1]}" if causes else first)
+
+
+def printable(text: str) -> str:
+    """Return the text in one line, control characters escaped: an id with a line end must not forge a log line."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

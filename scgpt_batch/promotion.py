@@ -115,12 +115,11 @@ def _parity(settings: PromoteSettings, new: ResolvedModel, sample: Any, found: l
     largest = 0.0
     for case, answers in zip(sample["cases"], found, strict=True):
         for stored, answer in zip(case["answers"], answers, strict=True):
-            same = all(stored[name] == answer[name] for name in ("genes", "cell_ids", "n_cells", "error"))
-            was, now = _vectors(stored), _vectors(answer)
-            if not same or was.shape != now.shape or not np.isfinite(now).all():
+            difference = registry.answer_difference(stored, answer)
+            if difference is None:
                 where = f"mode {case['params']['mode']!r}"
                 return Check("parity", False, f"{where}: other genes, cells or error than when it was registered")
-            largest = max(largest, float(np.abs(was - now).max(initial=0.0)))
+            largest = max(largest, difference)
     message = f"largest difference to the answers stored when it was registered: {largest:.2g}"
     return Check("parity", largest <= settings.tolerance, message, largest, settings.tolerance)
 

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
+from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,8 @@ from mlflow.utils.nfs_on_spark import get_nfs_cache_root_dir
 import scgpt_batch
 from scgpt_batch import pyfunc
 from scgpt_batch.anndata_rows import PAYLOAD_COLUMNS, table_to_json
-from scgpt_batch.embedder import Embedder
+from scgpt_batch.answers import unpacked
+from scgpt_batch.embedder import Embedder, load_embedder
 from scgpt_batch.errors import CheckpointError, ConfigError
 from scgpt_batch.model import SPECIAL_TOKENS, Checkpoint, ModelConfig, checkpoint_digest, load_checkpoint
 from scgpt_batch.parameters import Parameters
@@ -42,6 +45,7 @@ REQUIREMENTS = (
 STORAGE_EXTRAS = {"boto3": "databricks-aws", "azure": "databricks-azure", "google": "databricks-gcp"}
 
 SAMPLE = "sample.json"
+SAMPLE_TOLERANCE = 1e-5  # of a number in its answers, in float32 on any CPU
 # What the sample is asked when a version is registered, and again when it is promoted: every mode, and preprocessing.
 _BINS_ONLY = {"need_preprocess": False, "encoding": "float32_base64"}
 _PREPROCESSED = {"data_is_raw": True, "log1p": True, "subset_hvg": 0, "encoding": "float32_base64"}
@@ -173,8 +177,13 @@ def use_experiment(name: str) -> None:
     mlflow.set_experiment(name)
 
 
-def resolve(model_uri: str) -> ResolvedModel:
+def resolve(model_uri: str, *, into: str | None = None) -> ResolvedModel:
     """Find a model and fetch its files: an alias becomes the version it stands for now.
+
+    Parameters
+    ----------
+    into
+        Folder to fetch the files of a registered version into; None: where MLflow keeps them.
 
     Raises
     ------
@@ -184,7 +193,7 @@ def resolve(model_uri: str) -> ResolvedModel:
     try:
         name, version = _name_and_version(model_uri)
         uri = f"models:/{name}/{version}" if version else model_uri
-        folder = Path(_fetched(uri) if version else _existing_folder(model_uri))
+        folder = Path(_fetched(uri, into) if version else _existing_folder(model_uri))
         flavor = mlflow.models.Model.load(str(folder)).flavors["python_function"]
         checkpoint = folder / flavor["artifacts"]["checkpoint"]["path"]
         digest = flavor["config"]["checkpoint_digest"]
@@ -197,14 +206,14 @@ def resolve(model_uri: str) -> ResolvedModel:
     return ResolvedModel(uri, name or folder.name, version or digest[:12], folder, checkpoint, digest)
 
 
-def _fetched(uri: str) -> str:
+def _fetched(uri: str, into: str | None) -> str:
     """Fetch a version's files: to the folder that all machines of the cluster share, where there is one.
 
     There `mlflow.pyfunc.spark_udf` puts them too: Databricks has one on each classic cluster, and gives Spark's workers
     no credentials to fetch for themselves; other clusters name theirs by `spark.mlflow.nfs.rootDir`.
     """
-    if not get_nfs_cache_root_dir():
-        return mlflow.artifacts.download_artifacts(uri)
+    if into or not get_nfs_cache_root_dir():
+        return mlflow.artifacts.download_artifacts(uri, dst_path=into)
     folder = Path(tempfile.mkdtemp(dir=get_or_create_nfs_tmp_dir()))
     folder.chmod(0o755)  # workers may be another user
     return mlflow.artifacts.download_artifacts(uri, dst_path=str(folder))
@@ -222,6 +231,77 @@ def sample_path(model: ResolvedModel) -> Path | None:
     flavor = mlflow.models.Model.load(str(model.folder)).flavors["python_function"]
     entry = flavor["artifacts"].get("sample")
     return model.folder / entry["path"] if entry else None
+
+
+def code_difference(model: ResolvedModel) -> str | None:
+    """Say how the installed code differs from the code that registered a version; None where it gives its numbers.
+
+    With the same source and the same libraries it does. Otherwise it answers the version's stored sample on the CPU,
+    within `SAMPLE_TOLERANCE` of what was stored.
+    """
+    if _same_source(model) and _same_libraries(model):
+        return None
+    path = sample_path(model)
+    if path is None:
+        return "the version carries no stored answers to compare with"
+    sample = json.loads(path.read_text(encoding="utf-8"))
+    embedder = load_embedder(model.checkpoint, digest=model.digest, device="cpu")
+    for case in sample["cases"]:
+        what = f"mode {case['params']['mode']!r}"
+        try:
+            parameters = Parameters.create(case["params"])
+        except ConfigError as exc:
+            return f"{what}: {exc}"
+        for row, stored in zip(sample["rows"], case["answers"], strict=True):
+            answer = pyfunc.answer_columns(embedder.embed(row, parameters), parameters, embedder.config.embsize)
+            difference = answer_difference(stored, answer)
+            if difference is None:
+                return f"{what}: other genes, cells or error than when it was registered"
+            if difference > SAMPLE_TOLERANCE:
+                return f"{what}: numbers differ by up to {difference:.2g} from those stored when it was registered"
+    return None
+
+
+def answer_difference(stored: dict[str, Any], answer: dict[str, Any]) -> float | None:
+    """Return the largest difference of two answers' numbers; None where they are not of the same genes and cells."""
+    same = all(stored[name] == answer[name] for name in ("genes", "cell_ids", "n_cells", "error"))
+    was, now = (unpacked(a["embeddings_base64"] or "", "float32_base64", a["embedding_dim"]) for a in (stored, answer))
+    if not same or was.shape != now.shape or not np.isfinite(now).all():
+        return None
+    return float(np.abs(was - now).max(initial=0.0))
+
+
+def registered_by(model: ResolvedModel) -> str:
+    """Return the package version that registered a model."""
+    metadata = mlflow.models.Model.load(str(model.folder)).metadata or {}
+    return str(metadata.get("package_version", "of unknown version"))
+
+
+def _same_source(model: ResolvedModel) -> bool:
+    return _source(model.folder / "code" / scgpt_batch.__name__) == _source(files(scgpt_batch))
+
+
+def _source(folder: Traversable) -> dict[str, bytes]:
+    """Read the Python files below a folder, which may lie in a zip file."""
+    found: dict[str, bytes] = {}
+    if not folder.is_dir():
+        return found
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            found |= {f"{entry.name}/{name}": text for name, text in _source(entry).items()}
+        elif entry.name.endswith(".py"):
+            found[entry.name] = entry.read_bytes()
+    return found
+
+
+def _same_libraries(model: ResolvedModel) -> bool:
+    """Compare the installed libraries with those that the version was registered with."""
+    try:
+        lines = (model.folder / "requirements.txt").read_text(encoding="utf-8").split()
+        pinned = [line.split("==") for line in lines if "==" in line]
+        return all(_public_version(name) == version for name, version in pinned)
+    except (OSError, PackageNotFoundError, ValueError):
+        return False
 
 
 def model_card(checkpoint: Checkpoint, source: str) -> str:
@@ -280,7 +360,7 @@ def _stored_answers(checkpoint: Checkpoint) -> dict[str, Any]:
         "adata_obs": table_to_json(pd.DataFrame(index=["cell1", "cell2", "cell3"])),
         "adata_var": table_to_json(pd.DataFrame(index=genes)),
     }
-    embedder, cases = Embedder(checkpoint), []
+    embedder, cases = Embedder(checkpoint, device="cpu"), []  # a GPU's numbers differ by more than CPUs' among them
     for params in SAMPLE_CASES:
         parameters = Parameters.create(params)
         answer = pyfunc.answer_columns(embedder.embed(row, parameters), parameters, checkpoint.config.embsize)

@@ -195,6 +195,8 @@ def decide(statistics: Statistics, parameters: Parameters, decisions: Decisions 
     """
     if decisions is not None and decisions.final:
         return decisions
+    if decisions is not None and statistics.left_out > decisions.left_out:  # a later pass lost more
+        decisions = replace(decisions, left_out=statistics.left_out)
     try:
         if not len(statistics.genes):
             raise PreprocessError("no row of the sample can be read")

@@ -66,6 +66,9 @@ class EmbedSettings(Settings):
     ledger_table: str = Field("", description="what happened to each row; empty: output table + _ledger")
     runs_table: str = Field("", description="one row a run; empty: output table + _runs")
     max_failed_fraction: float = Field(0.1, ge=0, le=1, description="exit code 3 when more of the run's rows fail")
+    allow_other_code: bool = Field(
+        False, description="run even if the installed package's numbers differ from those the model was registered with"
+    )
     retry_failed: bool = Field(False, description="take rows again that failed with the same content and parameters")
     wave_cells: int = Field(200_000, ge=1, description="cells of a wave: what a killed run has to do again at most")
     row_timeout: float = Field(3600, gt=0, description="seconds without an answer until a row is given up as Timeout")

@@ -3,9 +3,12 @@
 import itertools
 import os
 import re
+import sys
 import threading
+import time
 from collections import defaultdict
 from datetime import datetime
+from pathlib import Path
 from unittest.mock import patch
 
 import anndata as ad
@@ -14,13 +17,16 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyspark import TaskContext
 from pyspark.sql import functions as F
 
 from scgpt_batch.anndata_rows import to_row
 from scgpt_batch.cli import FAILED, OK, WRONG_USAGE, main
 from scgpt_batch.embedder import load_embedder
+from scgpt_batch.errors import printable
 from scgpt_batch.parameters import Parameters
 from scgpt_batch.spark import embed, missing, tables
+from scgpt_batch.spark.isolated import isolates
 from scgpt_batch.spark.missing import between_neighbours, missing_rows, n_tasks, with_tasks
 from tests.faults.bench import Bench
 from tests.faults.scenarios import poison
@@ -317,3 +323,78 @@ def test_deadly_rows_fail_alone():
     with Bench() as bench:
         result = poison(bench, 1, rows_in=24)
     assert (result.failed, result.lost, result.duplicates, result.broken) == (4, 0, 0, [])
+
+
+def deadly(function, folder, bad):
+    """A worker's function that dies with a row unless it isolates rows, and notes the rows that it does isolate.
+
+    It dies when two other tasks have begun: on two cores, one of them has ended.
+    """
+
+    def make(*args):
+        run = function(*args)
+
+        def die(batches):
+            (folder / f"task-{TaskContext.get().partitionId()}").touch()
+            for batch in batches:
+                ids = batch.column(bad[0]).to_pylist()
+                if isolates():
+                    for name in ids:
+                        (folder / name).touch()
+                elif bad[1] in ids:
+                    while len(list(folder.glob("task-*"))) < 3:
+                        time.sleep(0.05)
+                    os._exit(1)
+                yield from run([batch])
+
+        return die
+
+    return make
+
+
+def test_only_the_task_of_a_deadly_row_is_repeated_in_isolation(spark, run, tmp_path, words, monkeypatch):
+    monkeypatch.setattr(embed, "embed_rows", deadly(embed.embed_rows, tmp_path, ("adata_id", "good-005")))
+    code, told, err = run(*words, "--wave-cells", 36)
+    assert (code, told["rows_ok"]) == (OK, 12), err
+    isolated = {path.name for path in tmp_path.glob("good-*")}
+    assert "good-005" in isolated and len(isolated) < 12
+    assert spark.table(f"delta.`{tmp_path}/out`").count() == 36
+
+
+def test_workers_without_the_package_end_the_run_at_once(spark, run, tmp_path, words, monkeypatch, caplog):
+    """A real worker whose Python sees the libraries, but not this package."""
+    python = tmp_path / "python"
+    libraries = Path(np.__file__).parents[1]  # on PYTHONPATH its .pth files, which name this package, do not count
+    python.write_text(f'#!/bin/sh\nPYTHONPATH="{libraries}" exec "{sys.executable}" -S -P "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(spark.sparkContext, "pythonExec", str(python))
+    code, _, err = run(*words)
+    last = err.strip().splitlines()[-1]
+    assert code == WRONG_USAGE and "No module named 'scgpt_batch'" in last and "PYSPARK_PYTHON" in last
+    (told,) = spark.table(f"delta.`{tmp_path}/out_runs`").collect()
+    assert told["status"] == "failed" and "a Python worker was lost" not in caplog.text
+
+
+def test_warnings_are_counted_by_kind(spark, run, words, rows, caplog):
+    """Values that are no counts, in three rows of twelve."""
+    spark.sql(f"UPDATE {rows} SET x_data = transform(x_data, x -> x / 2) WHERE adata_id < 'good-003'")
+    told = run(*words)[1]
+    assert list(told["warnings"].values()) == [3]
+    assert f"3 rows carry a warning: {next(iter(told['warnings']))}" in caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("warning", "kind"),
+    [
+        ("12 of 1,000 cells carry no gene: what they give is that of <cls>", "N of N cells carry no gene"),
+        ("genes asked for are missing: CD3D, B2M", "genes asked for are missing"),
+        ("'obs.x' has 3.5 nulls", "… has N nulls"),
+        ("CD3D and HLA-A2 are left out (2 columns)", "CD3D and HLA-A2 are left out"),
+    ],
+)
+def test_the_kind_of_a_warning_leaves_names_and_numbers_out(warning, kind):
+    assert embed.warning_kind(warning) == kind
+
+
+def test_an_id_cannot_forge_a_log_line():
+    assert printable("row\n2026 ERROR forged\x1b[0m\u2028ü") == "row\\n2026 ERROR forged\\x1b[0m\\u2028ü"

@@ -1,14 +1,17 @@
 """What registering leaves in MLflow, how a model is found again, and that its requirements are all it needs."""
 
+import base64
 import json
 import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import mlflow
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +20,7 @@ from scgpt_batch import registry
 from scgpt_batch.errors import CheckpointError, ConfigError
 from scgpt_batch.model import checkpoint_digest, load_checkpoint
 from scgpt_batch.parameters import Parameters
+from scgpt_batch.spark.udf import ModelRef
 from tests.helpers import assert_close, mlflow_store
 
 ROOT = Path(__file__).parent.parent
@@ -39,6 +43,71 @@ def registered(tracking):
 
 def runs():
     return mlflow.search_runs(experiment_names=["tests"], output_format="list")
+
+
+# Whether the installed code is what registered a version
+
+
+@pytest.fixture
+def of_other_code(registered, tmp_path):
+    """A copy of the version whose source differs from the installed one."""
+    folder = tmp_path / "model"
+    shutil.copytree(registered.folder, folder)
+    (folder / "code" / "scgpt_batch" / "errors.py").write_text("# older")
+    return replace(registered, folder=folder)
+
+
+def change_stored_answers(model, change):
+    path = registry.sample_path(model)
+    sample = json.loads(path.read_text())
+    for case in sample["cases"]:
+        change(case["answers"][0])
+    path.write_text(json.dumps(sample))
+
+
+def test_the_code_that_registered_a_version_is_not_asked(registered, monkeypatch):
+    monkeypatch.setattr(registry, "load_embedder", None)
+    assert registry.code_difference(registered) is None
+
+
+def test_other_code_with_the_same_numbers_may_run(of_other_code):
+    assert registry.code_difference(of_other_code) is None
+
+
+def test_other_code_with_other_numbers_is_named(of_other_code):
+    def other_numbers(answer):
+        vectors = np.frombuffer(base64.b64decode(answer["embeddings_base64"]), "<f4") + np.float32(1e-3)
+        answer["embeddings_base64"] = base64.b64encode(vectors.tobytes()).decode()
+
+    change_stored_answers(of_other_code, other_numbers)
+    assert "numbers differ by up to 0.001" in registry.code_difference(of_other_code)
+    assert registry.registered_by(of_other_code) == scgpt_batch.__version__
+
+
+def test_other_code_with_other_genes_is_named(of_other_code):
+    change_stored_answers(of_other_code, lambda answer: answer.update(error="refused"))
+    assert "other genes, cells or error" in registry.code_difference(of_other_code)
+
+
+def test_other_libraries_are_asked(registered, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(registered.folder, folder)
+    lines = (folder / "requirements.txt").read_text().replace("torch==", "torch==0.")
+    (folder / "requirements.txt").write_text(lines)
+    model = replace(registered, folder=folder)
+    change_stored_answers(model, lambda answer: answer.update(error="refused"))
+    assert registry.code_difference(model) is not None
+
+
+def test_workers_fetch_a_version_once_into_the_folder_of_spark(registered, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARK_LOCAL_DIRS", f"{tmp_path},/elsewhere")
+    uris = (mlflow.get_tracking_uri(), mlflow.get_registry_uri())
+    ref = ModelRef("/on/the/driver/only", registered.digest, registered.uri, *uris)
+    folder = ref._fetched()
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+    assert checkpoint_digest(folder) == DIGEST and registered.checkpoint.is_dir()
+    monkeypatch.setattr(registry, "resolve", None)
+    assert ref._fetched() == folder
 
 
 # What is left in MLflow

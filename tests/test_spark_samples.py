@@ -1,5 +1,6 @@
 """Samples of several rows on Spark: what the rows' tasks and the driver do gives what one AnnData would."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,9 @@ from pyspark.sql.pandas.types import from_arrow_schema
 from scgpt_batch.anndata_rows import arrow_rows, to_row
 from scgpt_batch.embedder import load_embedder
 from scgpt_batch.parameters import Parameters
-from scgpt_batch.spark.samples import decisions, means
-from scgpt_batch.spark.udf import ANSWERS, ROW_KEY, ModelRef, answer_batches
+from scgpt_batch.samples import Statistics
+from scgpt_batch.spark.samples import _statistics_of_row, contributions, decisions, means
+from scgpt_batch.spark.udf import ANSWERS, ROW_KEY, ModelRef, Work, answer_batches
 from tests.helpers import assert_close
 
 CHECKPOINT = Path(__file__).parent / "data/golden/checkpoint_flash"
@@ -70,7 +72,7 @@ def test_the_means_of_larger_samples_are_those_of_the_joined_cells(spark, rows, 
     parameters = Parameters(
         mode="contextual", hvg_flavor="seurat", result_normed_key="", log1p=True, result_log1p_key="", subset_hvg=30
     )
-    decided = decisions(rows, ref, parameters)
+    decided = decisions(rows, Work(ref, parameters, row_timeout=600))
     assert sorted(row["sample_id"] for row in decided.collect()) == sorted(samples)
     keys = rows.select("adata_id", "sample_id")
     sums = (
@@ -90,3 +92,18 @@ def test_the_means_of_larger_samples_are_those_of_the_joined_cells(spark, rows, 
         assert_close(np.stack(lines["embedding"]), wanted.gene_embeddings, atol=1e-5)
         n += len(lines)
     assert len(found) == n
+
+
+def dies_with_part_0(work):
+    """The work of a process of its own, which the first row of a sample kills."""
+    compute = _statistics_of_row(work)
+    return lambda row: os._exit(1) if row["adata_id"].endswith("-0") else compute(row)
+
+
+def test_a_row_that_kills_its_process_has_no_part_in_the_decisions(ref, rows, monkeypatch):
+    monkeypatch.setattr("scgpt_batch.spark.samples._statistics_of_row", dies_with_part_0)
+    work = Work(ref, Parameters(mode="cell"), row_timeout=60, isolated=True)
+    given = rows.where("sample_id = 's1'").withColumn("decisions", F.lit(None).cast("binary")).toArrow()
+    (part,) = contributions(work)(given.to_batches())
+    found = Statistics.from_bytes(part["statistics"][0].as_py())
+    assert found.left_out == 1 and found.cells == {"": 20}

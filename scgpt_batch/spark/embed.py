@@ -11,8 +11,10 @@ hold of rows and samples that the input no longer has.
 """
 
 import logging
+import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -21,7 +23,6 @@ from importlib.metadata import version as installed_version
 
 import mlflow
 import pandas as pd
-from pyspark import StorageLevel
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
@@ -30,7 +31,7 @@ from pyspark.sql.utils import is_remote
 import scgpt_batch
 from scgpt_batch import registry
 from scgpt_batch.embedder import check_model_parameters
-from scgpt_batch.errors import ConfigError, in_one_line
+from scgpt_batch.errors import ConfigError, in_one_line, printable
 from scgpt_batch.parameters import Parameters
 from scgpt_batch.samples import rows_depend
 from scgpt_batch.settings import EmbedSettings, Summary
@@ -44,14 +45,13 @@ from scgpt_batch.spark.udf import (
     ModelRef,
     Work,
     embed_rows,
-    embed_rows_alone,
     static_vectors,
 )
 from scgpt_batch.spark.vanished import Vanished, vanished
+from scgpt_batch.spark.workers import computed, worker_setup_error
 
 logger = logging.getLogger(__name__)
 
-WAVE_TRIES = 3  # the first as fast as possible, the others with each row in a process of its own
 LIBRARIES_MB, ROW_MB_PER_1000_CELLS = 900, 120  # of a worker: torch and scanpy; a row of 2,000 genes a cell, measured
 RIVAL_DAYS = 2  # from midnight, so a day or more in any time zone: as long a run may be unknown to one beside it
 
@@ -61,9 +61,9 @@ PAYLOAD = (
 )  # fmt: skip
 # Whose version may be why a row failed as one of `NOT_THE_ROWS`: it is tried again with another.
 LIBRARIES = ("scgpt_batch", "anndata", "numpy", "pandas", "pyarrow", "scanpy", "scipy", "torch")
+OTHER_CODE = "+other-code"  # behind the package version of what --allow-other-code let through
 NOT_THE_ROWS = ("InternalError", "WorkerCrash", "Timeout")
-# how Spark says that Python, not a table or the cluster, is at fault
-_LOST_WORKER = ("Python worker", "PythonException", "PYTHON_EXCEPTION", "ExecutorLostFailure")
+_NAMES, _NUMBERS = re.compile(r"'[^']*'|\"[^\"]*\""), re.compile(r"\b\d[\d.,]*\d\b|\b\d\b")
 
 
 @dataclass
@@ -81,6 +81,8 @@ class Job:
     runs: str
     started: datetime
     run_id: str = ""
+    package_version: str = scgpt_batch.__version__
+    warnings: Counter[str] = field(default_factory=Counter)  # rows by kind of warning
     counts: dict[str, int] = field(
         default_factory=lambda: dict.fromkeys(
             ("rows_in", "rows_ok", "rows_failed", "rows_skipped", "rows_removed", "cells", "embeddings"), 0
@@ -136,12 +138,18 @@ def embed_table(spark: SparkSession, settings: EmbedSettings, parameters: Parame
     job = _job(spark, settings, parameters)
     if settings.plan:
         return _plan(job)
+    job.package_version = _checked_code(job)
     _create_tables(job)
     if settings.experiment:
         registry.use_experiment(settings.experiment)
     with mlflow.start_run(run_name=f"embed {parameters.mode}") as run:
         job.run_id = run.info.run_id
-        return _run(job)
+        try:
+            return _run(job)
+        except Exception as exc:
+            if (wrong := worker_setup_error(exc)) is not None:
+                raise wrong from exc
+            raise
 
 
 def _job(spark: SparkSession, settings: EmbedSettings, parameters: Parameters) -> Job:
@@ -164,6 +172,21 @@ def _job(spark: SparkSession, settings: EmbedSettings, parameters: Parameters) -
         runs=tables.table_name(settings.runs_table or tables.beside(output, "_runs")),
         started=datetime.now(UTC),
     )
+
+
+def _checked_code(job: Job) -> str:
+    """Return the version of the package to stamp, after a look whether it gives the registered version's numbers."""
+    differs = registry.code_difference(job.model)
+    if differs is None:
+        return scgpt_batch.__version__
+    told = (
+        f"scgpt_batch {scgpt_batch.__version__} does not answer as {job.model.uri} did when scgpt_batch "
+        f"{registry.registered_by(job.model)} registered it: {differs}"
+    )
+    if not job.settings.allow_other_code:
+        raise ConfigError(f"{told}. Install that version, register the model again, or use --allow-other-code")
+    logger.warning("%s; --allow-other-code lets the run go on", told)
+    return f"{scgpt_batch.__version__}{OTHER_CODE}"
 
 
 def _create_tables(job: Job) -> None:
@@ -194,6 +217,8 @@ def _run(job: Job) -> Summary:
         _end_failed_run(job, clock)
         raise
     seconds = _end_run(job, "finished", clock)
+    for kind, rows in job.warnings.most_common():
+        logger.warning("%d rows carry a warning: %s", rows, printable(kind))
     mlflow.log_metrics({**job.counts, "seconds": seconds})
     return {
         "run_id": job.run_id,
@@ -201,6 +226,7 @@ def _run(job: Job) -> Summary:
         "model_uri": job.model.uri,
         "model_version": job.model.version,
         **job.counts,
+        "warnings": dict(job.warnings.most_common()),
         "seconds": seconds,
         "output_table": job.output,
         "ledger_table": job.ledger,
@@ -213,7 +239,7 @@ def _begin_run(job: Job) -> None:
         "run_id": job.run_id, "started_at": job.started, "status": "running",
         "mode": job.parameters.mode, "model_uri": job.model.uri, "model_version": job.model.version,
         "params": job.parameters.model_dump_json(), **job.counts,
-        "input_table": job.input, "output_table": job.output, "package_version": scgpt_batch.__version__,
+        "input_table": job.input, "output_table": job.output, "package_version": job.package_version,
     }  # fmt: skip
     if job.input_version is not None:
         told["input_version"] = job.input_version
@@ -313,45 +339,38 @@ def _vanished(job: Job) -> Vanished:
 
 
 def _embed_wave(job: Job, rows: DataFrame, wave: pd.DataFrame) -> None:
-    """Compute and commit a wave; should a Python worker be lost on the way, again with each row in a process."""
+    """Compute and commit a wave."""
     if wave.empty:
         return
-    for attempt in range(WAVE_TRIES):
-        try:
-            ledger = _answered(job, rows, wave, alone=attempt > 0)
-            break
-        except Exception as exc:  # py4j and Connect have different types for one fact
-            if attempt + 1 == WAVE_TRIES or not any(sign in str(exc) for sign in _LOST_WORKER):
-                raise
-            logger.warning(
-                "a wave of %d rows lost a Python worker (%s); it is repeated with each row in a process of its own",
-                len(wave), in_one_line(exc),
-            )  # fmt: skip
+    work, payload = replace(job.work, sums=_summed(job, wave)), _payload(job, rows, wave)
+    ledger = computed(
+        job.spark,
+        lambda isolated: payload.mapInArrow(embed_rows(replace(work, isolated=isolated)), from_arrow_schema(ANSWERS)),
+        lambda answers: _commit(job, answers, wave),
+        f"a wave of {len(wave)} rows",
+    )
     failed = int((ledger["status"] == "failed").sum())
     job.counts["rows_failed"] += failed
     job.counts["rows_ok"] += len(ledger) - failed
     for name in ("cells", "embeddings"):
         job.counts[name] += int(ledger.loc[ledger["status"] == "ok", name].sum())
     for _, line in ledger[ledger["status"] == "failed"].head(5).iterrows():
-        logger.warning("row %s failed: %s: %s", line["adata_id"], line["error_class"], line["error_message"])
+        told = [printable(str(line[name])) for name in ("adata_id", "error_class", "error_message")]
+        logger.warning("row %s failed: %s: %s", *told)
 
 
-def _answered(job: Job, rows: DataFrame, wave: pd.DataFrame, *, alone: bool) -> pd.DataFrame:
-    """Compute the answers once, onto the executors' disks; commit the embeddings, then the ledger; return its lines."""
-    work = replace(job.work, sums=_summed(job, wave))
-    run = embed_rows_alone(work) if alone else embed_rows(work)
-    answers = _payload(job, rows, wave).mapInArrow(run, from_arrow_schema(ANSWERS)).persist(StorageLevel.DISK_ONLY)
-    try:
-        reports: pd.DataFrame = _reports(answers).toPandas()
-        members = _members(job, wave, reports)
-        lines = answers.where("report IS NULL")
-        if job.parameters.mode == "contextual" and len(members):
-            lines = _keyed_by_sample(job, lines, members, summed=work.sums)
-        tables.replace(_embeddings(job, lines), job.output, lambda: _replaceable(job, wave))
-        tables.replace(_ledger_lines(job, _reports(answers), members), job.ledger, lambda: _replaceable(job, wave))
-        return reports
-    finally:
-        answers.unpersist()
+def _commit(job: Job, answers: DataFrame, wave: pd.DataFrame) -> pd.DataFrame:
+    """Commit the embeddings, then the ledger; return the rows' reports."""
+    reports: pd.DataFrame = _reports(answers).toPandas()
+    members = _members(job, wave, reports)
+    lines = answers.where("report IS NULL")
+    if job.parameters.mode == "contextual" and len(members):
+        lines = _keyed_by_sample(job, lines, members, summed=_summed(job, wave))
+    tables.replace(_embeddings(job, lines), job.output, lambda: _replaceable(job, wave))
+    tables.replace(_ledger_lines(job, _reports(answers), members), job.ledger, lambda: _replaceable(job, wave))
+    warnings = [*reports["warnings"], *([told] for told in members.get("warning", []) if told)]
+    job.warnings.update(warning_kind(told) for of_row in warnings for told in of_row)
+    return reports
 
 
 def _rivals(job: Job) -> list[str]:
@@ -402,7 +421,7 @@ def _payload(job: Job, rows: DataFrame, wave: pd.DataFrame) -> DataFrame:
         if (wave["copies"] > 1).any():
             chosen = chosen.dropDuplicates(["adata_id"])
     if _samples(wave) and job.parameters.need_preprocess:
-        decided = decisions(chosen, job.work.model, job.parameters)
+        decided = decisions(chosen, job.work)
         chosen = chosen.join(F.broadcast(decided), "sample_id")
     else:
         chosen = chosen.withColumn("decisions", F.lit(None).cast("binary"))
@@ -466,7 +485,7 @@ def _embeddings(job: Job, lines: DataFrame) -> DataFrame:
         lines = _with_static_vectors(job, lines, order)
     else:
         lines = lines.sortWithinPartitions(*order)
-    stamps = _stamps(job) | {"embedded_at": F.current_timestamp(), "package_version": F.lit(scgpt_batch.__version__)}
+    stamps = _stamps(job) | {"embedded_at": F.current_timestamp(), "package_version": F.lit(job.package_version)}
     return _as_in_table(job, lines.select(*columns, "content_hash").withColumns(stamps), job.output)
 
 
@@ -501,6 +520,12 @@ def _ledger_lines(job: Job, reports: DataFrame, members: pd.DataFrame) -> DataFr
 
 def _stamps(job: Job) -> dict[str, Column]:
     return {name: F.lit(value) for name, value in {**job.stamps, "run_id": job.run_id}.items()}
+
+
+def warning_kind(warning: str) -> str:
+    """Return what a warning has in common with its like in other rows: its first clause, names and numbers left out."""
+    clause = re.split(r"[:;(]", _NAMES.sub("…", warning), maxsplit=1)[0]
+    return _NUMBERS.sub("N", clause).strip()
 
 
 # --- what a person sees ---------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Samples of several rows on Spark: decisions before the rows are embedded, means after.
 
-    decided = decisions(rows, model, parameters)          # sample_id, decisions
+    decided = decisions(rows, work)                                     # sample_id, decisions
     rows.join(F.broadcast(decided), "sample_id")                        # each row carries its sample's decisions
         .mapInArrow(...)                                                # embed; contextual mode with `sums`
         .transform(means)                                               # contextual mode: one mean a sample and gene
@@ -8,9 +8,14 @@
 Rows stay where they are: what moves between tasks is genes × batches a task and sample, and later genes × width.
 """
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
@@ -18,10 +23,13 @@ from pyspark.sql.pandas.types import from_arrow_schema
 
 from scgpt_batch.anndata_rows import PAYLOAD_COLUMNS, arrow_rows
 from scgpt_batch.decisions import Decisions
+from scgpt_batch.errors import RowError
 from scgpt_batch.parameters import Parameters
 from scgpt_batch.prepare import given_decisions
 from scgpt_batch.samples import Statistics, decide, merge, passes, statistics
-from scgpt_batch.spark.udf import VECTOR, Batches, ModelRef, list_array
+from scgpt_batch.spark.isolated import isolates, results_alone
+from scgpt_batch.spark.udf import VECTOR, Batches, Work, list_array, watched
+from scgpt_batch.spark.workers import computed
 
 SAMPLES_AT_ONCE = 8  # whose sums a task holds back to add further rows to: some MB each
 GENE_SHARES = 64  # a sample's means are taken in so many parts: its rows × genes never meet in one task
@@ -36,11 +44,11 @@ MEANS = pa.schema(
 )  # fmt: skip
 
 
-def decisions(rows: DataFrame, model: ModelRef, parameters: Parameters) -> DataFrame:
+def decisions(rows: DataFrame, work: Work) -> DataFrame:
     """Decide which genes each sample keeps, as scanpy would on all of its cells: `DECISIONS`, a line a sample.
 
     Reads the rows once a pass (`samples.passes`). Between passes the decisions come to the driver: some 10 bytes a
-    gene and sample, whatever the number of cells.
+    gene and sample, whatever the number of cells. A row that crashes or never ends has no part in them.
 
     Parameters
     ----------
@@ -48,20 +56,28 @@ def decisions(rows: DataFrame, model: ModelRef, parameters: Parameters) -> DataF
         `adata_rows` with `sample_id`, without nulls in it.
     """
     decided: DataFrame | None = None
-    for _ in range(passes(parameters)):
+    for _ in range(passes(work.parameters)):
         given = rows.withColumn("decisions", F.lit(None).cast("binary"))
         if decided is not None:
             given = rows.join(F.broadcast(decided), "sample_id")
         held = [name for name in (*PAYLOAD_COLUMNS, "n_obs", "n_vars", "x_dtype") if name in rows.columns]
-        step = (
-            given.select("sample_id", "decisions", *held)
-            .mapInArrow(contributions(model, parameters), from_arrow_schema(PARTS))
-            .groupBy("sample_id")
-            .applyInArrow(decider(parameters), from_arrow_schema(DECISIONS))
+        made = computed(
+            rows.sparkSession,
+            partial(_parts, given.select("sample_id", "decisions", *held), work),
+            partial(_decided, work),
+            "decisions of samples",
         )
-        decided = rows.sparkSession.createDataFrame(step.toPandas(), from_arrow_schema(DECISIONS))
+        decided = rows.sparkSession.createDataFrame(made, from_arrow_schema(DECISIONS))
     assert decided is not None
     return decided
+
+
+def _parts(rows: DataFrame, work: Work, isolated: bool) -> DataFrame:
+    return rows.mapInArrow(contributions(replace(work, isolated=isolated)), from_arrow_schema(PARTS))
+
+
+def _decided(work: Work, parts: DataFrame) -> pd.DataFrame:
+    return parts.groupBy("sample_id").applyInArrow(decider(work.parameters), from_arrow_schema(DECISIONS)).toPandas()
 
 
 def means(sums: DataFrame) -> DataFrame:
@@ -77,26 +93,45 @@ def means(sums: DataFrame) -> DataFrame:
     return sums.select(*columns).groupBy("sample_id", share).applyInArrow(_means, from_arrow_schema(MEANS))
 
 
-def contributions(model: ModelRef, parameters: Parameters) -> Callable[[Batches], Batches]:
+def contributions(work: Work) -> Callable[[Batches], Batches]:
     """Return a function for `mapInArrow` that adds up what a task's rows contribute to each sample."""
 
     def run(batches: Batches) -> Batches:
-        reader = model.load().reader
+        rows: deque[dict[str, Any]] = deque()
         sums: dict[str, Statistics] = {}
         decided: dict[str, bytes | None] = {}
-        for batch in batches:
-            for row in arrow_rows(batch):
-                sample = row["sample_id"]
-                part = statistics(reader, row, parameters, given_decisions(row))
-                sums[sample] = merge([sums.pop(sample, Statistics()), part])
-                decided[sample] = row["decisions"]
-                if len(sums) > SAMPLES_AT_ONCE:
-                    oldest = next(iter(sums))
-                    yield _part(oldest, sums.pop(oldest), decided.pop(oldest))
+        for part in _statistics(work, _remembered(batches, rows)):
+            row = rows.popleft()
+            sample = row["sample_id"]
+            sums[sample] = merge([sums.pop(sample, Statistics()), part])
+            decided[sample] = row["decisions"]
+            if len(sums) > SAMPLES_AT_ONCE:
+                oldest = next(iter(sums))
+                yield _part(oldest, sums.pop(oldest), decided.pop(oldest))
         for sample, part in sums.items():
             yield _part(sample, part, decided[sample])
 
     return run
+
+
+def _remembered(batches: Batches, rows: deque[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for batch in batches:
+        for row in arrow_rows(batch):
+            rows.append({name: row[name] for name in ("sample_id", "decisions")})
+            yield row
+
+
+def _statistics(work: Work, rows: Iterator[dict[str, Any]]) -> Iterator[Statistics]:
+    """What each row contributes; nothing where it took its process down or did not end."""
+    if not (work.isolated or isolates()):
+        return watched(map(_statistics_of_row(work), rows), work.row_timeout)
+    results = results_alone(rows, partial(_statistics_of_row, work), work.row_timeout)
+    return (Statistics(left_out=1) if isinstance(result, RowError) else result for result in results)
+
+
+def _statistics_of_row(work: Work) -> Callable[[dict[str, Any]], Statistics]:
+    reader = work.model.load().reader
+    return lambda row: statistics(reader, row, work.parameters, given_decisions(row))
 
 
 def decider(parameters: Parameters) -> Callable[[pa.Table], pa.Table]:

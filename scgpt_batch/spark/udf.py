@@ -4,13 +4,16 @@
 contiguous buffer under a list array; no Python list of floats is made.
 """
 
+import atexit
 import faulthandler
 import os
+import shutil
 import sys
+import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +25,10 @@ from pyspark import TaskContext
 
 from scgpt_batch.anndata_rows import arrow_rows
 from scgpt_batch.answers import Answer
-from scgpt_batch.embedder import Embedder, load_embedder
+from scgpt_batch.embedder import Embedder, load_embedder, opened_embedder
 from scgpt_batch.parameters import Parameters
-from scgpt_batch.spark.isolated import answers_alone
+from scgpt_batch.prepare import RowReport
+from scgpt_batch.spark.isolated import Result, isolates, results_alone
 
 Batches = Iterable[pa.RecordBatch]
 
@@ -66,18 +70,45 @@ class ModelRef:
         """Load the model in this process, or take it from an earlier task of the process."""
         _use_own_cores_only()
         _leave_jars_unread()
-        folder = self.checkpoint if Path(self.checkpoint).is_dir() else self._fetch()
+        opened = opened_embedder(self.digest, device)
+        if opened is not None:
+            return opened
+        folder = self.checkpoint if Path(self.checkpoint).is_dir() else self._fetched()
         return load_embedder(folder, digest=self.digest, device=device)
 
-    def _fetch(self) -> Path:
+    def _fetched(self) -> Path:
+        """Return the checkpoint's folder on this machine: one for all of the executor's processes, fetched once.
+
+        It lies where Spark keeps temporary files, which it removes when the executor ends.
+        """
         # seconds to import, and needed only where the driver's folder cannot be seen
         import mlflow
 
         from scgpt_batch.registry import resolve
 
-        mlflow.set_tracking_uri(self.tracking_uri)
-        mlflow.set_registry_uri(self.registry_uri)
-        return resolve(self.uri).checkpoint
+        if not self.uri.startswith("models:/"):
+            return resolve(self.uri).checkpoint
+        place = os.environ.get("SPARK_LOCAL_DIRS", "").split(",")[0] or _temporary_folder()
+        folder = Path(place) / f"scgpt_batch-{self.digest}"
+        if not folder.is_dir():
+            mlflow.set_tracking_uri(self.tracking_uri)
+            mlflow.set_registry_uri(self.registry_uri)
+            with tempfile.TemporaryDirectory(dir=place) as fetched:
+                checkpoint = resolve(self.uri, into=fetched).checkpoint
+                try:
+                    checkpoint.rename(folder)
+                except OSError:
+                    if not folder.is_dir():  # else another process was faster
+                        raise
+        return folder
+
+
+@cache
+def _temporary_folder() -> str:
+    """Make a folder that is removed when the process exits."""
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 @dataclass(frozen=True)
@@ -88,6 +119,7 @@ class Work:
     parameters: Parameters
     row_timeout: float  # seconds without an answer, after which the process is taken for hung
     sums: bool = False  # contextual sums, to be added up over the rows of a sample
+    isolated: bool = False  # each row in a process of its own, also where tasks cannot find out that they should
 
     @property
     def options(self) -> dict[str, Any]:
@@ -123,27 +155,21 @@ def _leave_jars_unread() -> None:
 def embed_rows(work: Work) -> Callable[[Batches], Batches]:
     """Return a function for `mapInArrow` that answers each row.
 
-    A row that takes longer than `row_timeout` ends the process with a traceback in the worker's log: the driver then
-    repeats the wave with `embed_rows_alone`.
+    A row that takes longer than `row_timeout` ends the process with a traceback in the worker's log. The task is then
+    repeated with each row in a process of its own, which it may take down.
     """
 
     def run(batches: Batches) -> Batches:
-        embedder = work.model.load(task_device())
         keys: deque[dict[str, Any]] = deque()  # rows are read ahead of their answers, in another thread
-        answers = embedder.embed_rows(_rows(batches, keys), work.parameters, **work.options)
-        for answer in _watched(answers, work.row_timeout):
-            yield from answer_batches(keys.popleft(), answer)
-
-    return run
-
-
-def embed_rows_alone(work: Work) -> Callable[[Batches], Batches]:
-    """Return a function for `mapInArrow` that answers each row in a process of its own, which it may take down."""
-
-    def run(batches: Batches) -> Batches:
-        keys: deque[dict[str, Any]] = deque()
-        embedding = partial(_embedding, work, task_device())
-        for answer in answers_alone(_rows(batches, keys), embedding, work.row_timeout):
+        rows, device = _rows(batches, keys), task_device()
+        answers: Iterator[Answer]
+        if work.isolated or isolates():
+            results = results_alone(rows, partial(_embedding, work, device), work.row_timeout)
+            answers = (r if isinstance(r, Answer) else Answer(report=RowReport(), error=r) for r in results)
+        else:
+            embedder = work.model.load(device)
+            answers = watched(embedder.embed_rows(rows, work.parameters, **work.options), work.row_timeout)
+        for answer in answers:
             yield from answer_batches(keys.popleft(), answer)
 
     return run
@@ -161,13 +187,13 @@ def _rows(batches: Batches, keys: deque[dict[str, Any]]) -> Iterator[dict[str, A
             yield row
 
 
-def _watched(answers: Iterable[Answer], seconds: float) -> Iterator[Answer]:
-    """End the process when an answer takes too long; from C, since what hangs may hold Python's lock."""
+def watched(results: Iterable[Result], seconds: float) -> Iterator[Result]:
+    """End the process when a row takes too long; from C, since what hangs may hold Python's lock."""
     try:
         faulthandler.dump_traceback_later(seconds, exit=True)
-        for answer in answers:
+        for result in results:
             faulthandler.cancel_dump_traceback_later()
-            yield answer
+            yield result
             faulthandler.dump_traceback_later(seconds, exit=True)
     finally:
         faulthandler.cancel_dump_traceback_later()
