@@ -26,6 +26,7 @@ PAYLOAD_COLUMNS = (*MATRIX_COLUMNS, "adata_obs", "adata_var")
 # characters. A character takes 7 bytes (a 10x file's 33,000 genes and two columns: 9 MB) to 15 (short texts alone):
 # 500 MB at most.
 SHARED_TABLES, SHARED_LENGTH = 4, 8_000_000
+MAX_TABLE_COLUMNS = 10_000  # of obs or var: a table of more takes pandas seconds and gigabytes
 _CSR = ("x_data", "x_indices", "x_indptr")
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 _NUMBER_TYPES = (
@@ -306,6 +307,8 @@ def table_from_json(text: str, column: str) -> pd.DataFrame:
     columns, index, data = split["columns"], split["index"], split["data"]
     if not all(isinstance(part, list) for part in (columns, index, data)):
         raise PayloadError(f"{column}: columns, index and data must be lists")
+    if len(columns) > MAX_TABLE_COLUMNS:
+        raise PayloadError(f"{column} has {len(columns):,} columns; the limit is {MAX_TABLE_COLUMNS:,}: drop some")
     if not columns and not data:
         data = [[]] * len(index)  # pandas leaves the rows out where there are no columns
     if len(data) != len(index):
@@ -395,7 +398,7 @@ def _genes(row: Mapping[str, Any]) -> pd.DataFrame:
     if isinstance(given, pd.DataFrame):
         return given.set_axis(pd.Index([name or "" for name in _names(given.index)], dtype=object))
     text = _text(given, "adata_var", "gene")
-    return shared_genes(text) if len(text) <= SHARED_LENGTH else _genes_from_json(text)
+    return genes_from_json(text)
 
 
 def _text(given: Any, column: str, what: str) -> str:
@@ -407,9 +410,14 @@ def _text(given: Any, column: str, what: str) -> str:
 
 
 @lru_cache(maxsize=SHARED_TABLES)
-def shared_genes(text: str) -> pd.DataFrame:
-    """Read `adata_var` once for the rows that share it; read only. Errors are not kept: each row gets its own."""
+def _shared_genes(text: str) -> pd.DataFrame:
+    """Keep the last tables; errors are not kept: each row gets its own."""
     return _genes_from_json(text)
+
+
+def genes_from_json(text: str) -> pd.DataFrame:
+    """Read `adata_var`, once for the rows that share it where it is not too long to keep; read only."""
+    return _shared_genes(text) if len(text) <= SHARED_LENGTH else _genes_from_json(text)
 
 
 def _genes_from_json(text: str) -> pd.DataFrame:

@@ -9,18 +9,19 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from functools import cached_property
+from dataclasses import replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from scgpt_batch.anndata_rows import is_empty
+from scgpt_batch.anndata_rows import PAYLOAD_COLUMNS, is_empty
 from scgpt_batch.answers import Answer, Answered, CellWork, ClsToken, ContextualWork, RowWork
 from scgpt_batch.batches import Batch, batches, prefetched
 from scgpt_batch.errors import ConfigError, PayloadError, RowError
-from scgpt_batch.model import Checkpoint, ModelConfig, ScGPT, checkpoint_digest
+from scgpt_batch.model import Checkpoint, ModelConfig, ScGPT, Vocabulary, checkpoint_digest
 from scgpt_batch.parameters import Parameters
 from scgpt_batch.prepare import PreparedRow, RowReader, RowReport, given_decisions
 from scgpt_batch.preprocess import Tokens
@@ -33,6 +34,7 @@ __all__ = ["Answer", "Embedder", "RowReport", "check_model_parameters", "load_em
 CPU_TOKENS = 16_384  # in a batch: some 200 MB of activations at d 512; larger ones are no faster
 GPU_TOKENS = 131_072  # likewise, where memory allows
 GPU_SHARE = 0.5  # of the free memory that a batch may take
+NAMED = 20  # genes that a warning names
 
 
 class Embedder:
@@ -49,6 +51,7 @@ class Embedder:
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.reader = RowReader(checkpoint.vocabulary, roots)
         self._checkpoint = checkpoint
+        self._requested = lru_cache(maxsize=4)(self._look_up)  # the genes of a request are those of each of its rows
         self._models: dict[str, ScGPT] = {}
         self._budget: int | None = None  # tokens of a batch; known once a model is on the device
         self._lock = threading.Lock()
@@ -104,7 +107,7 @@ class Embedder:
         ConfigError
             The parameters state another model than the checkpoint's.
         """
-        check_model_parameters(parameters, self.config)
+        check_model_parameters(parameters, self.config, self.vocabulary)
         if isinstance(rows, (list, tuple)):
             rows = with_decisions(self.reader, rows, parameters)
         works = (self._work(row, parameters, with_vectors, sums) for row in rows)
@@ -129,28 +132,68 @@ class Embedder:
     ) -> RowWork | Answered:
         """Prepare a row for the device; static mode and errors are answered at once."""
         try:
-            if is_empty(row) and not parameters.need_preprocess and not parameters.input_data_path:
-                return Answered(self._whole_vocabulary(parameters, with_vectors))
+            if is_empty(row) and not parameters.input_data_path:
+                raise PayloadError(f"the row is empty: {', '.join(PAYLOAD_COLUMNS)} are null or not given")
             prepared = self.reader.prepare(row, parameters, given_decisions(row))
         except RowError as exc:
             return Answered(Answer(report=getattr(exc, "report", RowReport()), error=exc))
-        if parameters.mode == "static":
-            return Answered(self._static(prepared, parameters, with_vectors))
         cls = ClsToken(self.vocabulary.cls_id, self.config.pad_value)
+        if parameters.mode == "cell":
+            return CellWork(prepared, cls, self.config.embsize)
+        wanted = self._wanted(prepared.genes, parameters)
+        prepared = self._with_missing_genes(prepared, wanted, parameters)
         if parameters.mode == "contextual":
-            return ContextualWork(prepared, cls, _wanted(prepared.genes, parameters), sums=sums)
-        return CellWork(prepared, cls, self.config.embsize)
+            return ContextualWork(prepared, cls, wanted, sums=sums)
+        return Answered(self._static(prepared, wanted, with_vectors))
 
-    def _whole_vocabulary(self, parameters: Parameters, with_vectors: bool) -> Answer:
+    def whole_vocabulary(self, parameters: Parameters) -> Answer:
+        """Return the static vectors of all tokens, or of the `genes` asked for: the answer to a call without input.
+
+        Raises
+        ------
+        PayloadError
+            The mode needs cells.
+        ConfigError
+            The parameters state another model than the checkpoint's, or genes of which it knows none.
+        """
+        check_model_parameters(parameters, self.config, self.vocabulary)
         if parameters.mode != "static":
-            raise PayloadError(f"the row is empty: mode {parameters.mode!r} needs cells")
+            raise PayloadError(f"mode {parameters.mode!r} needs cells: without input, only mode 'static' has an answer")
         genes = np.array(self.vocabulary.tokens, dtype=object)
-        kept = _wanted(genes, parameters)
-        vectors = self.gene_table[kept] if with_vectors else None
-        return Answer(genes=genes[kept].tolist(), n_cells=np.zeros(int(kept.sum()), np.int32), gene_embeddings=vectors)
+        kept = self._wanted(genes, parameters)
+        unknown, _ = self._requested(parameters.genes)
+        report = RowReport(warnings=tuple(filter(None, [unknown])))
+        n_cells = np.zeros(int(kept.sum()), np.int32)
+        return Answer(genes[kept].tolist(), n_cells=n_cells, gene_embeddings=self.gene_table[kept], report=report)
 
-    def _static(self, prepared: PreparedRow, parameters: Parameters, with_vectors: bool) -> Answer:
-        kept = _wanted(prepared.genes, parameters)
+    def _wanted(self, genes: np.ndarray, parameters: Parameters) -> np.ndarray:
+        """Mask the genes that the caller wants answered."""
+        if not parameters.genes:
+            return np.ones(len(genes), bool)
+        _, names = self._requested(parameters.genes)
+        return np.fromiter((gene in names for gene in genes), bool, len(genes))
+
+    def _look_up(self, genes: tuple[str, ...]) -> tuple[str | None, frozenset[str]]:
+        """Return what to say of requested genes that are unknown, and the others."""
+        known = frozenset(gene for gene in genes if gene in self.vocabulary)
+        unknown = [gene for gene in dict.fromkeys(genes) if gene not in known]
+        return _genes_warning(unknown, "is not in the model's vocabulary", "are not in the model's vocabulary"), known
+
+    def _with_missing_genes(self, prepared: PreparedRow, wanted: np.ndarray, parameters: Parameters) -> PreparedRow:
+        """Add warnings that name the requested genes without a vector in the answer."""
+        if not parameters.genes:
+            return prepared
+        unknown, known = self._requested(parameters.genes)
+        if prepared.binned is not None:  # a contextual mean needs a cell that carries the gene
+            wanted = wanted & (prepared.binned.getnnz(axis=0) > 0)
+        answered = set(prepared.genes[wanted])
+        missing = [gene for gene in dict.fromkeys(parameters.genes) if gene in known and gene not in answered]
+        what = "no vector: not among the row's genes after preprocessing"
+        told = (unknown, _genes_warning(missing, f"has {what}", f"have {what}"))
+        report = replace(prepared.report, warnings=(*prepared.report.warnings, *filter(None, told)))
+        return replace(prepared, report=report)
+
+    def _static(self, prepared: PreparedRow, kept: np.ndarray, with_vectors: bool) -> Answer:
         return Answer(
             genes=prepared.genes[kept].tolist(),
             n_cells=prepared.n_cells[kept],
@@ -208,13 +251,18 @@ def token_budget(device: torch.device, config: ModelConfig) -> int:
     return max(1, min(GPU_TOKENS, int(free * GPU_SHARE) // bytes_a_token))
 
 
-def check_model_parameters(parameters: Parameters, config: ModelConfig) -> None:
-    """Refuse parameters that state another model than the checkpoint's (ConfigError)."""
+def check_model_parameters(parameters: Parameters, config: ModelConfig, vocabulary: Vocabulary) -> None:
+    """Reject parameters of another model than the checkpoint, or genes of which it knows none (ConfigError)."""
     names = {"embsize": "embsize", "nhead": "nheads", "d_hid": "d_hid", "nlayers": "nlayers"}
     for name, attribute in {**names, "n_layers_cls": "n_layers_cls"}.items():
         stated, has = getattr(parameters, name), getattr(config, attribute)
         if stated is not None and stated != has:
             raise ConfigError(f"{name} is {stated}, but the checkpoint has {has}: leave it out, or take that model")
+    if parameters.genes and not any(gene in vocabulary for gene in parameters.genes):
+        raise ConfigError(
+            f"genes: none of the {len(parameters.genes)} names is in the model's vocabulary (first: "
+            f"{parameters.genes[0]!r}); give the names that the vocabulary uses, e.g. human gene symbols"
+        )
 
 
 _EMBEDDERS: dict[tuple[str, str | None, tuple[str, ...]], Embedder] = {}
@@ -255,9 +303,12 @@ def loads_in_this_process() -> int:
     return len(_EMBEDDERS)
 
 
-def _wanted(genes: np.ndarray, parameters: Parameters) -> np.ndarray:
-    """Mask the genes that the caller wants answered."""
-    return np.isin(genes, parameters.genes) if parameters.genes else np.ones(len(genes), bool)
+def _genes_warning(genes: Sequence[str], one: str, several: str) -> str | None:
+    """Name some requested genes and what is the matter with them; None where there are none."""
+    if not genes:
+        return None
+    named = ", ".join(genes[:NAMED]) + (", …" if len(genes) > NAMED else "")
+    return f"{len(genes)} requested gene{'s'[: len(genes) > 1]} {several if len(genes) > 1 else one}: {named}"
 
 
 def _is_out_of_memory(exc: RuntimeError) -> bool:

@@ -113,6 +113,10 @@ class MaskingFilter(logging.Filter):
         return True
 
 
+class EmbeddingWarning(UserWarning):
+    """Embeddings were computed, but something about the input deserves a look; the message says what."""
+
+
 def in_one_line(exc: Exception) -> str:
     """Say an error in one line: its first, without py4j's own call, and the root cause of a Java trace."""
     told = str(exc) if isinstance(exc, ScgptBatchError) else f"{type(exc).__name__}: {str(exc).strip()}"

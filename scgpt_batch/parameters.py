@@ -4,19 +4,45 @@ One class serves the MLflow signature, the command line's flags and the tables' 
 meaning of the preprocessing follow scGPT's `Preprocessor`.
 """
 
+import difflib
 import hashlib
 import json
-from collections.abc import Mapping
-from typing import Any, Literal, Self
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError, model_validator
 
 from scgpt_batch.errors import ConfigError, RowError
 
-# These affect the output format or which rows fail, not the numbers; or they repeat what the checkpoint says.
-_NOT_IN_HASH = {"on_error", "min_coverage", "encoding", "embsize", "nhead", "d_hid", "nlayers", "n_layers_cls"}
+# Upper bounds, so that no parameter costs much memory before a row is read; docs/serving.md lists them. They are
+# checked here before MLflow or numpy sees a value: numpy gives each string of an array the length of the longest.
+MAX_NAME = 200  # characters of a column, layer or gene name
+MAX_PATH = 4096
+MAX_GENES, MAX_GENES_LENGTH = 100_000, 2_000_000  # names in `genes`, and their characters together
+MAX_COUNT = 10**12
+MAX_SIZE = 1_000_000
+MAX_KEPT = 1000  # different sets of parameters of a request that are kept to be shared
+SHOWN = 100  # characters of a wrong value, and number of faults, in an error message
+
+
+def _bounded_genes(value: Any) -> Any:
+    if not isinstance(value, (list, tuple)):
+        return value
+    if len(value) > MAX_GENES:
+        raise ValueError(f"at most {MAX_GENES:,} names are possible, not {len(value):,}")
+    lengths = [len(name) for name in value if isinstance(name, str)]
+    if max(lengths, default=0) > MAX_NAME:
+        raise ValueError(f"a name may have {MAX_NAME} characters, not {max(lengths):,}")
+    if sum(lengths) > MAX_GENES_LENGTH:
+        raise ValueError(f"the names may have {MAX_GENES_LENGTH:,} characters together, not {sum(lengths):,}")
+    return value
+
+
+Name = Annotated[str, Field(max_length=MAX_NAME)]
+Genes = Annotated[tuple[str, ...], FailFast(), BeforeValidator(_bounded_genes)]
+Size = Annotated[int | None, Field(le=MAX_SIZE)]
 
 
 class Parameters(BaseModel):
@@ -26,38 +52,44 @@ class Parameters(BaseModel):
 
     need_preprocess: bool = Field(True, description="filter, normalise and cut to variable genes first")
     input_data_path: str = Field(
-        "", description=".h5ad to read when the row carries no matrix; below the registered roots"
+        "", max_length=MAX_PATH, description=".h5ad to read when the row carries no matrix; below the registered roots"
     )
     data_is_raw: bool = Field(False, description="X holds counts; a row whose values contradict it carries a warning")
-    use_key: str = Field("X", description="'X' or the layer that is normalised")
-    filter_gene_by_counts: int = Field(3, ge=0, description="keep genes with at least this sum over cells; 0: all")
+    use_key: Name = Field("X", description="'X' or the layer that is normalised")
+    filter_gene_by_counts: int = Field(
+        3, ge=0, le=MAX_COUNT, description="keep genes with at least this sum over cells; 0: all"
+    )
     filter_cell_by_counts: bool = Field(False, description="drop cells whose values sum to less than 1")
-    min_cell_counts: float = Field(0.0, ge=0, description="drop cells whose values sum to less; 0: none")
-    normalize_total: float = Field(1e4, ge=0, description="scale each cell's values to this sum; 0: do not")
-    result_normed_key: str = Field("X_normed", description="layer of the normalised values; empty: replaces use_key")
+    min_cell_counts: float = Field(0.0, ge=0, le=MAX_COUNT, description="drop cells whose values sum to less; 0: none")
+    normalize_total: float = Field(
+        1e4, ge=0, le=MAX_COUNT, description="scale each cell's values to this sum; 0: do not"
+    )
+    result_normed_key: Name = Field("X_normed", description="layer of the normalised values; empty: replaces use_key")
     log1p: bool = Field(False, description="take log(1 + x) after normalising")
-    result_log1p_key: str = Field("X_log1p", description="layer of the log values; empty: replaces the layer before")
-    subset_hvg: int = Field(1200, ge=0, description="keep this many highly variable genes; 0: all")
+    result_log1p_key: Name = Field("X_log1p", description="layer of the log values; empty: replaces the layer before")
+    subset_hvg: int = Field(1200, ge=0, le=MAX_SIZE, description="keep this many highly variable genes; 0: all")
     hvg_flavor: Literal["cell_ranger", "seurat", "seurat_v3", "seurat_v3_paper"] = Field(
         "cell_ranger", description="scanpy's method for variable genes; seurat_v3 wants counts"
     )
-    binning: int = Field(51, ge=0, description="number of value bins, 0 being zero's own; 0: do not bin")
-    result_binned_key: str = Field("X_binned", description="layer of the bins")
-    embsize: int | None = Field(None, description="if given, must be the checkpoint's")
-    nhead: int | None = Field(None, description="if given, must be the checkpoint's")
-    d_hid: int | None = Field(None, description="if given, must be the checkpoint's")
-    nlayers: int | None = Field(None, description="if given, must be the checkpoint's")
-    n_layers_cls: int | None = Field(None, description="if given, must be the checkpoint's")
+    binning: int = Field(51, ge=0, le=1000, description="number of value bins, 0 being zero's own; 0: do not bin")
+    result_binned_key: Name = Field("X_binned", description="layer of the bins")
+    embsize: Size = Field(None, description="if given, must be the checkpoint's")
+    nhead: Size = Field(None, description="if given, must be the checkpoint's")
+    d_hid: Size = Field(None, description="if given, must be the checkpoint's")
+    nlayers: Size = Field(None, description="if given, must be the checkpoint's")
+    n_layers_cls: Size = Field(None, description="if given, must be the checkpoint's")
     mode: Literal["static", "contextual", "cell"] = Field(
         "static", description="gene vectors of the vocabulary, gene vectors in the cells' context, or cell vectors"
     )
-    group_by: str = Field("", description="obs column: contextual means per value of it")
-    genes: tuple[str, ...] = Field((), description="answer these genes only; empty: all")
+    group_by: Name = Field("", description="obs column: contextual means per value of it")
+    genes: Genes = Field((), description="answer these genes only; empty: all")
     min_coverage: float = Field(
         0.2, ge=0, le=1, description="a row fails when known genes carry a smaller share of its counts"
     )
     data_is_binned: bool = Field(False, description="X holds bins already (with need_preprocess false)")
-    max_length: int = Field(1200, ge=2, description="tokens a cell, <cls> included; longer cells are sampled")
+    max_length: int = Field(
+        1200, ge=2, le=65_536, description="tokens a cell, <cls> included; longer cells are sampled"
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="of random ties and of sampled genes")
     tie_break: Literal["random", "upper", "lower"] = Field(
         "random", description="bin of a value that lies on several equal bin edges"
@@ -67,7 +99,7 @@ class Parameters(BaseModel):
         "list", description="nested arrays, or one little-endian row-major base64 string"
     )
     on_error: Literal["raise", "record"] = Field("raise", description="raise for a bad row, or answer its error")
-    batch_key: str = Field("", description="obs column of batches, for variable genes")
+    batch_key: Name = Field("", description="obs column of batches, for variable genes")
 
     @model_validator(mode="after")
     def _works(self) -> Self:
@@ -93,48 +125,120 @@ class Parameters(BaseModel):
         given: dict[str, Any] = {}
         for layer in layers:
             given |= {name: value for name, raw in (layer or {}).items() if (value := _plain(raw)) is not None}
+        if len(given) > len(cls.model_fields) + SHOWN:
+            raise ConfigError(f"{len(given):,} parameters are given; the model has {len(cls.model_fields)}")
         try:
             return cls(**given)
         except ValidationError as exc:
-            raise ConfigError(validation_message(exc, "parameter")) from exc
-
-    @classmethod
-    def of_row(cls, row: Mapping[str, Any], params: Mapping[str, Any] | None) -> Self:
-        """Build a row's parameters: those in its columns win over the request's `params`; a ConfigError as `create`."""
-        return cls.create(params, {name: row[name] for name in cls.model_fields if name in row})
+            raise ConfigError(validation_message(exc, "parameter", cls.model_fields)) from exc
 
     def params_hash(self) -> str:
-        """Return 16 hexadecimal digits that stand for everything here that changes a number."""
-        told = json.dumps(self.model_dump(exclude=_NOT_IN_HASH), sort_keys=True)
-        return hashlib.sha256(told.encode()).hexdigest()[:16]
+        """Return 16 hexadecimal digits that stand for everything here that can change a number in this mode."""
+        return hashlib.sha256(json.dumps(_what_decides(self), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def told_in_row(exc: ConfigError, position: int, params: Mapping[str, Any] | None) -> tuple[Parameters, RowError]:
-    """Answer a ConfigError of a row's own parameters: the request's alone, by which it is told, and the row's error.
+def _what_decides(p: Parameters) -> dict[str, Any]:
+    """Return what can change a number of p's mode: the other parameters may differ between equal results."""
+    decides: dict[str, Any] = {
+        name: getattr(p, name) for name in ("mode", "need_preprocess", "input_data_path", "use_key")
+    }
+    if p.mode != "cell":
+        decides["genes"] = sorted(set(p.genes))
+    if p.mode == "contextual":
+        decides["group_by"] = p.group_by
+    if p.mode != "static":
+        decides |= {"dtype": p.dtype, "max_length": p.max_length, "seed": p.seed}
+    if not p.need_preprocess:
+        if p.mode != "static":
+            decides |= {"data_is_binned": p.data_is_binned, "tie_break": "" if p.data_is_binned else p.tie_break}
+        return decides
+    decides["filter_gene_by_counts"] = p.filter_gene_by_counts
+    decides["min_counts"] = p.min_cell_counts or float(p.filter_cell_by_counts)
+    if p.subset_hvg:
+        decides |= {name: getattr(p, name) for name in ("subset_hvg", "hvg_flavor", "batch_key")}
+        decides["variable_genes_of"] = _what_variable_genes_see(p)
+    if p.mode != "static":
+        decides |= {name: getattr(p, name) for name in ("normalize_total", "log1p", "binning", "tie_break")}
+    return decides
 
-    Raises
-    ------
-    ConfigError
-        It concerns the whole request: it lies in `params`, or their `on_error` is "raise".
-    """
-    parameters = Parameters.create(params)
-    if parameters.on_error == "raise":
-        raise type(exc)(f"row {position}: {exc}") from exc
-    return parameters, RowError(str(exc))
+
+def _what_variable_genes_see(p: Parameters) -> list[float]:
+    """How X was scaled and logged before genes are chosen by it: not at all where layers took the results."""
+    if p.use_key != "X" or (p.normalize_total and p.result_normed_key):
+        return []
+    return [p.normalize_total, float(p.log1p)]
 
 
-def validation_message(exc: ValidationError, what: str) -> str:
+class RequestParameters:
+    """The parameters of a request's rows, read once: rows without parameters of their own share one object."""
+
+    def __init__(self, params: Mapping[str, Any] | None) -> None:
+        """Keep the request's `params`; what is wrong with them comes up when a row's are asked for."""
+        self._params = dict(params or {})
+        self._genes = self._params.pop("genes", None)
+        self._shared_genes: tuple[str, ...] | None = None
+        self._known: dict[Any, Parameters] = {}
+
+    def of_row(self, row: Mapping[str, Any]) -> Parameters:
+        """Return the parameters of a row: those in its columns win over the request's.
+
+        Raises
+        ------
+        ConfigError
+            An unknown name or a value that cannot work.
+        """
+        own = {name: value for name in Parameters.model_fields if (value := _plain(row.get(name))) is not None}
+        key = tuple((name, type(value), value) for name, value in own.items())
+        try:
+            known = self._known.get(key)
+        except TypeError:  # not hashable, and so no value that a parameter takes
+            return Parameters.create(own)
+        if known is None:
+            known = Parameters.create(self._params, own)
+            if "genes" not in own:
+                known = known.model_copy(update={"genes": self._request_genes()})
+            if len(self._known) < MAX_KEPT:
+                self._known[key] = known
+        return known
+
+    def error_of_row(self, exc: ConfigError, position: int) -> tuple[Parameters, RowError]:
+        """Return the request's parameters and the row's error, when a row's own parameters cannot work.
+
+        Raises
+        ------
+        ConfigError
+            It concerns the whole request: `params` are wrong, or their `on_error` is "raise".
+        """
+        parameters = self.of_row({})
+        if parameters.on_error == "raise":
+            raise type(exc)(f"row {position}: {exc}") from exc
+        return parameters, RowError(str(exc))
+
+    def _request_genes(self) -> tuple[str, ...]:
+        if self._shared_genes is None:
+            self._shared_genes = Parameters.create({"genes": self._genes}).genes
+        return self._shared_genes
+
+
+def validation_message(exc: ValidationError, what: str, known: Iterable[str] = ()) -> str:
     """Say a pydantic error in one line that names each setting and what is wrong with it."""
     told = []
-    for error in exc.errors():
-        name = ".".join(map(str, error["loc"]))
+    for error in exc.errors()[:SHOWN]:
+        name = shortened(".".join(map(str, error["loc"])))
         if error["type"] == "extra_forbidden":
-            told.append(f"unknown {what} {name!r}")
+            close = difflib.get_close_matches(name.lower(), known, 1, 0.7)
+            told.append(f"unknown {what} {name!r}" + (f" (did you mean {close[0]!r}?)" if close else ""))
         elif name:
-            told.append(f"{what} {name!r}: {error['msg']}, got {error['input']!r}")
+            why = error["msg"].removeprefix("Value error, ")
+            told.append(f"{what} {name!r}: {why}, got {shortened(repr(error['input']))}")
         else:
             told.append(error["msg"].removeprefix("Value error, "))
     return "; ".join(told)
+
+
+def shortened(text: str) -> str:
+    """Return a text for an error message: its start, where it is long."""
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}… ({len(text):,} characters)"
 
 
 def _plain(value: Any) -> Any:

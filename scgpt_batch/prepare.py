@@ -22,10 +22,10 @@ from scgpt_batch.anndata_rows import (
     SHARED_TABLES,
     RowContent,
     as_float32,
+    genes_from_json,
     is_empty,
     missing_warning,
     read_row,
-    shared_genes,
     to_row,
 )
 from scgpt_batch.decisions import Decisions
@@ -193,12 +193,22 @@ class RowReader:
     def _genes(self, row: Mapping[str, Any], content: RowContent) -> GeneSelection:
         """Choose the row's genes, once for the rows that share `adata_var`."""
         text = row.get("adata_var")
-        if isinstance(text, str) and len(text) <= SHARED_LENGTH:
+        return self.genes_of(text) if isinstance(text, str) else select_genes(content.var, self.vocabulary)
+
+    def genes_of(self, text: str) -> GeneSelection:
+        """Choose the genes of a JSON table (`adata_var`), once for the rows that share it.
+
+        Raises
+        ------
+        PayloadError
+            It cannot be read, or holds no gene expression.
+        """
+        if len(text) <= SHARED_LENGTH:
             return self._shared_selection(text)
-        return select_genes(content.var, self.vocabulary)
+        return select_genes(genes_from_json(text), self.vocabulary)
 
     def _select_shared_genes(self, text: str) -> GeneSelection:
-        genes = select_genes(shared_genes(text), self.vocabulary)
+        genes = select_genes(genes_from_json(text), self.vocabulary)
         genes.names.is_unique  # noqa: B018  # builds the hash table before several threads look names up in it
         return genes
 

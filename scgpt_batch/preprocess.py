@@ -243,7 +243,7 @@ def bin_range(
     """
     lower, upper = np.empty(len(values), np.int64), np.empty(len(values), np.int64)
     edges = np.zeros((len(indptr) - 1, n_bins - 1))
-    for cells, entries in _blocks(indptr):
+    for cells, entries in _blocks(indptr, n_bins):
         block = _bin_block(values[entries], np.diff(indptr[cells.start : cells.stop + 1]), n_bins)
         lower[entries], upper[entries], edges[cells] = block
     return lower, upper, edges
@@ -258,7 +258,7 @@ def bin_values(
     the same bins in whatever row, order or process it comes.
     """
     bins = np.empty(len(values), np.float32)
-    for cells, entries in _blocks(indptr):
+    for cells, entries in _blocks(indptr, n_bins):
         within = indptr[cells.start : cells.stop + 1] - indptr[cells.start]
         lower, upper, _ = _bin_block(values[entries], np.diff(within), n_bins)
         if parameters.tie_break == "random":
@@ -358,14 +358,17 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x
 
 
-def _blocks(indptr: np.ndarray) -> Iterator[tuple[slice, slice]]:
-    """Split cells into runs whose padded size stays within BLOCK: slices of the cells and of their entries."""
-    start, longest = 0, 0
+def _blocks(indptr: np.ndarray, n_bins: int) -> Iterator[tuple[slice, slice]]:
+    """Split cells into runs whose padded size stays within BLOCK: slices of the cells and of their entries.
+
+    A cell takes room for its entries or its bin edges, whichever are more.
+    """
+    start, longest = 0, n_bins
     for i, length in enumerate(np.diff(indptr).tolist()):
         longest = max(longest, length)
         if i > start and longest * (i + 1 - start) > BLOCK:
             yield slice(start, i), slice(int(indptr[start]), int(indptr[i]))
-            start, longest = i, length
+            start, longest = i, max(length, n_bins)
     if len(indptr) > 1:
         yield slice(start, len(indptr) - 1), slice(int(indptr[start]), int(indptr[-1]))
 

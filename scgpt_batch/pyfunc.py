@@ -4,7 +4,8 @@ MLflow runs this file to load a registered model ("models from code": nothing is
 `embedder`, which keeps loaded weights for the whole process.
 """
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args, get_origin
 
 import pandas as pd
@@ -16,9 +17,12 @@ from mlflow.types.schema import Array
 from scgpt_batch.anndata_rows import PAYLOAD_COLUMNS
 from scgpt_batch.embedder import Answer, Embedder, load_embedder
 from scgpt_batch.errors import ConfigError
-from scgpt_batch.parameters import Parameters, told_in_row
+from scgpt_batch.parameters import Parameters, RequestParameters, shortened
 
 PARAMETER_NAMES = tuple(Parameters.model_fields)
+INPUT_NAMES = (*PAYLOAD_COLUMNS, *PARAMETER_NAMES)
+TABLE_COLUMNS = ("adata_id", "sample_id", "n_obs", "n_vars", "x_dtype", "source", "content_hash", "ingested_at")
+MISSPELT = 0.9  # likeness from which a column's name is taken for a misspelt one
 
 
 class ScgptModel(PythonModel):
@@ -45,21 +49,52 @@ class ScgptModel(PythonModel):
         Raises
         ------
         RowError, ConfigError
-            With `on_error` "raise": the first bad row, named by its position.
+            With `on_error` "raise": the first bad row, named by its position. In any case: no column of the DataFrame
+            is an input of the model, or a column's name looks like a misspelt one.
         """
-        rows = [{}] if model_input is None else model_input.to_dict("records")
-        return answers_frame([self._answer(i, row, params) for i, row in enumerate(rows)])
+        request = RequestParameters(params)
+        if model_input is None:
+            parameters = request.of_row({})
+            answer = self.embedder.whole_vocabulary(parameters)
+            return answers_frame([answer_columns(answer, parameters, self.embedder.config.embsize)])
+        if not isinstance(model_input, pd.DataFrame):
+            raise ConfigError(f"predict takes a DataFrame of rows, or None, not {type(model_input).__name__}")
+        check_columns(model_input.columns)
+        rows = model_input.to_dict("records")
+        return answers_frame([self._answer(i, row, request) for i, row in enumerate(rows)])
 
-    def _answer(self, position: int, row: Mapping[str, Any], params: Mapping[str, Any] | None) -> dict[str, Any]:
+    def _answer(self, position: int, row: Mapping[str, Any], request: RequestParameters) -> dict[str, Any]:
         try:
-            parameters = Parameters.of_row(row, params)
+            parameters = request.of_row(row)
             answer = self.embedder.embed(row, parameters)
         except ConfigError as exc:
-            parameters, error = told_in_row(exc, position, params)
+            parameters, error = request.error_of_row(exc, position)
             answer = Answer(error=error)
         if answer.error is not None and parameters.on_error == "raise":
             raise type(answer.error)(f"row {position}: {answer.error}")
         return answer_columns(answer, parameters, self.embedder.config.embsize)
+
+
+def check_columns(columns: Iterable[Any]) -> None:
+    """Reject rows without any column that the model knows, and names that look like misspelt ones.
+
+    Raises
+    ------
+    ConfigError
+        It names the column, or the ones that the model expects.
+    """
+    names = [str(name) for name in columns]
+    unknown = [name for name in names if name not in INPUT_NAMES]
+    for name in unknown:
+        close = difflib.get_close_matches(name.lower().replace("-", "_"), INPUT_NAMES, 1, MISSPELT)
+        if close and name not in TABLE_COLUMNS:
+            raise ConfigError(f"unknown column {shortened(name)!r}: did you mean {close[0]!r}?")
+    if len(unknown) == len(names):
+        given = shortened(", ".join(unknown)) or "none, or none that MLflow passed on"
+        raise ConfigError(
+            f"no column is an input of the model (given: {given}); a row needs x_data, x_indices, x_indptr (or "
+            "adata_sparsematrix), adata_obs and adata_var"
+        )
 
 
 def answer_columns(answer: Answer, parameters: Parameters, dim: int) -> dict[str, Any]:

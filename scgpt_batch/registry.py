@@ -30,7 +30,7 @@ from scgpt_batch.anndata_rows import PAYLOAD_COLUMNS, table_to_json
 from scgpt_batch.answers import unpacked
 from scgpt_batch.embedder import Embedder, load_embedder
 from scgpt_batch.errors import CheckpointError, ConfigError
-from scgpt_batch.model import SPECIAL_TOKENS, Checkpoint, ModelConfig, checkpoint_digest, load_checkpoint
+from scgpt_batch.model import SPECIAL_TOKENS, Checkpoint, ModelConfig, Vocabulary, checkpoint_digest, load_checkpoint
 from scgpt_batch.parameters import Parameters
 
 logger = logging.getLogger(__name__)
@@ -82,6 +82,11 @@ class ResolvedModel:
     def config(self) -> ModelConfig:
         """The model's shape, from its args.json; no weights are read."""
         return ModelConfig.from_args(json.loads((self.checkpoint / "args.json").read_text()))
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The model's gene vocabulary, from its vocab.json."""
+        return Vocabulary.from_file(self.checkpoint / "vocab.json")
 
 
 def register(checkpoint: str, name: str, *, alias: str = "", input_roots: Sequence[str] = ()) -> ResolvedModel:

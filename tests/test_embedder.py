@@ -20,7 +20,7 @@ import torch
 from scgpt_batch import answers as answers_module
 from scgpt_batch import embedder as embedder_module
 from scgpt_batch import prepare as prepare_module
-from scgpt_batch.anndata_rows import to_row
+from scgpt_batch.anndata_rows import PAYLOAD_COLUMNS, to_row
 from scgpt_batch.demo import write_demo_checkpoint
 from scgpt_batch.embedder import Embedder, load_embedder, loads_in_this_process, token_budget
 from scgpt_batch.errors import (
@@ -175,15 +175,24 @@ def test_static_vectors_are_the_vocabularys_rows(embed, embedder):
     assert answer.n_cells.tolist() == small(3)[:, known_genes()].X.getnnz(axis=0).tolist()
 
 
-def test_an_empty_row_asks_for_the_whole_vocabulary(embedder):
-    answer = embedder.embed({}, Parameters(**UNPROCESSED))
+def test_whole_vocabulary_has_a_static_vector_for_each_token(embedder):
+    answer = embedder.whole_vocabulary(Parameters())
     assert answer.genes == list(embedder.vocabulary.tokens)
     assert_close(answer.gene_embeddings, golden("static")["embeddings"], atol=1e-5)
 
 
-def test_an_empty_row_has_no_cells_to_embed(embedder):
-    answer = embedder.embed({}, Parameters(**CELLS))
-    assert isinstance(answer.error, PayloadError) and "needs cells" in str(answer.error)
+def test_whole_vocabulary_needs_static_mode(embedder):
+    with pytest.raises(PayloadError, match="mode 'cell' needs cells"):
+        embedder.whole_vocabulary(Parameters(**CELLS))
+
+
+@pytest.mark.parametrize("mode", ["static", "contextual", "cell"])
+@pytest.mark.parametrize("need_preprocess", [True, False])
+def test_row_without_payload_fails(embedder, mode, need_preprocess):
+    parameters = Parameters(mode=mode, need_preprocess=need_preprocess)
+    for row in ({}, dict.fromkeys(PAYLOAD_COLUMNS)):
+        answer = embedder.embed(row, parameters)
+        assert isinstance(answer.error, PayloadError) and "the row is empty" in str(answer.error)
 
 
 # A cell's vector depends on the cell, the model and the parameters alone
@@ -450,9 +459,40 @@ def test_genes_restrict_the_answer_not_the_computation(embed, mode):
 
 
 def test_genes_restrict_the_whole_vocabulary(embedder):
-    answer = embedder.embed({}, Parameters(**UNPROCESSED, genes=(known_genes()[0],)))
+    answer = embedder.whole_vocabulary(Parameters(genes=(known_genes()[0], "not-a-gene")))
     assert answer.genes == [known_genes()[0]]
     assert answer.gene_embeddings.shape == (1, embedder.config.embsize)
+    assert answer.report.warnings == ("1 requested gene is not in the model's vocabulary: not-a-gene",)
+
+
+@pytest.mark.parametrize("mode", ["static", "contextual"])
+def test_requested_genes_without_a_vector_are_named(embed, mode):
+    present, absent = known_genes()[:300], known_genes()[350:352]
+    adata = small(10)[:, present]
+    answer = embed(adata, **UNPROCESSED, mode=mode, genes=(present[0], "not-a-gene", *absent, "nor-this"))
+    assert answer.genes == [present[0]]
+    assert answer.report.warnings[-2:] == (
+        "2 requested genes are not in the model's vocabulary: not-a-gene, nor-this",
+        f"2 requested genes have no vector: not among the row's genes after preprocessing: {', '.join(absent)}",
+    )
+
+
+def test_requested_gene_that_no_cell_carries_has_no_contextual_mean(embed):
+    adata = small(10)
+    zero = known_genes()[3]
+    adata.X[:, 3] = 0
+    answer = embed(adata, **UNPROCESSED, mode="contextual", genes=(known_genes()[0], zero))
+    assert answer.genes == [known_genes()[0]] and zero in answer.report.warnings[-1]
+
+
+@pytest.mark.parametrize("mode", ["static", "contextual", "cell"])
+def test_genes_that_are_all_unknown_are_an_error(embedder, mode):
+    parameters = Parameters(mode=mode, genes=("cd3d", "not-a-gene"))
+    with pytest.raises(ConfigError, match="none of the 2 names is in the model's vocabulary \\(first: 'cd3d'"):
+        embedder.embed(to_row(small(3)), parameters)
+    if mode == "static":
+        with pytest.raises(ConfigError, match="none of the 2 names"):
+            embedder.whole_vocabulary(parameters)
 
 
 def test_preprocessing_decides_which_genes_are_answered(embed):
@@ -733,7 +773,7 @@ def test_a_checkpoint_is_loaded_once_per_process():
 def test_weights_that_are_not_the_registered_ones_are_refused():
     embedder = load_embedder(GOLDEN / "checkpoint_torch", digest="0" * 64)
     with pytest.raises(CheckpointError, match="was registered"):
-        embedder.embed({}, Parameters(**UNPROCESSED))
+        embedder.whole_vocabulary(Parameters())
 
 
 # The demo checkpoint
@@ -771,7 +811,7 @@ def test_marker_genes_of_one_cell_type_are_nearer_to_each_other_than_to_other_ty
         "NK": "NKG7 GNLY GZMB PRF1",
     }
     genes = {gene: kind for kind, names in markers.items() for gene in names.split()}
-    answer = Embedder(load_checkpoint(demo), device="cpu").embed({}, Parameters(**UNPROCESSED, genes=tuple(genes)))
+    answer = Embedder(load_checkpoint(demo), device="cpu").whole_vocabulary(Parameters(genes=tuple(genes)))
     unit = answer.gene_embeddings / np.linalg.norm(answer.gene_embeddings, axis=1, keepdims=True)
     similarity, kinds = unit @ unit.T, np.array([genes[gene] for gene in answer.genes])
     for i, kind in enumerate(kinds):

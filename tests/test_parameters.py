@@ -2,13 +2,14 @@
 
 import subprocess
 import sys
+from typing import Literal, get_origin
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from scgpt_batch.errors import ConfigError
-from scgpt_batch.parameters import Parameters
+from scgpt_batch.parameters import Parameters, RequestParameters
 
 # Users script against these.
 DEFAULTS = {
@@ -107,6 +108,85 @@ def test_impossible_values_are_named(given, message):
         Parameters.create(given)
 
 
+BOUNDS = dict.fromkeys(("use_key", "result_normed_key", "result_log1p_key", "result_binned_key", "batch_key"), 200)
+BOUNDS |= {"group_by": 200, "input_data_path": 4096}
+NUMBERS = {"filter_gene_by_counts": 10**12, "min_cell_counts": 1e12, "normalize_total": 1e12, "subset_hvg": 10**6}
+NUMBERS |= {"binning": 1000, "max_length": 65_536, "min_coverage": 1, "seed": 2**63 - 1, "embsize": 10**6}
+NUMBERS |= {"nhead": 10**6, "d_hid": 10**6, "nlayers": 10**6, "n_layers_cls": 10**6}
+
+
+def test_every_parameter_has_an_upper_bound():
+    mode = {"mode": "contextual", "need_preprocess": False}
+    for name, length in BOUNDS.items():
+        Parameters.create(mode, {name: "x" * length})
+        with pytest.raises(ConfigError, match=f"'{name}': .*at most {length} characters, got 'xxx"):
+            Parameters.create(mode, {name: "x" * (length + 1)})
+    for name, most in NUMBERS.items():
+        Parameters.create({name: most})
+        with pytest.raises(ConfigError, match=f"'{name}'"):
+            Parameters.create({name: most * 2})
+    closed = {name for name, field in Parameters.model_fields.items() if get_origin(field.annotation) is Literal}
+    closed |= {name for name, field in Parameters.model_fields.items() if field.annotation is bool}
+    assert {*BOUNDS, *NUMBERS, *closed, "genes"} == set(DEFAULTS)
+
+
+@pytest.mark.parametrize(
+    ("genes", "message"),
+    [
+        (["A"] * 100_001, "at most 100,000 names are possible, not 100,001"),
+        (["A", "B" * 201], "a name may have 200 characters, not 201"),
+        (["A" * 200] * 10_001, "2,000,000 characters together, not 2,000,200"),
+    ],
+    ids=["names", "length", "together"],
+)
+def test_genes_are_bounded_in_number_and_length(genes, message):
+    with pytest.raises(ConfigError, match=message) as told:
+        Parameters.create({"genes": genes})
+    assert len(str(told.value)) < 500
+
+
+def test_error_message_is_short_whatever_is_given():
+    for given in ({"mode": "x" * 10**6}, {"x" * 10**6: 1}, {"genes": [1] * 10**5}, {str(i): 1 for i in range(10**5)}):
+        with pytest.raises(ConfigError) as told:
+            Parameters.create(given)
+        assert len(str(told.value)) < 1000
+
+
+def test_unknown_parameter_suggests_the_known_one():
+    with pytest.raises(ConfigError, match=r"unknown parameter 'Max_Lenght' \(did you mean 'max_length'\?\)"):
+        Parameters.create({"Max_Lenght": 1})
+
+
+# The parameters of a request
+
+
+def test_columns_of_a_row_win_over_params():
+    request = RequestParameters({"mode": "cell", "seed": 1, "genes": ["A"]})
+    assert request.of_row({"mode": None, "x_data": [1.0]}) == Parameters(mode="cell", seed=1, genes=("A",))
+    found = request.of_row({"mode": "static", "seed": float("nan"), "genes": np.array(["B"])})
+    assert found == Parameters(mode="static", seed=1, genes=("B",))
+
+
+def test_params_that_only_a_row_completes_work():
+    request = RequestParameters({"group_by": "donor"})
+    assert request.of_row({"mode": "contextual"}).group_by == "donor"
+    with pytest.raises(ConfigError, match="group_by needs mode 'contextual'"):
+        request.of_row({})
+
+
+def test_rows_share_parameters_and_genes():
+    request = RequestParameters({"genes": ["A"] * 1000})
+    assert request.of_row({}) is request.of_row({"x_data": [1.0]})
+    assert request.of_row({"seed": 1}) is request.of_row({"seed": 1})
+    assert request.of_row({"seed": 1}).genes is request.of_row({"seed": 2}).genes
+
+
+@pytest.mark.parametrize("wrong", [{"seed": [{}]}, {"genes": [["A"]]}, {"mode": {}}, {"seed": []}], ids=str)
+def test_row_with_nested_values_is_an_error(wrong):
+    with pytest.raises(ConfigError, match=f"'{next(iter(wrong))}"):
+        RequestParameters({}).of_row(wrong)
+
+
 def test_all_faults_are_told_at_once():
     with pytest.raises(ConfigError, match=r"^(?=.*'mode')(?=.*'seed')(?=.*unknown parameter 'nlayer').*$"):
         Parameters.create({"mode": "x", "seed": -1, "nlayer": 1})
@@ -133,35 +213,67 @@ def test_parameters_are_frozen():
         Parameters().seed = 1
 
 
-CHANGES = {
-    "need_preprocess": False, "input_data_path": "a.h5ad", "use_key": "counts",
-    "filter_gene_by_counts": 4, "filter_cell_by_counts": True, "min_cell_counts": 200, "normalize_total": 1e6,
-    "result_normed_key": "", "log1p": True, "result_log1p_key": "", "subset_hvg": 0, "hvg_flavor": "seurat",
-    "binning": 11, "mode": "cell", "genes": ("LYZ",), "max_length": 600, "seed": 1, "tie_break": "upper",
-    "dtype": "bfloat16", "batch_key": "donor",
-}  # fmt: skip
+# Which parameters can change a number, by mode: with preprocessing, and without
+INPUT = {"input_data_path": "a.h5ad", "use_key": "counts"}
+GENES = {"genes": ("LYZ",)}
+FILTERS = {"filter_gene_by_counts": 4, "filter_cell_by_counts": True, "min_cell_counts": 200.0}
+VARIABLE_GENES = {"subset_hvg": 0, "hvg_flavor": "seurat", "batch_key": "donor"}
+X_REPLACED = {"result_normed_key": ""}  # variable genes are then chosen by normalised values
+VALUES = {"normalize_total": 1e6, "log1p": True, "binning": 11}
+CELLS = {"tie_break": "upper", "seed": 1, "max_length": 600, "dtype": "bfloat16"}
+GROUPS = {"group_by": "donor"}
+CHANGES = INPUT | GENES | FILTERS | VARIABLE_GENES | X_REPLACED | VALUES | CELLS | GROUPS
+CHANGES |= {"data_is_binned": True, "result_log1p_key": "", "result_binned_key": "bins", "data_is_raw": True}
+CHANGES |= {"encoding": "float16_base64", "on_error": "record", "min_coverage": 0.5}
+CHANGES |= dict.fromkeys(("embsize", "nhead", "d_hid", "nlayers", "n_layers_cls"), 64)
+DECIDING = {
+    ("static", True): INPUT | GENES | FILTERS | VARIABLE_GENES | X_REPLACED,
+    ("static", False): INPUT | GENES,
+    ("contextual", True): INPUT | GENES | FILTERS | VARIABLE_GENES | X_REPLACED | VALUES | CELLS | GROUPS,
+    ("contextual", False): INPUT | GENES | CELLS | GROUPS | {"data_is_binned": True},
+    ("cell", True): INPUT | FILTERS | VARIABLE_GENES | X_REPLACED | VALUES | CELLS,
+    ("cell", False): INPUT | CELLS | {"data_is_binned": True},
+}
 
 
-@pytest.mark.parametrize("name", CHANGES)
-def test_hash_tells_what_changes_a_number(name):
-    assert Parameters.create({name: CHANGES[name]}).params_hash() != Parameters().params_hash()
+def test_every_parameter_has_a_change_that_the_hash_is_tested_with():
+    assert set(CHANGES) == set(DEFAULTS) - {"mode", "need_preprocess"}
 
 
-def test_hash_tells_group_and_bins():
-    contextual = {"mode": "contextual", "need_preprocess": False}
-    rest = [contextual, contextual | {"group_by": "donor"}, contextual | {"data_is_binned": True}]
-    assert len({Parameters.create(given).params_hash() for given in rest}) == 3
+@pytest.mark.parametrize(("mode", "need_preprocess"), DECIDING, ids=str)
+def test_hash_differs_only_where_numbers_can(mode, need_preprocess):
+    basis = Parameters(mode=mode, need_preprocess=need_preprocess)
+    different = set()
+    for name, value in CHANGES.items():
+        try:
+            changed = Parameters.create(basis.model_dump(), {name: value})
+        except ConfigError:  # the mode does not take it
+            continue
+        if changed.params_hash() != basis.params_hash():
+            different.add(name)
+    assert different == set(DECIDING[mode, need_preprocess])
 
 
-@pytest.mark.parametrize(
-    "given",
-    [{"encoding": "float16_base64"}, {"on_error": "record"}, {"min_coverage": 0.5}]
-    + [{name: 64} for name in ("embsize", "nhead", "d_hid", "nlayers", "n_layers_cls")]
-    + [{"normalize_total": 10000}, {"seed": np.int64(0)}, {"genes": []}],
-    ids=str,
-)
-def test_hash_leaves_out_what_changes_none(given):
-    assert Parameters.create(given).params_hash() == Parameters().params_hash()
+def test_hash_tells_modes_apart():
+    assert len({Parameters(mode=mode, need_preprocess=p).params_hash() for mode, p in DECIDING}) == 6
+
+
+def test_hash_tells_log_values_where_variable_genes_are_chosen_by_them():
+    for replaced in ({"result_normed_key": ""}, {"normalize_total": 0}):
+        plain, logged = (Parameters.create(replaced, {"log1p": log1p}) for log1p in (False, True))
+        assert plain.params_hash() != logged.params_hash()
+        layer = [Parameters.create(replaced, {"log1p": log1p, "use_key": "counts"}) for log1p in (False, True)]
+        assert layer[0].params_hash() == layer[1].params_hash()
+    no_cut = [Parameters(subset_hvg=0, result_normed_key="", log1p=log1p) for log1p in (False, True)]
+    assert no_cut[0].params_hash() == no_cut[1].params_hash()
+
+
+def test_hash_does_not_depend_on_how_a_value_is_written():
+    assert Parameters.create({"normalize_total": 10000, "seed": np.int64(0), "genes": []}) == Parameters()
+    assert Parameters(genes=("B", "A", "A")).params_hash() == Parameters(genes=("A", "B")).params_hash()
+    assert Parameters(filter_cell_by_counts=True).params_hash() == Parameters(min_cell_counts=1).params_hash()
+    binned = {"mode": "cell", "need_preprocess": False, "data_is_binned": True}
+    assert Parameters(**binned).params_hash() == Parameters(**binned, tie_break="upper").params_hash()
 
 
 def test_hash_is_the_same_in_another_process():
@@ -173,4 +285,4 @@ def test_hash_is_the_same_in_another_process():
 
 def test_hash_of_the_defaults_is_stable():
     # tables hold it: when it changes, every row counts as not yet embedded
-    assert Parameters().params_hash() == "825a3f9e10833481"
+    assert Parameters().params_hash() == "4848a03e9e9a37c4"

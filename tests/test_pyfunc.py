@@ -136,9 +136,53 @@ def test_no_input_asks_for_the_whole_vocabulary(model):
     assert_close(answer["gene_embeddings"], golden("static")["embeddings"], atol=1e-5)
 
 
-def test_a_row_of_nulls_asks_for_the_whole_vocabulary(model):
-    answers = model.predict(frame({}, row()), params=UNPROCESSED)
-    assert [len(genes) for genes in answers["genes"]] == [len(TOKENS), 30]
+def test_row_of_nulls_fails(model):
+    with pytest.raises(PayloadError, match=r"row 0: the row is empty: .* x_data, .* are null or not given"):
+        model.predict(frame({}, row()), params=UNPROCESSED)
+    answers = model.predict(frame({}, row()), params=UNPROCESSED | {"on_error": "record"})
+    assert [len(genes) for genes in answers["genes"]] == [0, 30]
+    assert answers["error"][0].startswith("PayloadError: the row is empty")
+
+
+@pytest.mark.parametrize("renamed", [str.upper, lambda name: f"my_{name}"], ids=["upper case", "other names"])
+def test_rows_without_a_known_column_are_an_error(model, renamed):
+    unknown = pd.DataFrame([{renamed(name): value for name, value in row().items()}] * 3)
+    with pytest.raises(ConfigError, match="a row needs x_data, x_indices, x_indptr"):
+        model.predict(unknown.drop(columns=renamed("n_obs")), params=CELLS)
+    with pytest.raises(ConfigError, match=r"unknown column|no column is an input"):
+        model.unwrap_python_model().predict(None, unknown, CELLS)
+
+
+@pytest.mark.parametrize("empty", [pd.DataFrame(), pd.DataFrame(index=range(3))], ids=["no rows", "rows"])
+def test_frame_without_columns_is_an_error(model, empty):
+    for predict in (model.predict, lambda data, params: model.unwrap_python_model().predict(None, data, params)):
+        with pytest.raises(ConfigError, match="no column is an input of the model"):
+            predict(empty, params=CELLS)
+
+
+def test_misspelt_column_is_named_with_what_was_meant(model):
+    with pytest.raises(ConfigError, match="unknown column 'maxLength': did you mean 'max_length'"):
+        model.unwrap_python_model().predict(None, frame(row(), maxLength=[5]), CELLS)
+    other = frame(row(), adata_id=["a"], sample_id=["s"], x_dtype=["float32"], donor=["d"])
+    assert model.unwrap_python_model().predict(None, other, CELLS)["error"][0] is None
+
+
+def test_input_that_is_not_a_dataframe_is_an_error(model):
+    with pytest.raises(ConfigError, match="takes a DataFrame of rows, or None, not dict"):
+        model.unwrap_python_model().predict(None, {"x_data": [1.0]}, CELLS)
+
+
+def test_unknown_genes_are_a_warning_or_an_error(model):
+    asked = UNPROCESSED | {"genes": [GENES[3], "cd4"]}
+    assert model.predict(frame(row()), params=asked)["warnings"][0] == [
+        "1 requested gene is not in the model's vocabulary: cd4"
+    ]
+    with pytest.raises(ConfigError, match="none of the 1 names"):
+        model.predict(frame(row()), params=UNPROCESSED | {"genes": ["cd4"]})
+    answers = model.predict(
+        frame(row(), row(), genes=[["cd4"], [GENES[3]]]), params=UNPROCESSED | {"on_error": "record"}
+    )
+    assert "none of the 1 names" in answers["error"][0] and answers["error"][1] is None
 
 
 @pytest.mark.parametrize("wrap", [sp.csr_matrix, sp.csc_matrix, sp.csr_array], ids=lambda wrap: wrap.__name__)

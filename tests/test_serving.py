@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from scgpt_batch import registry
 from scgpt_batch.anndata_rows import to_row
-from scgpt_batch.errors import ConfigError, PartsFailed
+from scgpt_batch.errors import ConfigError, EmbeddingWarning, PartsFailed
 from scgpt_batch.model import Vocabulary
 from scgpt_batch.parameters import Parameters
 from scgpt_batch.serving import client
@@ -178,9 +178,17 @@ def test_mlflows_own_routes_answer(endpoint):
         ({"dataframe_records": [], "client_request_id": ["i"]}, 400, "must be a string"),
         ({"dataframe_records": [], "params": {"subset_hvg": None}}, 200, ""),
         ({"dataframe_records": [{"x_data": "1, 2"}]}, 400, "x_data"),
-        ({"dataframe_records": [{}], "params": {"mode": "fast"}}, 400, "'mode'"),
-        ({"dataframe_records": [{}], "params": {"nlayers": 12}}, 400, "the checkpoint has 3"),
-        ({"dataframe_records": [{"adata_var": "{", "adata_obs": "{"}]}, 400, "row 0: adata_obs is not JSON"),
+        ({"dataframe_records": [{"adata_obs": None}], "params": {"mode": "fast"}}, 400, "'mode'"),
+        ({"dataframe_records": [{"adata_obs": None}], "params": {"nlayers": 12}}, 400, "the checkpoint has 3"),
+        ({"dataframe_records": [{"adata_obs": None}], "params": UNPROCESSED}, 400, "row 0: the row is empty"),
+        ({"dataframe_records": [{}, {}]}, 400, "no column is an input of the model"),
+        ({"dataframe_records": [{"X_DATA": [1.0]}]}, 400, "unknown column 'X_DATA': did you mean 'x_data'"),
+        ({"dataframe_records": [{"mode": "cell", "maxlength": 9}]}, 400, "did you mean 'max_length'"),
+        ({"inputs": [{"counts": [1.0]}], "params": UNPROCESSED}, 400, "(given: counts); a row needs x_data"),
+        ({"dataframe_records": [], "params": {"genes": ["cd4"] * 100_001}}, 400, "at most 100,000 names"),
+        ({"dataframe_records": [{"genes": ["A", "B" * 201]}]}, 400, "a name may have 200 characters, not 201"),
+        ({"dataframe_records": [{"genes": ["cd4"]}], "params": UNPROCESSED}, 400, "none of the 1 names"),
+        ({"dataframe_records": [{"adata_var": "{", "adata_obs": "{"}]}, 400, "row 0: adata_var is not JSON"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -261,11 +269,47 @@ def test_a_truncated_gzip_stream_is_refused(endpoint):
 
 
 def test_an_answer_that_would_be_too_large_is_refused_with_advice(guarded):
-    document = {"dataframe_records": [{}], "params": UNPROCESSED}
+    tokens = Vocabulary.from_file(GOLDEN / "checkpoint_flash" / "vocab.json").tokens[:2000]
+    document = {"dataframe_records": [payload(to_row(random_adata(3, 2000, genes=tokens)))], "params": UNPROCESSED}
     message = refusal(guarded.post(document), 413)
     assert "the answer would hold" in message and "restrict `genes`" in message and "batch job" in message
     answer = guarded.post(document | {"params": UNPROCESSED | {"genes": [GENES[4]]}})
     assert answer.json()["predictions"][0]["genes"] == [GENES[4]]
+
+
+@pytest.mark.parametrize("hidden", ["NaN in var", "long labels", "Ensembl ids"])
+def test_no_table_hides_the_size_of_an_answer(guarded, hidden):
+    tokens = Vocabulary.from_file(GOLDEN / "checkpoint_flash" / "vocab.json").tokens[:2000]
+    adata, asked = random_adata(3, 2000, genes=tokens), dict(UNPROCESSED)
+    if hidden == "long labels":
+        adata, asked = adata[:, :1000].copy(), asked | {"mode": "contextual", "group_by": "donor", "genes": GENES[:30]}
+        adata.obs["donor"] = "x" * 10_000
+    sent = payload(to_row(adata))
+    if hidden == "NaN in var":  # Python's JSON has it, others do not
+        rows = ",".join(["[NaN]"] * 2000)
+        sent["adata_var"] = f'{{"columns":["a"],"index":{json.dumps(list(tokens))},"data":[{rows}]}}'
+    if hidden == "Ensembl ids":
+        adata.var["gene_symbols"] = adata.var_names
+        adata.var_names = [tokens[0], *(f"ENSG{i:011}" for i in range(1999))]
+        sent = payload(to_row(adata))
+    message = refusal(guarded.post({"dataframe_records": [sent], "params": asked}), 413)
+    assert "the answer would hold" in message
+
+
+def test_row_whose_size_cannot_be_estimated_fails(endpoint):
+    broken = row() | {"adata_var": '{"columns":[],"index":["A"],"data":[[]], "more":[]}'}
+    assert "row 0: adata_var must be" in refusal(endpoint.post({"dataframe_records": [payload(broken)]}), 400)
+    found = ask(endpoint, broken, row(1), on_error="record", **CELLS)
+    assert found[0]["error"].startswith("PayloadError: adata_var") and found[1]["error"] is None
+
+
+def test_answer_carries_coverage_and_warnings_over_http(endpoint):
+    (answer,) = ask(endpoint, row(), genes=[GENES[3], "cd4"], **UNPROCESSED)
+    assert answer["coverage"] > 0.9
+    assert answer["warnings"] == ["1 requested gene is not in the model's vocabulary: cd4"]
+    mouse = to_row(random_adata(4, 31, genes=[GENES[0], *(f"Mouse{i}" for i in range(30))]))
+    message = refusal(endpoint.post({"dataframe_records": [payload(mouse)], "params": CELLS}), 400)
+    assert "row 0: 1 of 31 gene names" in message
 
 
 def test_a_request_that_takes_too_long_is_told_so(registered, tmp_path):
@@ -394,6 +438,30 @@ def test_the_client_cuts_requests_to_size_but_never_a_row_that_is_whole(endpoint
     assert len(client.embed(adata, endpoint.url, progress=False, request_bytes=3000, **CELLS)) == 50
     with pytest.raises(PartsFailed, match=r"50 of 50 cells have no answer.*cannot be sent apart .*batch job"):
         client.embed(adata, endpoint.url, progress=False, request_bytes=3000, mode="static")
+
+
+def test_client_warns_of_what_the_model_warns_of(endpoint):
+    adata = random_adata(6, len(GENES), genes=GENES, dtype=np.float64)
+    adata.X = adata.X * 4  # counts, as float64
+    with pytest.warns(EmbeddingWarning, match="X looks like counts"):
+        found = client.embed(adata, endpoint.url, progress=False, **CELLS)
+    assert len(found) == 6 and found.attrs["coverage"] > 0.9
+    assert any("X looks like counts" in text for text in found.attrs["warnings"])
+
+
+def test_client_raises_when_known_genes_carry_too_few_counts(endpoint):
+    adata = random_adata(6, len(GENES), genes=[GENES[0], *(f"Mouse{i}" for i in range(30))])
+    with pytest.raises(PartsFailed, match=r"6 of 6 cells have no answer.*1 of 31 gene names"):
+        client.embed(adata, endpoint.url, progress=False, **CELLS)
+
+
+def test_client_keeps_repeated_cell_names_apart_over_requests(endpoint, monkeypatch):
+    adata = random_adata(6, len(GENES), genes=GENES)
+    adata.obs_names = ["a", "b", "a", "c", "a", "d"]
+    monkeypatch.setattr(client, "CELLS", 2)
+    with pytest.warns(EmbeddingWarning, match="2 repeated cell names got a suffix"):
+        found = client.embed(adata, endpoint.url, progress=False, **CELLS)
+    assert found["cell_id"].tolist() == ["a", "b", "a-1", "c", "a-2", "d"]
 
 
 def test_the_client_refuses_what_the_model_does_not_declare(endpoint):

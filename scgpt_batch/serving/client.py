@@ -6,6 +6,8 @@ embed(adata, "https://WORKSPACE/serving-endpoints/NAME", mode="static", data_is_
 
 import gzip
 import os
+import warnings
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -22,13 +24,14 @@ from urllib3.util import Retry
 
 from scgpt_batch.anndata_rows import PAYLOAD_COLUMNS, to_row, unique_cell_names
 from scgpt_batch.answers import unpacked
-from scgpt_batch.errors import ConfigError, PartsFailed, PayloadError
+from scgpt_batch.errors import ConfigError, EmbeddingWarning, PartsFailed, PayloadError
 from scgpt_batch.gene_names import lookup_columns
 from scgpt_batch.parameters import Parameters
 
 REQUEST_BYTES = 16_000_000  # of a request's body at Databricks, and at the local endpoint
 CELLS = 2_000  # of one request at most: their vectors in base64 take 6 MB at d 512
 TOO_LARGE = 413
+WARNINGS = 20  # that a call shows
 RETRIED = (429, 500, 502, 503, 504)
 
 
@@ -93,19 +96,27 @@ def embed(
     Returns
     -------
     The columns of the embedding tables, in the order of the cells: `cell_id`, `embedding`; or `group`, `gene`,
-    `embedding`, `n_cells`. Embeddings are float32 (float16 with that encoding).
+    `embedding`, `n_cells`. Embeddings are float32 (float16 with that encoding). `attrs` has the model's `warnings`
+    and the smallest `coverage` of a request: the share of its counts in known genes.
+
+    Warns
+    -----
+    EmbeddingWarning
+        For each of the model's warnings, such as genes that are unknown or values that look scaled.
 
     Raises
     ------
     ConfigError
         An unknown or impossible parameter, or a URL that is none.
     PartsFailed
-        Some cells, listed with the reason in `failures`, have no answer; the others' are in `answered`.
+        Some cells, listed with the reason in `failures`, have no answer; the others' are in `answered`. One reason is
+        LowCoverage: known genes carry less than `min_coverage` (0.2) of the counts.
     """
     asked = Parameters.create({"encoding": "float32_base64"}, parameters)
     document = {"params": {**parameters, "encoding": asked.encoding}}
     session = _session(url, token, retries, concurrency)
-    ask = _Asker(session, _invocations(url), timeout_seconds, request_bytes, _lean(adata, asked), asked, document)
+    lean, renamed = _lean(adata, asked)
+    ask = _Asker(session, _invocations(url), timeout_seconds, request_bytes, lean, asked, document)
     most = CELLS if ask.may_split else max(adata.n_obs, 1)
     parts = [(first, min(first + most, adata.n_obs)) for first in range(0, adata.n_obs, most)]
     found: list[pd.DataFrame] = []
@@ -119,21 +130,38 @@ def embed(
             found += answered
             failures += failed
             bar.update(last - first)
+    told = _distinct_warnings([renamed, *(text for part in found for text in part.attrs["warnings"])])
+    coverage = [part.attrs["coverage"] for part in found if part.attrs["coverage"] is not None]
+    for part in found:
+        part.attrs = {}
     answer = pd.concat(found, ignore_index=True) if found else pd.DataFrame()
+    answer.attrs = {"warnings": told, "coverage": min(coverage, default=None)}
+    for text in told:
+        warnings.warn(text, EmbeddingWarning, stacklevel=2)
     if failures:
         raise PartsFailed(_told(failures, adata.n_obs), failures=failures, answered=answer)
     return answer
 
 
-def _lean(adata: ad.AnnData, asked: Parameters) -> ad.AnnData:
-    """Keep the matrix and those columns that the model may look at."""
+def _lean(adata: ad.AnnData, asked: Parameters) -> tuple[ad.AnnData, str | None]:
+    """Keep the matrix and those columns that the model may look at; say which cell names were changed."""
     obs = [name for name in {asked.group_by, asked.batch_key} if name]
     missing = [name for name in obs if name not in adata.obs]
     if missing:
         raise ConfigError(f"obs has no column {missing[0]!r}")
-    names, _ = unique_cell_names(adata.obs_names)  # over all cells: a request may hold some of them
-    var = adata.var[lookup_columns(adata.var.columns)]
-    return ad.AnnData(adata.X, obs=adata.obs[obs].set_axis(names), var=var)
+    names, warning = unique_cell_names(adata.obs_names)  # over all cells: a request may hold some of them
+    uns = {"log1p": adata.uns["log1p"]} if "log1p" in adata.uns else {}
+    lean = ad.AnnData(
+        adata.X, obs=adata.obs[obs].set_axis(names), var=adata.var[lookup_columns(adata.var.columns)], uns=uns
+    )
+    return lean, warning
+
+
+def _distinct_warnings(texts: Iterable[str | None]) -> list[str]:
+    """Return each warning once; requests for many cells may have too many to read."""
+    distinct = list(dict.fromkeys(filter(None, texts)))
+    more = len(distinct) - WARNINGS
+    return distinct[:WARNINGS] + ([f"{more} further warnings are not shown"] if more > 0 else [])
 
 
 @dataclass(frozen=True)
@@ -156,7 +184,10 @@ class _Asker:
     def __call__(self, part: tuple[int, int]) -> tuple[list[pd.DataFrame], list[Failure]]:
         first, last = part
         try:
-            return [self._ask(self._body(first, last))], []
+            body, told = self._body(first, last)
+            found = self._ask(body)
+            found.attrs["warnings"] = told + found.attrs["warnings"]
+            return [found], []
         except _Refused as exc:
             if exc.status != TOO_LARGE or last - first < 2 or not self.may_split:
                 return [], [Failure(first, last, exc.status, str(exc))]
@@ -164,9 +195,11 @@ class _Asker:
         left, right = self((first, middle)), self((middle, last))
         return left[0] + right[0], left[1] + right[1]
 
-    def _body(self, first: int, last: int) -> bytes:
+    def _body(self, first: int, last: int) -> tuple[bytes, list[str]]:
+        """Return a request for some cells, and what was changed to make it."""
+        told: list[str] = []
         try:
-            row = to_row(self.adata[first:last])
+            row = to_row(self.adata[first:last], warnings=told)
         except PayloadError as exc:
             raise _Refused(None, str(exc)) from exc
         payload = {name: row[name] for name in PAYLOAD_COLUMNS if row[name] is not None}
@@ -178,7 +211,7 @@ class _Asker:
                 "cannot be sent apart but in mode 'cell' with need_preprocess false: drop genes or cells, or run the "
                 "batch job (scgpt-batch embed)",
             )
-        return body
+        return body, told
 
     def _ask(self, body: bytes) -> pd.DataFrame:
         headers = {"Content-Type": "application/json"}
@@ -192,9 +225,12 @@ class _Asker:
             raise _Refused(answer.status_code, _message(answer))
         try:
             (prediction,) = orjson.loads(answer.content)["predictions"]
-            return _frame(prediction, self.asked)
+            found = _frame(prediction, self.asked)
         except (ValueError, KeyError, TypeError) as exc:
             raise _Refused(200, f"an answer of another form than this package's model gives: {exc}") from exc
+        # versions registered earlier give neither
+        found.attrs = {"warnings": prediction.get("warnings") or [], "coverage": prediction.get("coverage")}
+        return found
 
 
 def _frame(prediction: dict[str, Any], asked: Parameters) -> pd.DataFrame:

@@ -7,7 +7,7 @@ limits, and what keeps a hostile request from costing more than a refusal.
 import re
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,16 +17,17 @@ from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import PyFuncModel
 from mlflow.pyfunc.scoring_server import infer_and_parse_data
 
-from scgpt_batch.anndata_rows import is_empty
+from scgpt_batch.anndata_rows import genes_from_json, is_empty, string_labels, table_from_json
 from scgpt_batch.embedder import Embedder, check_model_parameters
-from scgpt_batch.errors import ConfigError, RequestRefused, RowError
-from scgpt_batch.model import Vocabulary
-from scgpt_batch.parameters import Parameters, told_in_row
+from scgpt_batch.errors import ConfigError, PayloadError, RequestRefused, RowError
+from scgpt_batch.parameters import Parameters, RequestParameters, shortened
+from scgpt_batch.pyfunc import check_columns
 
 FORMATS = ("dataframe_split", "dataframe_records", "inputs", "instances")
 MAX_ROWS, MAX_COLUMNS = 10_000, 1_000
 MAX_CLIENT_ID = 256  # characters
 MAX_GENES = 250_000  # four times the published vocabulary; reading the names of more takes longer than a refusal may
+MAX_NAMES = 1_000_000  # in the `genes` of all rows
 
 # Bytes of one number in an answer: float32 as the shortest text that reads back as it, and a comma (11.6 on random
 # vectors); base64 takes four characters for three bytes.
@@ -73,56 +74,102 @@ class RequestReader:
         """
         document = parse(body)
         client_id = _client_request_id(document.get("client_request_id"))
-        rows, params = self._check_types(records(document), document.get("params"))
-        asked = Asked(
-            [self._with_parameters(i, row, params) for i, row in enumerate(rows)],
-            client_id,
-        )
-        self._refuse_large_answer(asked.rows)
-        return asked
+        given, params = records(document), document.get("params")
+        request = self._parameters_of_request(given, params)
+        seen: dict[int, ConfigError | None] = {}
+        asked = [self._with_parameters(i, row, request, seen) for i, row in enumerate(given)]
+        self._refuse_many_genes(asked)
+        payloads = self._check_types(asked, params)
+        asked = [replace(one, row=payload) for one, payload in zip(asked, payloads, strict=True)]
+        return Asked(self._refuse_large_answer(asked), client_id)
 
-    def _check_types(self, given: list[dict[str, Any]], params: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """Check rows and parameters against the model's signature, by MLflow."""
+    def _parameters_of_request(self, given: list[dict[str, Any]], params: Any) -> RequestParameters:
+        """Check the names of columns and parameters."""
         if params is not None and not isinstance(params, dict):
             raise RequestRefused(400, f"params must be an object, not {type(params).__name__}")
-        unknown = sorted(set(params or ()) - self._parameters)
-        if unknown:
-            raise RequestRefused(400, f"unknown parameter {unknown[0]!r}; the model knows {sorted(self._parameters)}")
-        kept = [{name: _array(row[name]) for name in row if name in self._columns} for row in given]
+        unknown = next((name for name in params or () if name not in self._parameters), None)
+        if unknown is not None:
+            told = f"unknown parameter {shortened(unknown)!r}"
+            raise RequestRefused(400, f"{told}; the model knows {sorted(self._parameters)}")
+        request = RequestParameters(params)
+        try:
+            if given:
+                check_columns({name: None for row in given for name in row})
+            else:
+                request.of_row({})
+        except ConfigError as exc:
+            raise RequestRefused(400, str(exc)) from exc
+        return request
+
+    def _with_parameters(
+        self, position: int, row: dict[str, Any], request: RequestParameters, seen: dict[int, ConfigError | None]
+    ) -> AskedRow:
+        """Set a row's parameters, as the PyFunc does it; `seen` keeps what was found wrong with each set of them."""
+        try:
+            parameters = request.of_row(row)
+            if id(parameters) not in seen:
+                seen[id(parameters)] = self._fault(parameters)
+            if fault := seen[id(parameters)]:
+                raise fault
+            return AskedRow(row, parameters)
+        except ConfigError as exc:
+            try:
+                return AskedRow(row, *request.error_of_row(exc, position))
+            except ConfigError as of_request:
+                raise RequestRefused(400, str(of_request)) from exc
+
+    def _fault(self, parameters: Parameters) -> ConfigError | None:
+        try:
+            check_model_parameters(parameters, self._embedder.config, self._embedder.vocabulary)
+        except ConfigError as exc:
+            return exc
+        return None
+
+    def _refuse_many_genes(self, asked: list[AskedRow]) -> None:
+        names = sum(len(parameters.genes) for parameters in {id(a.parameters): a.parameters for a in asked}.values())
+        if names > MAX_NAMES:
+            raise RequestRefused(
+                413, f"`genes` of all rows hold {names:,} names; the limit is {MAX_NAMES:,}: give them once, in params"
+            )
+
+    def _check_types(self, asked: list[AskedRow], params: Any) -> list[dict[str, Any]]:
+        """Check rows and parameters against the model's signature, by MLflow; return the rows as it converts them."""
+        kept = [
+            {
+                name: None if a.error and name in self._parameters else _array(a.row[name])
+                for name in a.row
+                if name in self._columns
+            }
+            for a in asked
+        ]
         for name in {name for row in kept for name in row}:
             if not all(name in row for row in kept):
                 raise RequestRefused(400, f"column {name} stands in some rows and not in others: give null there")
         try:
             frame = infer_and_parse_data({"dataframe_records": kept}, self._schema)
-            frame, checked = self._checked.predict(frame, params=params)
+            frame, _ = self._checked.predict(frame, params=params)
         except MlflowException as exc:
             told = re.sub(r"^Failed to enforce schema of data.*Error: ", "", exc.message, flags=re.DOTALL)
             raise RequestRefused(400, told) from exc  # without the data, which MLflow repeats
         except Exception as exc:  # nothing but the client's values went in: whatever broke, they broke it
             raise RequestRefused(400, f"rows or params have wrong types: {type(exc).__name__}: {exc}") from exc
-        # pandas forgets rows without columns; each is a question for the whole vocabulary
-        return (frame.to_dict("records") if len(frame.columns) else [{} for _ in given]), checked or {}
+        return frame.to_dict("records") if len(frame.columns) else [{} for _ in asked]  # pandas forgets such rows
 
-    def _with_parameters(self, position: int, row: dict[str, Any], params: dict[str, Any]) -> AskedRow:
-        """Set a row's parameters, as the PyFunc does it."""
-        try:
-            parameters = Parameters.of_row(row, params)
-            check_model_parameters(parameters, self._embedder.config)
-            return AskedRow(row, parameters)
-        except ConfigError as exc:
-            try:
-                return AskedRow(row, *told_in_row(exc, position, params))
-            except ConfigError as of_request:
-                raise RequestRefused(400, str(of_request)) from exc
-
-    def _refuse_large_answer(self, rows: Iterable[AskedRow]) -> None:
-        d, total = self._embedder.config.embsize, 0.0
-        for asked in rows:
-            if asked.error is None:
-                vectors = expected_vectors(asked.row, asked.parameters, self._embedder.vocabulary)
-                total += vectors * d * NUMBER_BYTES[asked.parameters.encoding]
+    def _refuse_large_answer(self, asked: list[AskedRow]) -> list[AskedRow]:
+        """Bound the answer's bytes before anything is computed; a row that cannot be read for that gets its error."""
+        checked, total = [], 0.0
+        for i, one in enumerate(asked):
+            if one.error is None:
+                try:
+                    total += answer_bytes(one.row, one.parameters, self._embedder)
+                except PayloadError as exc:
+                    if one.parameters.on_error == "raise":
+                        raise RequestRefused(400, f"row {i}: {exc}") from exc
+                    one = replace(one, error=exc)
+            checked.append(one)
         if total > self._answer_bytes:
             raise RequestRefused(413, too_large("the answer would hold about", int(total), self._answer_bytes, LESS))
+        return checked
 
 
 def _client_request_id(given: Any) -> str | None:
@@ -207,52 +254,54 @@ def _from_split(split: Any) -> list[dict[str, Any]]:
     return [dict(zip(columns, row, strict=True)) for row in data]
 
 
-def expected_vectors(row: Mapping[str, Any], parameters: Parameters, vocabulary: Vocabulary) -> int:
-    """Bound the vectors of a row's answer from above, without reading its matrix."""
-    if is_empty(row):
-        whole = not parameters.need_preprocess and not parameters.input_data_path and parameters.mode == "static"
-        return (len(parameters.genes) or len(vocabulary)) if whole else 0
-    n_cells = _length(row.get("x_indptr")) or _length(row.get("adata_sparsematrix"))
-    genes = _index(row.get("adata_var"))
+def answer_bytes(row: Mapping[str, Any], parameters: Parameters, embedder: Embedder) -> float:
+    """Bound the bytes of a row's answer from above, without reading its matrix.
+
+    Its tables are read as the embedder reads them, so that what it can read cannot be larger than it looked.
+
+    Raises
+    ------
+    PayloadError
+        A table cannot be read.
+    """
+    p, vector = parameters, embedder.config.embsize * NUMBER_BYTES[parameters.encoding]
+    if is_empty(row) and p.input_data_path and p.mode != "cell":
+        n_genes = len(embedder.vocabulary)
+        return min([n_genes, *_gene_limits(p)]) * vector  # groups come on top, and are checked in the answer itself
+    if is_empty(row) or row.get("adata_var") is None:
+        return 0.0  # an error
+    genes = genes_from_json(row["adata_var"])
     if len(genes) > MAX_GENES:
         raise RequestRefused(413, f"adata_var names {len(genes)} genes; the limit is {MAX_GENES}: drop some")
-    if parameters.mode == "cell":
-        return n_cells
-    # Names that are all unknown may be Ensembl ids, which are mapped to symbols later
-    bounds = [int((vocabulary.ids(genes) >= 0).sum()) or len(genes)]
-    if parameters.genes:
-        bounds.append(len(parameters.genes))
-    if parameters.need_preprocess and parameters.subset_hvg:
-        bounds.append(parameters.subset_hvg)
-    return min(bounds) * (_groups(row.get("adata_obs"), parameters.group_by) if parameters.group_by else 1)
+    if p.mode == "cell":
+        return max(_length(row.get("x_indptr")), _length(row.get("adata_sparsematrix"))) * vector
+    selection = embedder.reader.genes_of(row["adata_var"])
+    known = selection.names[selection.known]
+    n_genes = min([len(known), *_gene_limits(p)])
+    labels = _labels(row, p.group_by) if p.group_by else [""]
+    return n_genes * len(labels) * vector + len(labels) * _json_bytes(known) + n_genes * _json_bytes(labels)
+
+
+def _gene_limits(p: Parameters) -> list[int]:
+    """What bounds the genes of an answer, beside those of the row."""
+    limits = [len(p.genes)] if p.genes else []
+    if p.need_preprocess and p.subset_hvg:
+        limits.append(p.subset_hvg + len(p.genes))  # genes that were asked for stay
+    return limits
+
+
+def _labels(row: Mapping[str, Any], column: str) -> list[str]:
+    """The values of an obs column; none where there is no such column, which is an error later."""
+    obs = table_from_json(row["adata_obs"], "adata_obs") if row.get("adata_obs") is not None else {}
+    return list(dict.fromkeys(string_labels(obs[column]))) if column in obs else []
+
+
+def _json_bytes(texts: Iterable[str]) -> int:
+    return len(orjson.dumps(list(texts)))
 
 
 def _length(values: Any) -> int:
     return len(values) if isinstance(values, (list, np.ndarray)) else 0
-
-
-def _split_json(text: Any) -> dict[str, Any]:
-    """The table's JSON; nothing where it cannot be read, which the embedder says better."""
-    try:
-        table = orjson.loads(text) if isinstance(text, str) else {}
-    except orjson.JSONDecodeError:
-        return {}
-    return table if isinstance(table, dict) else {}
-
-
-def _index(text: Any) -> np.ndarray:
-    names = _split_json(text).get("index")
-    return np.array([str(name) for name in names] if isinstance(names, list) else [], dtype=object)
-
-
-def _groups(text: Any, column: str) -> int:
-    """How many values an obs column has; 1 where it cannot be read."""
-    table = _split_json(text)
-    columns, data = table.get("columns"), table.get("data")
-    if not isinstance(columns, list) or not isinstance(data, list) or column not in columns:
-        return 1
-    at = columns.index(column)
-    return len({str(row[at]) for row in data if isinstance(row, list) and len(row) > at}) or 1
 
 
 class _Checked:

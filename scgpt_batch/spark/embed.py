@@ -154,7 +154,7 @@ def embed_table(spark: SparkSession, settings: EmbedSettings, parameters: Parame
 
 def _job(spark: SparkSession, settings: EmbedSettings, parameters: Parameters) -> Job:
     model = registry.resolve(settings.model_uri)
-    check_model_parameters(parameters, model.config)
+    check_model_parameters(parameters, model.config, model.vocabulary)
     input_table, output = tables.table_name(settings.input_table), tables.table_name(settings.output_table)
     tables.read(spark, input_table, tables.ADATA_ROWS)
     version = tables.snapshot(spark, input_table)

@@ -87,7 +87,7 @@ def answer(embedder, adata, **parameters):
 def test_static_vectors(embedder, theirs):
     with torch.no_grad():
         wanted = theirs.encoder(torch.arange(len(embedder.vocabulary)))
-    found = embedder.embed({}, Parameters(need_preprocess=False))
+    found = embedder.whole_vocabulary(Parameters())
     assert found.genes == GeneVocab.from_file(CHECKPOINT / "vocab.json").get_itos()
     assert_close(found.gene_embeddings, wanted, atol=1e-5)
 
