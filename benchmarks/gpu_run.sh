@@ -7,7 +7,7 @@
 # Needs a python3 (or $PYTHON) with torch, triton, numpy and safetensors. Writes results.json, table.txt and log.txt
 # to $OUT (default: gpu-results). The table comes last; the exit code is 1 when a part failed.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-export OUT="${OUT:-$PWD/gpu-results}"
+OUT="$(realpath -m "${OUT:-gpu-results}")"
+export OUT
 mkdir -p "$OUT"
-exec "${PYTHON:-python3}" benchmarks/gpu_run.py "$@"
+exec "${PYTHON:-python3}" "$(dirname "$0")/gpu_run.py" "$@"

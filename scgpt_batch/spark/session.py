@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from py4j.protocol import Py4JError
 from pyspark.java_gateway import launch_gateway
 from pyspark.sql import SparkSession
 
@@ -63,7 +64,10 @@ class _JvmStderr(io.TextIOBase):
         return True
 
     def write(self, text: str) -> int:
-        self._stream.print(text)
+        try:
+            self._stream.print(text)
+        except (Py4JError, OSError):  # the JVM has ended: what is said about that has to go somewhere
+            sys.__stderr__.write(text)  # type: ignore[union-attr]
         return len(text)
 
     def flush(self) -> None:
