@@ -7,6 +7,7 @@ matches most genes of the vocabulary; columns of one name are added up, and what
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -99,16 +100,31 @@ class GeneSelection:
         """
         if self.place is None:
             return matrix
-        columns = self.place[matrix.indices]
-        kept = columns >= 0
-        starts = np.concatenate([[0], np.cumsum(kept)])[matrix.indptr]
-        found = sp.csr_matrix((matrix.data[kept], columns[kept], starts), (matrix.shape[0], len(self.names)))
-        with np.errstate(over="ignore"):
-            found.sum_duplicates()
+        is_repeat = self._is_repeat[matrix.indices]
+        # what is left without repeats is sorted, as the row's columns are
+        found = self._taken(matrix, np.flatnonzero(~is_repeat & (self.place[matrix.indices] >= 0)))
+        if is_repeat.any():
+            repeats = self._taken(matrix, np.flatnonzero(is_repeat))
+            with np.errstate(over="ignore"):
+                repeats.sum_duplicates()
+                found = found + repeats
         if not np.isfinite(found.data).all():
             gene = self.names[found.indices[np.argmin(np.isfinite(found.data))]]
             raise PayloadError(f"the columns of gene {gene!r} add up to more than float32 holds (3.4e38); rescale X")
         return found
+
+    @cached_property
+    def _is_repeat(self) -> np.ndarray:
+        """Mask the row's columns whose gene has an earlier column."""
+        assert self.place is not None
+        return pd.Series(self.place).duplicated().to_numpy() & (self.place >= 0)
+
+    def _taken(self, matrix: sp.csr_matrix, entries: np.ndarray) -> sp.csr_matrix:
+        """Bring some stored entries onto the genes."""
+        assert self.place is not None
+        starts = np.searchsorted(entries, matrix.indptr)
+        columns = self.place[matrix.indices[entries]]
+        return sp.csr_matrix((matrix.data[entries], columns, starts), (matrix.shape[0], len(self.names)))
 
 
 def select_genes(var: pd.DataFrame, vocabulary: Vocabulary) -> GeneSelection:

@@ -215,7 +215,7 @@ class RowReader:
     def _report(self, adata: ad.AnnData, genes: GeneSelection, p: Parameters, told: Iterable[str | None]) -> RowReport:
         # in float64: float32 loses counts from 2^24 on
         total = adata.X.data.sum(dtype=np.float64)
-        matched = adata.X.data[genes.known[adata.X.indices]].sum(dtype=np.float64)
+        matched = (adata.X @ genes.known.astype(np.float64)).sum()
         warnings = [*told, *genes.warnings]
         if not p.data_is_binned:
             warnings.append(value_warning(adata, data_is_raw=p.data_is_raw))

@@ -535,6 +535,16 @@ def test_the_report_tells_cells_matches_and_their_share_of_the_counts(embed):
     assert report.warnings == ()
 
 
+@pytest.mark.parametrize("values", [[2.0**24, 1.0], [3e38, 3e38]], ids=["2^24 and ones", "beyond float32 together"])
+def test_coverage_is_summed_in_float64(embedder, values):
+    x = np.full((1000, 2), values[1], np.float32)
+    x[0, 0] = values[0]
+    adata = ad.AnnData(sp.csr_matrix(x), var=pd.DataFrame(index=[known_genes()[0], "unknown"]))
+    report = embedder.reader.open(to_row(adata), Parameters(min_coverage=0)).report
+    known, unknown = x.astype(np.float64).sum(axis=0)
+    assert_close(report.coverage, known / (known + unknown), rtol=1e-12)
+
+
 @pytest.mark.parametrize("min_coverage", [0.0, 0.2], ids=["ungated", "gated"])
 def test_a_row_without_a_known_gene_is_low_coverage(refuse, min_coverage):
     error = refuse(random_adata(4, 6), **UNPROCESSED, min_coverage=min_coverage)
