@@ -164,7 +164,7 @@ def part_killed(
         hit = driver.running() and until(attack, driver.running)
         ended = driver.end()
         seen["killed at work" if hit else "nothing to kill"] += 1
-        seen["waves repeated"] += ended.said.count("it is repeated")
+        seen["waves repeated"] += ended.said.count("a Python worker was lost")
         yield from ended.unless(0)
 
     return bench.tries(name, tries, rows, killed)
