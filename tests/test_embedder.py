@@ -769,6 +769,35 @@ def test_a_layer_of_a_file_may_be_what_is_normalised(tmp_path):
     assert_close(found.cell_embeddings, reader.embed(to_row(small(40)), Parameters(**same)).cell_embeddings, atol=1e-6)
 
 
+def test_a_layer_of_a_file_takes_the_place_of_x_without_preprocessing(tmp_path, embed):
+    adata = small(5)
+    adata.layers["counts"] = adata.X.copy()
+    adata.X = adata.X * -1.0  # scaled values are not looked at
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    reader = Embedder(load_checkpoint(GOLDEN / "checkpoint_flash"), device="cpu", roots=[str(tmp_path)])
+    asked = {**CELLS, "input_data_path": str(tmp_path / "cells.h5ad")}
+    found = reader.embed({}, Parameters(**asked, use_key="counts"))
+    assert found.error is None, found.error
+    assert np.array_equal(found.cell_embeddings, embed(small(5), **CELLS).cell_embeddings)
+    missing = reader.embed({}, Parameters(**asked, use_key="nowhere")).error
+    assert isinstance(missing, PayloadError) and "no layer 'nowhere'; its layers: 'counts'" in str(missing)
+
+
+def test_a_row_has_no_layers_to_use(refuse):
+    error = refuse(small(2), **CELLS, use_key="counts")
+    assert isinstance(error, PayloadError) and "use_key 'counts' is not a layer of the row" in str(error)
+
+
+@pytest.mark.parametrize(("base", "said"), [(2, True), (10.0, True), (np.e, False), (None, False)])
+def test_logarithms_to_another_base_are_warned_of(tmp_path, base, said):
+    adata = small_logs(3)
+    adata.uns["log1p"] = {"base": base} if base is not None else {}
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    reader = Embedder(load_checkpoint(GOLDEN / "checkpoint_flash"), device="cpu", roots=[str(tmp_path)])
+    answer = reader.embed({}, Parameters(**CELLS, input_data_path=str(tmp_path / "cells.h5ad")))
+    assert [f"logarithms to base {base:g}" in w for w in answer.report.warnings] == ([True] if said else [])
+
+
 # Loading
 
 
