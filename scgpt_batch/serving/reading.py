@@ -129,7 +129,9 @@ class RequestReader:
         names = sum(len(parameters.genes) for parameters in {id(a.parameters): a.parameters for a in asked}.values())
         if names > MAX_NAMES:
             raise RequestRefused(
-                413, f"`genes` of all rows hold {names:,} names; the limit is {MAX_NAMES:,}: give them once, in params"
+                413,
+                f"`genes` of all rows hold {names:,} names; the limit is {MAX_NAMES:,}: use fewer names, or fewer "
+                "different sets of parameters",
             )
 
     def _check_types(self, asked: list[AskedRow], params: Any) -> list[dict[str, Any]]:
