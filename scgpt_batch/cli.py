@@ -357,6 +357,9 @@ def _exit_code(settings: BaseModel, summary: Summary) -> int:
         return ALERTS if summary["status"] in ("critical", settings.fail_on) else OK
     if isinstance(settings, PromoteSettings):
         return FAILED if summary["refused"] else OK
+    if isinstance(settings, IngestSettings):
+        too_many = summary["files_failed"] / summary["files"] > settings.max_failed_fraction
+        return TOO_MANY_FAILED_ROWS if too_many else OK
     if not isinstance(settings, EmbedSettings):
         return OK
     failed = summary.get("rows_failed", 0)  # --plan has none

@@ -40,11 +40,19 @@ class DemoCheckpointSettings(Settings):
 class IngestSettings(Settings):
     """Turn files into rows of serialized AnnData."""
 
-    input: tuple[str, ...] = Field(description=".h5ad, 10x .h5, 10x mtx folder or .zarr", min_length=1)
+    input: tuple[str, ...] = Field(
+        description="files, folders, globs or URIs: .h5ad, .zarr, .h5mu, 10x .h5, 10x mtx folder", min_length=1
+    )
     table: str = Field(description="adata_rows table: catalog.schema.table or delta.`path`")
     cells_per_row: int = Field(1000, ge=1, description="cells of one row at most")
     split_by: str = Field("", description="obs column: cells of different values never share a row")
     gene_symbols: str = Field("", description="var column that holds the gene symbols, where var_names are Ensembl ids")
+    layer: str = Field("auto", description="matrix to read: X, raw, a layer's name, or auto: the first with counts")
+    sample_id: str = Field("file", description="one sample a file (and --split-by group), an obs column, or none")
+    id_from: Literal["name", "parent", "path"] = Field(
+        "name", description="ids of rows start with the file's name, its folder and name, or its whole path"
+    )
+    max_failed_fraction: float = Field(0.1, ge=0, le=1, description="exit code 3 when more of the files fail")
 
 
 class RegisterSettings(Settings):

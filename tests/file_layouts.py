@@ -27,7 +27,9 @@ def anndata_0_6(adata: ad.AnnData, path: Path) -> None:
                     fields[name] = column.cat.codes.to_numpy()
                     uns[f"{name}_categories"] = column.cat.categories.to_numpy("S")
                 else:
-                    fields[name] = column.to_numpy("S") if column.dtype == object else column.to_numpy()
+                    fields[name] = (
+                        column.to_numpy("S") if pd.api.types.is_string_dtype(column.dtype) else column.to_numpy()
+                    )
             records = np.empty(len(table), dtype=[(name, values.dtype) for name, values in fields.items()])
             for name, values in fields.items():
                 records[name] = values
@@ -103,7 +105,7 @@ def _by_columns(
                     categories.attrs["ordered"] = False
                     codes = group.create_dataset(name, data=column.cat.codes.to_numpy())
                     codes.attrs["categories"] = categories.ref
-                elif column.dtype == object:
+                elif pd.api.types.is_string_dtype(column.dtype):
                     group.create_dataset(name, **text(column))
                 else:
                     group[name] = column.to_numpy()

@@ -45,7 +45,9 @@ def summary(command, **options):
 
 def test_a_cluster_that_shares_no_model_folder_embeds_with_one_gpu_a_task(spark, home, tracking_uri, cells):
     rows, out = f"delta.`{home}/rows`", f"delta.`{home}/out`"
-    assert main(["ingest", "--input", str(cells), "--table", rows, "--cells-per-row", "10"]) == OK
+    assert (
+        main(["ingest", "--input", str(cells), "--table", rows, "--cells-per-row", "10", "--sample-id", "none"]) == OK
+    )
     with standalone(home) as cluster:
         told = summary(
             [SPARK_HOME / "bin/spark-submit", "--master", cluster.url, "--properties-file", CONF,
@@ -69,7 +71,8 @@ def test_a_cluster_that_shares_no_model_folder_embeds_with_one_gpu_a_task(spark,
 def test_spark_connect_ingests_and_embeds(spark, home, tracking_uri, cells):
     rows, out = f"delta.`{home}/connect_rows`", f"delta.`{home}/connect_out`"
     steps = [
-        ["ingest", "--input", cells, "--table", rows, "--cells-per-row", "10", "--split-by", "cell_type"],
+        ["ingest", "--input", cells, "--table", rows, "--cells-per-row", "10", "--split-by", "cell_type",
+         "--sample-id", "none"],
         ["embed", "--model-uri", "models:/scgpt/1", "--tracking-uri", tracking_uri, "--input-table", rows,
          "--output-table", out, *BINS_ONLY],
     ]  # fmt: skip

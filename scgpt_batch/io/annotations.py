@@ -213,9 +213,11 @@ def _as_values(values: np.ndarray) -> np.ndarray:
 
 
 def _as_names(values: Any) -> np.ndarray:
-    """Turn an index of any type into strings; a missing name stays missing."""
+    """Turn an index of any type into strings; a missing name is empty."""
+    if pd.api.types.infer_dtype(values, skipna=False) == "string":
+        return np.asarray(values, dtype=object)
     names = np.empty(len(values), dtype=object)
-    names[:] = [None if v is None or v is pd.NA or v != v else str(v) for v in values]
+    names[:] = ["" if v is None or v is pd.NA or v != v else str(v) for v in values]
     return names
 
 

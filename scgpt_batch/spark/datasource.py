@@ -1,6 +1,8 @@
 """`spark.read.format("anndata").load("/data/*.h5ad")`: files of counts as a Spark data source (Spark 4.0 or newer).
 
-Options: `cells_per_row`, `split_by`, `gene_symbols`. Executors have to see the paths and to have this package.
+Options: those of `ReadOptions`, such as `cells_per_row`; `names` (JSON: the readable name of each file); `on_error`:
+"raise" (default), or "record", which adds columns that say what was read of each file, and returns a row with the
+reason for a file that fails. Executors need access to the files and need this package.
 """
 
 import json
@@ -13,21 +15,31 @@ from pyspark.sql import SparkSession
 from pyspark.sql.datasource import DataSource, DataSourceReader, InputPartition
 from pyspark.sql.types import StructType
 
-from scgpt_batch.errors import ConfigError
+from scgpt_batch.errors import ConfigError, FileError, ScgptBatchError
+from scgpt_batch.io.locations import find_sources, name_sources
+from scgpt_batch.io.open_file import named_errors
 from scgpt_batch.parameters import validation_message
-from scgpt_batch.spark.files import ReadOptions, Slice, plan, read
+from scgpt_batch.spark.files import ReadOptions, Slice, plan_file, read
+
+RAISE, RECORD = "raise", "record"
 
 ROWS = pa.schema(
     [
         ("adata_id", pa.string()), ("x_data", pa.list_(pa.float32())), ("x_indices", pa.list_(pa.int32())),
         ("x_indptr", pa.list_(pa.int64())), ("n_obs", pa.int32()), ("n_vars", pa.int32()), ("adata_obs", pa.string()),
-        ("adata_var", pa.string()), ("source", pa.string()), ("x_dtype", pa.string()),
+        ("adata_var", pa.string()), ("source", pa.string()), ("x_dtype", pa.string()), ("sample_id", pa.string()),
     ]
 )  # fmt: skip
 ROWS_DDL = """
     adata_id STRING, x_data ARRAY<FLOAT>, x_indices ARRAY<INT>, x_indptr ARRAY<BIGINT>, n_obs INT, n_vars INT,
-    adata_obs STRING, adata_var STRING, source STRING, x_dtype STRING
+    adata_obs STRING, adata_var STRING, source STRING, x_dtype STRING, sample_id STRING
 """
+# what on_error=record adds
+REPORT = pa.schema(
+    [("layer", pa.string()), ("notes", pa.list_(pa.string())), ("error_class", pa.string()),
+     ("error_message", pa.string())]
+)  # fmt: skip
+REPORT_DDL = "layer STRING, notes ARRAY<STRING>, error_class STRING, error_message STRING"
 
 
 def register(spark: SparkSession) -> None:
@@ -45,7 +57,7 @@ class AnnDataSource(DataSource):
 
     def schema(self) -> str:
         """Return the columns: those of `adata_rows` that a file can fill."""
-        return ROWS_DDL
+        return f"{ROWS_DDL}, {REPORT_DDL}" if self.options.get("on_error") == RECORD else ROWS_DDL
 
     def reader(self, schema: StructType) -> "AnnDataReader":
         """Return the reader of the files that `load` was given."""
@@ -60,6 +72,14 @@ class RowsPartition(InputPartition):
         self.slices = slices
 
 
+class FailedFile(InputPartition):
+    """A file that could not be planned, and why."""
+
+    def __init__(self, source: str, error: ScgptBatchError) -> None:
+        super().__init__(source)
+        self.source, self.error_class, self.error_message = source, type(error).__name__, str(error)
+
+
 class AnnDataReader(DataSourceReader):
     """Plans tasks by ranges of cells; each task reads its own.
 
@@ -71,7 +91,12 @@ class AnnDataReader(DataSourceReader):
         path, paths = given.pop("path", None), given.pop("paths", None)
         self.patterns: list[str] = json.loads(paths) if paths else [path] if path else []
         if not self.patterns:
-            raise ConfigError('say which files: spark.read.format("anndata").load(PATH)')
+            raise ConfigError('name the files: spark.read.format("anndata").load(PATH)')
+        self.names: dict[str, str] = json.loads(given.pop("names", "{}"))
+        on_error = given.pop("on_error", RAISE)
+        if on_error not in (RAISE, RECORD):
+            raise ConfigError(f"option on_error is {on_error!r}; use {RAISE} or {RECORD}")
+        self.record = on_error == RECORD
         try:
             self.options = ReadOptions.model_validate(given)
         except ValidationError as exc:
@@ -79,11 +104,40 @@ class AnnDataReader(DataSourceReader):
 
     def partitions(self) -> list[InputPartition]:
         """Cut the files into tasks."""
-        return [RowsPartition(slices) for slices in plan(self.patterns, self.options)]
+        sources = find_sources(self.patterns)
+        names = self.names or name_sources(sources, self.options.id_from)
+        return [part for source in sources for part in self._parts(source, names[source])]
+
+    def _parts(self, source: str, name: str) -> list[InputPartition]:
+        try:
+            return [RowsPartition(slices) for slices in plan_file(source, name, self.options)]
+        except (ConfigError, FileError) as exc:
+            if not self.record:
+                raise
+            return [FailedFile(source, exc)]
 
     def read(self, partition: Any) -> Iterator[pa.RecordBatch]:
         """Read a task's rows, one at a time."""
-        if partition is None:  # files without a cell
+        if partition is None:  # no files
             return
-        for row in read(partition.slices, self.options):
-            yield pa.RecordBatch.from_arrays([pa.array([row[f.name]], f.type) for f in ROWS], schema=ROWS)
+        if isinstance(partition, FailedFile):
+            yield self._failed(partition)
+            return
+        try:
+            for row in read(partition.slices, self.options):
+                with named_errors(partition.slices[0].path):  # strings that Arrow cannot hold
+                    batch = self._batch(row)
+                yield batch
+        except (ConfigError, FileError) as exc:
+            if not self.record:
+                raise
+            yield self._failed(FailedFile(partition.slices[0].path, exc))
+
+    def _failed(self, file: FailedFile) -> pa.RecordBatch:
+        return self._batch(
+            {"source": file.source, "error_class": file.error_class, "error_message": file.error_message}
+        )
+
+    def _batch(self, row: Mapping[str, Any]) -> pa.RecordBatch:
+        schema = pa.schema([*ROWS, *REPORT]) if self.record else ROWS
+        return pa.RecordBatch.from_arrays([pa.array([row.get(f.name)], f.type) for f in schema], schema=schema)

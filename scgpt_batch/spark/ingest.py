@@ -1,68 +1,194 @@
-"""The ingest job: files of counts, through the data source `anndata`, into an `adata_rows` table."""
+"""The ingest job: files of counts, through the data source `anndata`, into an `adata_rows` table.
 
+Beside it, the table `<table>_files` has a line for each file that was read: what was read, or why it failed. A file
+whose size, time, start and settings are those of its last line is skipped if the table still holds exactly its rows.
+"""
+
+import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
+from datetime import UTC, datetime
+from hashlib import blake2b
+from typing import Any
 
 from pyspark import StorageLevel
 from pyspark.errors import PySparkException
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import Column, DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 
-from scgpt_batch.errors import ConfigError
+from scgpt_batch import __version__
+from scgpt_batch.errors import ConfigError, FileError
+from scgpt_batch.io.locations import candidates, find_sources, name_sources
+from scgpt_batch.io.open_file import source_fingerprint
 from scgpt_batch.settings import IngestSettings, Summary
 from scgpt_batch.spark import tables
+from scgpt_batch.spark.files import ReadOptions
 
 logger = logging.getLogger(__name__)
+
+ROW_FORMAT = 1  # raise it when the same file gives other rows, so that unchanged files are read again
+MAX_NOTES = 20  # of a file, kept in the table of files
+OK, FAILED = "ok", "failed"
 
 _CONFIG_ERROR = re.compile(r"scgpt_batch\.errors\.ConfigError: (.*)")
 
 
 def ingest(spark: SparkSession, settings: IngestSettings) -> Summary:
-    """Turn files into rows; rows that the table holds already, with the same content, are skipped.
+    """Turn files into rows; unchanged files and rows are skipped, rows that a file no longer has are removed.
 
     Raises
     ------
     ConfigError
-        A file is missing, unreadable or lacks a column that was asked for; nothing was written.
+        A file is missing, or a setting fits no file; nothing was written.
     """
     table = tables.table_name(settings.table)
-    rows = (
-        _read_files(spark, settings)
-        .withColumns({"adata_sparsematrix": F.lit(None).cast("array<array<double>>")})
-        .withColumns({"content_hash": tables.content_hash(), "ingested_at": F.current_timestamp()})
-    )
-    rows = rows.persist(StorageLevel.DISK_ONLY)  # the files are read once
-    try:
-        with _errors_of_the_reader():
-            (found,) = rows.agg(F.count("*").alias("rows"), F.sum("n_obs").alias("cells")).collect()
-        tables.create(spark, table, tables.ADATA_ROWS)
-        _refuse_other_source(spark, table, rows)
-        changed = tables.upsert_rows(spark, table, rows)
-    finally:
-        rows.unpersist()
+    options = _options(settings)
+    sources = find_sources(settings.input)
+    stored = _stored_rows(spark, table)
+    names = name_sources(sources, options.id_from, _names_in_table(stored))
+    states = _states(sources, names, options)
+    files_table = tables.beside(table, "_files")
+    unchanged = _unchanged(spark, files_table, states, stored)
+    changed = [source for source in sources if source not in unchanged]
+    if unchanged:
+        logger.info("%d of %d files are unchanged and not read again", len(unchanged), len(sources))
+    result = _ingest_files(spark, table, files_table, changed, names, options, states) if changed else _Result()
     return {
         "table": table,
-        "rows": changed,
-        "cells": found["cells"] or 0,
-        "rows_skipped": found["rows"] - changed,
+        "files_table": files_table,
+        "rows": result.rows,
+        "cells": result.cells + sum(stored[source]["cells"] or 0 for source in unchanged),
+        "rows_skipped": result.rows_skipped + sum(stored[source]["rows"] for source in unchanged),
+        "rows_removed": result.rows_removed,
+        "files": len(sources),
+        "files_unchanged": len(unchanged),
+        "files_failed": result.files_failed,
     }
 
 
-def _read_files(spark: SparkSession, settings: IngestSettings) -> DataFrame:
+class _Result:
+    """What a run did with the files that it read."""
+
+    rows = cells = rows_skipped = rows_removed = files_failed = 0
+
+
+def _options(settings: IngestSettings) -> ReadOptions:
+    return ReadOptions(**settings.model_dump(include=set(ReadOptions.model_fields)))
+
+
+def _stored_rows(spark: SparkSession, table: str) -> dict[str, Row]:
+    """Sum up the table's rows of each source."""
+    if not tables.exists(spark, table):
+        return {}
+    rows = tables.read(spark, table, tables.ADATA_ROWS).where("source IS NOT NULL")
+    found = rows.groupBy("source").agg(
+        F.min("adata_id").alias("first_id"), F.count("*").alias("rows"), F.sum("n_obs").alias("cells"),
+        _digest().alias("digest"),
+    )  # fmt: skip
+    return {row["source"]: row for row in found.collect()}
+
+
+def _digest() -> Column:
+    """Sum up which rows there are, in any order."""
+    return F.bit_xor(F.xxhash64("adata_id", "content_hash", "sample_id"))
+
+
+def _names_in_table(stored: Mapping[str, Row]) -> dict[str, str]:
+    """Return the readable name by which each source's rows are keyed."""
+    names = {}
+    for source, row in stored.items():
+        longest_first = reversed(candidates(source))
+        names[source] = next((name for name in longest_first if row["first_id"].startswith(f"{name}:")), source)
+    return names
+
+
+def _states(sources: Sequence[str], names: Mapping[str, str], options: ReadOptions) -> dict[str, str | None]:
+    """Say of each file what its rows depend on; None where it cannot be looked at."""
+
+    def state(source: str) -> str | None:
+        try:
+            file = source_fingerprint(source)
+        except (ConfigError, FileError):
+            return None  # reading it will say why
+        parts = [file, names[source], options.model_dump_json(), __version__, str(ROW_FORMAT)]
+        return blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+    with ThreadPoolExecutor(8) as pool:
+        return dict(zip(sources, pool.map(state, sources), strict=True))
+
+
+def _unchanged(
+    spark: SparkSession, files_table: str, states: Mapping[str, str | None], stored: Mapping[str, Row]
+) -> set[str]:
+    """Return the files that are as they were, and whose rows in the table are those that they gave."""
+    wanted = [source for source in states if source in stored]
+    if not wanted or not tables.exists(spark, files_table):
+        return set()
+    lines = tables.read(spark, files_table, tables.FILES).where(F.col("path").isin(wanted))
+    newest = lines.groupBy("path").agg(F.max_by(F.struct("*"), "at").alias("line")).select("line.*")
+    return {
+        line["path"]
+        for line in newest.collect()
+        if line["status"] == OK
+        and line["fingerprint"] == states[line["path"]]
+        and (line["rows"], line["rows_digest"]) == (stored[line["path"]]["rows"], stored[line["path"]]["digest"])
+    }
+
+
+def _ingest_files(
+    spark: SparkSession,
+    table: str,
+    files_table: str,
+    sources: Sequence[str],
+    names: Mapping[str, str],
+    options: ReadOptions,
+    states: Mapping[str, str | None],
+) -> _Result:
+    stamps = {"content_hash": tables.content_hash(), "ingested_at": F.current_timestamp()}
+    rows = _read_files(spark, sources, names, options)
+    rows = rows.withColumns({"adata_sparsematrix": F.lit(None).cast("array<array<double>>")}).withColumns(stamps)
+    rows = rows.persist(StorageLevel.DISK_ONLY)  # the files are read once
+    try:
+        with _errors_of_the_reader():
+            files = _outcomes(rows)
+        _report(files)
+        good = [file["source"] for file in files if file["error_class"] is None]
+        _refuse_if_no_file_fits(files, good)
+        result = _Result()
+        if good:
+            report = ("layer", "notes", "error_class", "error_message")
+            new = rows.where(F.col("source").isin(good)).drop(*report)
+            tables.create(spark, table, tables.ADATA_ROWS)
+            gone = _vanished(spark, table, new, good)
+            result.rows, result.rows_removed = tables.upsert_rows(spark, table, new, gone)
+    finally:
+        rows.unpersist()
+    result.cells = sum(file["cells"] or 0 for file in files if file["error_class"] is None)
+    found = sum(file["rows"] for file in files if file["error_class"] is None)
+    result.rows_skipped = found - result.rows
+    result.files_failed = len(files) - len(good)
+    _record(spark, files_table, files, states)
+    return result
+
+
+def _read_files(
+    spark: SparkSession, sources: Sequence[str], names: Mapping[str, str], options: ReadOptions
+) -> DataFrame:
     if int(spark.version.split(".")[0]) < 4:
         raise ConfigError(
             f"ingest reads files through a Python data source: Spark 4.0 is needed, this is {spark.version}"
         )
-    from scgpt_batch.spark.datasource import register  # Spark 3.5 has no such API, but can embed
+    from scgpt_batch.spark.datasource import RECORD, register  # Spark 3.5 has no such API, but can embed
 
     register(spark)
-    reader = spark.read.format("anndata").option("cells_per_row", str(settings.cells_per_row))
-    reader = reader.option("split_by", settings.split_by).option("gene_symbols", settings.gene_symbols)
+    given = {name: str(value) for name, value in options.model_dump().items()}
+    named = json.dumps({source: names[source] for source in sources})
+    reader = spark.read.format("anndata").options(**given, names=named, on_error=RECORD)
     with _errors_of_the_reader():
-        return reader.load([str(Path(name).absolute()) for name in settings.input])
+        return reader.load(list(sources))
 
 
 @contextmanager
@@ -77,15 +203,76 @@ def _errors_of_the_reader() -> Iterator[None]:
         raise ConfigError(told[-1]) from exc
 
 
-def _refuse_other_source(spark: SparkSession, table: str, rows: DataFrame) -> None:
-    """Refuse to replace rows that came from another file of the same name."""
-    there = tables.read(spark, table, tables.ADATA_ROWS).select(
-        "adata_id", F.col("source").alias("held"), F.col("content_hash").alias("held_hash")
+def _outcomes(rows: DataFrame) -> list[Row]:
+    """Read all files; return what each gave, or its first error."""
+    notes = F.slice(F.array_distinct(F.flatten(F.collect_set("notes"))), 1, MAX_NOTES)
+    error = F.max_by(F.struct("error_class", "error_message"), F.col("error_class").isNotNull())
+    grouped = rows.groupBy("source").agg(
+        F.count("adata_id").alias("rows"), F.sum("n_obs").alias("cells"), F.max("layer").alias("layer"),
+        notes.alias("notes"), error.alias("error"), _digest().alias("digest"),
+    )  # fmt: skip
+    return grouped.select("*", "error.*").drop("error").orderBy("source").collect()
+
+
+def _report(files: Sequence[Row]) -> None:
+    for file in files:
+        if file["error_class"] is None:
+            logger.info("%s: %s", file["source"], "; ".join(file["notes"]))
+        else:
+            logger.error("failed: %s (%s)", file["error_message"], file["error_class"])
+
+
+def _refuse_if_no_file_fits(files: Sequence[Row], good: Sequence[str]) -> None:
+    """Take a reason that all files share, and that the settings can mend, for a wrong setting."""
+    if good or any(file["error_class"] != ConfigError.__name__ for file in files):
+        return
+    more = f" (and {len(files) - 1} other files fail too)" if len(files) > 1 else ""
+    raise ConfigError(f"{files[0]['error_message']}{more}")
+
+
+def _vanished(spark: SparkSession, table: str, new: DataFrame, sources: Sequence[str]) -> DataFrame | None:
+    """Return the ids of the rows that these files gave before and no longer give; None where there are none.
+
+    Raises
+    ------
+    ConfigError
+        A new row has the id of another file's row.
+    """
+    held = tables.read(spark, table, tables.ADATA_ROWS).select("adata_id", F.col("source").alias("held"))
+    ids = new.select("adata_id", "source")
+    both = held.join(ids, "adata_id", "left").where(
+        (F.col("source").isNull() & F.col("held").isin(list(sources))) | (F.col("source") != F.col("held"))
     )
-    new = rows.select("adata_id", "source", "content_hash")
-    other = new.join(there, "adata_id").where("source <> held AND content_hash <> held_hash").first()
-    if other:
-        raise ConfigError(
-            f"{table} holds row {other['adata_id']!r} from {other['held']}, which {other['source']} would replace: "
-            "rename the file or take another table"
-        )
+    found = both.collect()
+    for row in found:
+        if row["source"] is not None:
+            raise ConfigError(
+                f"{table}: row {row['adata_id']!r} comes from {row['held']}, and {row['source']} would replace it: use "
+                "--id-from path"
+            )
+    gone = [(row["adata_id"],) for row in found]
+    return spark.createDataFrame(gone, "adata_id STRING") if gone else None
+
+
+def _record(spark: SparkSession, files_table: str, files: Sequence[Row], states: Mapping[str, str | None]) -> None:
+    """Add a line for each file that was read to the table of files."""
+    now = datetime.now(UTC)
+    lines: list[dict[str, Any]] = [
+        {
+            "path": file["source"],
+            "status": OK if file["error_class"] is None else FAILED,
+            "layer": file["layer"],
+            "notes": file["notes"],
+            "rows": file["rows"],
+            "cells": file["cells"],
+            "error_class": file["error_class"],
+            "error_message": file["error_message"],
+            "fingerprint": states[file["source"]],
+            "rows_digest": file["digest"],
+            "package_version": __version__,
+            "at": now,
+        }
+        for file in files
+    ]
+    tables.create(spark, files_table, tables.FILES)
+    tables.append(spark, files_table, tables.FILES, lines)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from threading import Lock
-from typing import TypeVar
+from typing import Any, TypeVar
 from uuid import uuid4
 
 from pyspark.errors import AnalysisException
@@ -59,6 +59,11 @@ RUNS = """
     model_version STRING, params STRING, rows_in BIGINT, rows_ok BIGINT, rows_failed BIGINT, rows_skipped BIGINT,
     cells BIGINT, embeddings BIGINT, seconds DOUBLE, input_table STRING, input_version BIGINT, output_table STRING,
     output_version BIGINT, package_version STRING, rows_removed BIGINT
+"""
+
+FILES = """
+    path STRING, status STRING, layer STRING, notes ARRAY<STRING>, rows BIGINT, cells BIGINT, error_class STRING,
+    error_message STRING, fingerprint STRING, rows_digest BIGINT, package_version STRING, at TIMESTAMP
 """
 
 # Without these a table is another's. A column of ours that is not among them is added to a table that lacks it.
@@ -311,26 +316,53 @@ def _retried(table: str, write: Callable[[], Written], *, tries: int = COMMIT_TR
     raise AssertionError("unreachable")
 
 
-def upsert_rows(spark: SparkSession, table: str, rows: DataFrame) -> int:
-    """Insert AnnData rows that are new, replace those whose content or sample changed; return how many that were."""
+def upsert_rows(spark: SparkSession, table: str, rows: DataFrame, gone: DataFrame | None = None) -> tuple[int, int]:
+    """Insert AnnData rows that are new, replace those whose content or sample changed, delete those that are gone.
+
+    All in one commit.
+
+    Parameters
+    ----------
+    gone
+        The `adata_id` of rows to delete.
+
+    Returns
+    -------
+    How many rows were inserted or replaced, and how many deleted.
+    """
     names = rows.columns
     updates, values = ", ".join(f"{n} = s.{n}" for n in names), ", ".join(f"s.{n}" for n in names)
-    return _merge(
-        spark, table, rows,
+    source = rows.withColumn("_gone", F.lit(False))
+    if gone is not None:
+        deleted = gone.select("adata_id", F.lit(True).alias("_gone"))
+        source = source.unionByName(deleted, allowMissingColumns=True)
+    merged = _merge(
+        spark, table, source,
         f"""t.adata_id = s.adata_id
+        WHEN MATCHED AND s._gone THEN DELETE
         WHEN MATCHED AND NOT (t.content_hash <=> s.content_hash AND t.sample_id <=> s.sample_id)
         THEN UPDATE SET {updates}
-        WHEN NOT MATCHED THEN INSERT ({", ".join(names)}) VALUES ({values})""",
+        WHEN NOT MATCHED AND NOT s._gone THEN INSERT ({", ".join(names)}) VALUES ({values})""",
     )  # fmt: skip
+    return merged["num_inserted_rows"] + merged["num_updated_rows"], merged["num_deleted_rows"]
 
 
-def _merge(spark: SparkSession, table: str, rows: DataFrame, clauses: str) -> int:
-    """Merge rows (`s`) into a table (`t`) in one commit; return how many rows of the table that concerned."""
+def append(spark: SparkSession, table: str, columns: str, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Add lines to a table, in one commit. Columns not named are null."""
+    schema = _fields(spark, columns)
+    rows = spark.createDataFrame([tuple(line.get(field.name) for field in schema) for line in lines], schema)
+    _retried(table, lambda: rows.write.format("delta").mode("append").saveAsTable(table))
+
+
+def _merge(spark: SparkSession, table: str, rows: DataFrame, clauses: str) -> Row:
+    """Merge rows (`s`) into a table (`t`) in one commit; return Delta's counts of changed rows."""
     view = f"_scgpt_{uuid4().hex}"
     rows.createOrReplaceTempView(view)
     try:
         merged = _retried(table, lambda: spark.sql(f"MERGE INTO {table} t USING {view} s ON {clauses}"))
-        return merged.first()["num_affected_rows"]  # type: ignore[index]
+        counts = merged.first()
+        assert counts is not None  # MERGE answers with one row
+        return counts
     finally:
         spark.catalog.dropTempView(view)
 
