@@ -63,9 +63,16 @@ class Embedder:
             table = self._model("float32").gene_vectors(torch.arange(len(self.vocabulary), device=self.device))
         return table.cpu().numpy()
 
-    def embed(self, row: Mapping[str, Any], parameters: Parameters, *, with_vectors: bool = True) -> Answer:
+    def embed(
+        self,
+        row: Mapping[str, Any],
+        parameters: Parameters,
+        *,
+        min_coverage: float | None = None,
+        with_vectors: bool = True,
+    ) -> Answer:
         """Answer one row, as `embed_rows` does."""
-        (answer,) = self.embed_rows([row], parameters, with_vectors=with_vectors)
+        (answer,) = self.embed_rows([row], parameters, min_coverage=min_coverage, with_vectors=with_vectors)
         return answer
 
     def embed_rows(
@@ -73,6 +80,7 @@ class Embedder:
         rows: Iterable[Mapping[str, Any]],
         parameters: Parameters,
         *,
+        min_coverage: float | None = None,
         with_vectors: bool = True,
         sums: bool = False,
         wanted: Callable[[], bool] = lambda: True,
@@ -90,11 +98,12 @@ class Embedder:
             sample's first, as in the batch job; rows of an iterator stay as they are. Other columns are not looked at.
         parameters
             As for the PyFunc; `on_error` and `encoding` are the caller's to act on.
+        min_coverage
+            If given, takes the place of `parameters.min_coverage`.
         with_vectors
             False leaves out static mode's vectors, which are rows of `gene_table`: the weights are not read.
         sums
             Contextual mode: sums over the cells instead of means, to be added up over the rows of a sample.
-
         wanted
             Asked before each batch; answers end early once it returns False.
 
@@ -108,6 +117,8 @@ class Embedder:
             The parameters state another model than the checkpoint's.
         """
         check_model_parameters(parameters, self.config, self.vocabulary)
+        if min_coverage is not None:
+            parameters = Parameters.create(parameters.model_dump(), {"min_coverage": min_coverage})
         if isinstance(rows, (list, tuple)):
             rows = with_decisions(self.reader, rows, parameters)
         works = (self._work(row, parameters, with_vectors, sums) for row in rows)

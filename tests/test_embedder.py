@@ -558,6 +558,12 @@ def test_a_row_below_min_coverage_is_refused_and_one_above_is_not(refuse):
     assert refuse(adata, **UNPROCESSED, min_coverage=coverage - 1e-6) is None
 
 
+def test_min_coverage_of_a_call_replaces_the_parameters(embedder):
+    row = to_row(small(10))
+    assert embedder.embed(row, Parameters(**UNPROCESSED)).error is None
+    assert isinstance(embedder.embed(row, Parameters(**UNPROCESSED), min_coverage=1.0).error, LowCoverage)
+
+
 def test_a_refused_row_still_carries_its_report(embedder):
     answer = embedder.embed(to_row(random_adata(4, 6)), Parameters(**UNPROCESSED))
     assert (answer.report.cells, answer.report.genes_in, answer.report.genes_matched) == (4, 6, 0)
