@@ -30,6 +30,7 @@ OTHER_TYPES = {
 }  # fmt: skip
 
 _ENSEMBL = r"ENS[A-Z]{0,6}G\d{11}"
+_ENSEMBL_ID = re.compile(_ENSEMBL + r"(\.\d+)?")
 # "GRCh38_CD3D" and "GRCh38______CD3D", as Cell Ranger writes files of several genomes
 _GENOME = re.compile(r"(GRCh3[78]|hg19|hg38)_+")
 # (pattern, what is kept of a name that fits): each stands for one gene without doubt
@@ -130,9 +131,10 @@ class GeneSelection:
 def select_genes(var: pd.DataFrame, vocabulary: Vocabulary) -> GeneSelection:
     """Name the genes of a row's var, leave out what is not gene expression and find columns of one gene.
 
-    The candidates are var's index and each column of symbols, as they stand and without surrounding blanks, versions
-    of Ensembl ids, human genome prefixes or the Ensembl part of "ENSG…|SYMBOL". The one that matches most genes of the
-    vocabulary names all; a gene that it does not match keeps a name in the index that does.
+    Names are compared as they stand and without surrounding blanks, versions of Ensembl ids, human genome prefixes or
+    the Ensembl part of "ENSG…|SYMBOL". var's index names the genes, as upstream; unknown Ensembl ids in it get their
+    symbol from the column of symbols that matches most genes. If the index matches less than half as many genes as
+    that column, the column names all; a name in the index that the vocabulary has is kept.
 
     Raises
     ------
@@ -207,23 +209,35 @@ def _best_names(var: pd.DataFrame, vocabulary: Vocabulary) -> tuple[np.ndarray, 
     known = vocabulary.ids(index) >= 0
     if known.all():
         return index, None
-    matched, source, best, best_known = -1, "", index, known
-    sources = {"": index} | {column: _strings(var[column]) for column in _columns_named(var, SYMBOL_COLUMNS)}
-    for column, names in sources.items():
-        cleaned = _cleaned(names, vocabulary)
-        found = vocabulary.ids(cleaned) >= 0
-        if found.sum() > matched:
-            matched, source, best, best_known = int(found.sum()), column, cleaned, found
-    keep_index = (known & ~best_known) | (best == "")
-    names = np.where(keep_index, index, best)
-    changed = np.flatnonzero((names != sources[source]) & ~keep_index & best_known)
-    counts = f"matches {matched} of {len(index)} genes; var's index matches {int(known.sum())}"
-    if source:
-        return names, f"gene names taken from var column {source!r} ({counts})"
-    if not len(changed):
-        return index, None  # cleaning helped nowhere
-    first = changed[0]
-    return names, f"gene names shortened, e.g. {index[first]!r} to {names[first]!r} ({counts})"
+    by_index = _cleaned(index, vocabulary)
+    index_known = vocabulary.ids(by_index) >= 0
+    column, by_column, column_known = _best_column(var, vocabulary)
+    if column and index_known.sum() * 2 < column_known.sum():  # most genes are known by the column alone
+        replaced = (column_known | ~known) & (by_column != "")
+        counts = f"matches {int(column_known.sum())} of {len(index)} genes; var's index matches {int(known.sum())}"
+        return np.where(replaced, by_column, index), f"gene names taken from var column {column!r} ({counts})"
+    names, warnings = by_index, []
+    if (shortened := np.flatnonzero(by_index != index)).size:
+        first = shortened[0]
+        counts = f"matches {int(index_known.sum())} of {len(index)} genes; var's index matches {int(known.sum())}"
+        warnings.append(f"gene names shortened, e.g. {index[first]!r} to {names[first]!r} ({counts})")
+    if column:
+        is_id = np.fromiter((_ENSEMBL_ID.fullmatch(name) is not None for name in index), bool, len(index))
+        if (replaced := is_id & ~index_known & column_known).any():
+            names = np.where(replaced, by_column, names)
+            warnings.append(f"{int(replaced.sum())} Ensembl ids named by var column {column!r}")
+    return names, "; ".join(warnings) or None
+
+
+def _best_column(var: pd.DataFrame, vocabulary: Vocabulary) -> tuple[str, np.ndarray, np.ndarray]:
+    """Return the column of symbols that matches most genes, its names, and which of them the vocabulary has."""
+    best = ("", np.array([""] * len(var), dtype=object), np.zeros(len(var), bool))
+    for column in _columns_named(var, SYMBOL_COLUMNS):
+        names = _cleaned(_strings(var[column]), vocabulary)
+        found = vocabulary.ids(names) >= 0
+        if found.sum() > best[2].sum():
+            best = (column, names, found)
+    return best
 
 
 def _strings(column: pd.Series) -> np.ndarray:

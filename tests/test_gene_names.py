@@ -45,6 +45,19 @@ def test_a_symbol_column_that_matches_less_is_not_used():
     assert genes.warnings == ()
 
 
+def test_the_index_names_the_genes_unless_a_column_matches_twice_as_many():
+    made_unique = ["CD3D", "LYZ", "NKG7", "GNLY", "GNLY-1"]
+    genes = select(made_unique, gene_symbol=["CD3D", "LYZ", "NKG7", "GNLY", "GNLY"])
+    assert genes.names.tolist() == made_unique
+    assert (genes.genes_matched, genes.place, genes.warnings) == (4, None, ())
+
+
+def test_unknown_ids_among_symbols_get_their_symbol():
+    genes = select(["CD3D", "LYZ", IDS[2], "other"], gene_symbol=["CD3D", "LYZ", "NKG7", "GNLY"])
+    assert genes.names.tolist() == ["CD3D", "LYZ", "NKG7", "other"]
+    assert genes.warnings == ("1 Ensembl ids named by var column 'gene_symbol'",)
+
+
 def test_the_column_that_matches_most_is_used():
     genes = select(IDS, gene_symbol=["CD3D", "x", "y"], gene_name=SYMBOLS)
     assert genes.names.tolist() == SYMBOLS
