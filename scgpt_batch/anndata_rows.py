@@ -296,6 +296,7 @@ def table_from_json(text: str, column: str) -> pd.DataFrame:
 
     Not with `pandas.read_json`: it turns names that look like numbers or dates into numbers and dates.
     """
+    _require_text(text, column)
     try:
         split = json.loads(text)
         if "\\u" in text or not text.isascii():
@@ -404,9 +405,13 @@ def _genes(row: Mapping[str, Any]) -> pd.DataFrame:
 def _text(given: Any, column: str, what: str) -> str:
     if given is None:
         raise PayloadError(f"{column} is null: the row needs its table of {what}s")
+    _require_text(given, column)
+    return given
+
+
+def _require_text(given: Any, column: str) -> None:
     if not isinstance(given, str):
         raise PayloadError(f"{column} must be a JSON string, not {type(given).__name__}")
-    return given
 
 
 @lru_cache(maxsize=SHARED_TABLES)
@@ -417,6 +422,7 @@ def _shared_genes(text: str) -> pd.DataFrame:
 
 def genes_from_json(text: str) -> pd.DataFrame:
     """Read `adata_var`, once for the rows that share it where it is not too long to keep; read only."""
+    _require_text(text, "adata_var")
     return _shared_genes(text) if len(text) <= SHARED_LENGTH else _genes_from_json(text)
 
 

@@ -10,7 +10,16 @@ import pytest
 import scipy.sparse as sp
 from hypothesis import given, settings
 
-from scgpt_batch.anndata_rows import PAYLOAD_COLUMNS, arrow_rows, from_row, is_empty, table_to_json, to_row
+from scgpt_batch.anndata_rows import (
+    PAYLOAD_COLUMNS,
+    arrow_rows,
+    from_row,
+    genes_from_json,
+    is_empty,
+    table_from_json,
+    table_to_json,
+    to_row,
+)
 from scgpt_batch.errors import PayloadError
 from tests.damaged_rows import LAYOUTS, ROW_TYPES, damaged_rows, plain
 from tests.helpers import assert_close, random_adata
@@ -413,3 +422,10 @@ def test_random_damage_is_read_or_refused(row):
     assert adata.n_obs and adata.n_vars
     assert np.isfinite(adata.X.data).all() and (adata.X.data > 0).all()
     assert table_to_json(adata.obs).encode() and table_to_json(adata.var).encode()
+
+
+@pytest.mark.parametrize("given", [[], {"index": []}, 1, b"{}"], ids=["list", "object", "number", "bytes"])
+def test_a_table_that_is_not_text_is_a_payload_error(given):
+    for read in (genes_from_json, lambda table: table_from_json(table, "adata_var")):
+        with pytest.raises(PayloadError, match="adata_var must be a JSON string"):
+            read(given)
