@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from uuid import uuid4
+from warnings import catch_warnings, simplefilter
 
 import anndata as ad
 import numpy as np
@@ -95,9 +96,11 @@ def door(request, embedder, url, folder):
             x = adata.X.astype(np.float32 if adata.X.dtype == np.float16 else adata.X.dtype.newbyteorder("="))
             return answered(embedder, {"adata_sparsematrix": sp.csr_matrix(x), **tables}, parameters, [])
         if request.param == "client and PyFunc":
-            answer = client.embed(adata, url, progress=False, retries=0, **{"on_error": "record"} | parameters)
+            with catch_warnings(record=True) as caught:
+                simplefilter("always")
+                answer = client.embed(adata, url, progress=False, retries=0, **{"on_error": "record"} | parameters)
             keys = answer["cell_id"] if "cell_id" in answer else zip(answer["group"], answer["gene"], strict=True)
-            return Found(list(keys), answer["embedding"], None)
+            return Found(list(keys), answer["embedding"], [str(one.message) for one in caught])
         path = folder / f"{uuid4()}.h5ad"
         adata.write_h5ad(path)
         if request.param == "input_data_path":

@@ -16,7 +16,7 @@ import scipy.io
 import scipy.sparse as sp
 from pyspark.sql import functions as F
 
-from scgpt_batch.anndata_rows import from_row
+from scgpt_batch.anndata_rows import from_row, to_row
 from scgpt_batch.cli import OK, TOO_MANY_FAILED_ROWS, WRONG_USAGE, main
 from scgpt_batch.embedder import load_embedder, loads_in_this_process
 from scgpt_batch.parameters import Parameters
@@ -101,7 +101,9 @@ def test_rows_with_a_result_are_skipped_until_content_or_parameters_change(spark
     assert spark.table(out).groupBy("adata_id", "gene").count().where("count > 1").count() == 0
     assert spark.table(out).where("adata_id = 'good-000'").select("content_hash").distinct().count() == 1
 
-    assert run(*embed, "--seed", "1")[1]["rows_ok"] == 3
+    assert run(*embed, "--seed", "1")[1]["rows_ok"] == 0  # draws nothing in static mode
+    assert run(*embed, "--mode", "contextual")[1]["rows_ok"] == 3
+    assert run(*embed, "--mode", "contextual", "--seed", "1")[1]["rows_ok"] == 3
 
 
 def damaged_rows(golden):
@@ -124,7 +126,6 @@ def damaged_rows(golden):
         "NaN": ({"x_data": at(x, 1, np.nan)}, "NaN"),
         "infinity": ({"x_data": at(x, 1, np.inf)}, "infinity"),
         "negative value": ({"x_data": at(x, 1, -1)}, "negative"),
-        "gene twice": ({"adata_var": json.dumps(var | {"index": [var["index"][1], *var["index"][1:]]})}, "twice"),
         "short var": ({"adata_var": json.dumps(var | {k: var[k][:-1] for k in ("index", "data")})}, "n_vars"),
         "long obs": ({"adata_obs": json.dumps({"columns": [], "index": ["a"] * 4, "data": [[]] * 4})}, "adata_obs"),
         "no JSON": ({"adata_var": "{oops"}, "adata_var"),
@@ -319,16 +320,23 @@ def test_every_kind_of_file_gives_the_same_rows(spark, run, tmp_path, cells, kin
     assert abs(sp.vstack([row.X for row in rows]) - sp.csr_matrix(adata.X)).max() == 0
 
 
-def test_ingesting_twice_adds_nothing_and_a_changed_file_replaces_its_rows(spark, run, tmp_path, cells):
+def test_an_unchanged_file_is_skipped_and_a_changed_one_replaces_its_rows(spark, run, tmp_path, cells):
     path, table = tmp_path / "mine.h5ad", f"delta.`{tmp_path}/rows`"
     adata = ad.read_h5ad(cells)
     adata.write_h5ad(path)
     ingest = ["ingest", "--input", path, "--table", table, "--cells-per-row", "20"]
-    assert run(*ingest)[1]["rows"] == 3
-    assert (run(*ingest)[1]["rows"], run(*ingest)[1]["rows_skipped"]) == (0, 3)
+
+    def counts():
+        told = run(*ingest)[1]
+        return [told[key] for key in ("rows", "cells", "rows_skipped", "rows_removed", "files_unchanged")]
+
+    assert counts() == [3, 60, 0, 0, 0]
+    assert counts() == [0, 60, 3, 0, 1]
     adata.X[0, 0] = 7
     adata.write_h5ad(path)
-    assert run(*ingest)[1]["rows"] == 1
+    assert counts() == [1, 60, 2, 0, 0]
+    spark.sql(f"DELETE FROM {table} WHERE adata_id = 'mine:20-40'")  # not unchanged any more: the table lacks a row
+    assert counts() == [1, 60, 2, 0, 0]
     assert spark.table(table).count() == 3
 
 
@@ -359,6 +367,43 @@ def test_files_of_one_name_do_not_replace_each_others_rows(spark, run, tmp_path,
     assert run("ingest", "--input", *paths, "--table", table)[1]["files_unchanged"] == 2
     ids = [row[0] for row in spark.table(table).select("adata_id").orderBy("adata_id").collect()]
     assert ids == ["sample:0-60", "two/sample:0-59"]
+
+
+def test_a_failing_file_costs_only_itself(spark, run, tmp_path, cells):
+    table = f"delta.`{tmp_path}/rows`"
+    good, corrupt, cut = (tmp_path / f"{name}.h5ad" for name in ("good", "corrupt", "cut"))
+    ad.read_h5ad(cells).write_h5ad(good)
+    random_adata(30, 200).write_h5ad(corrupt, compression="gzip")
+    assert run("ingest", "--input", corrupt, "--table", table, "--cells-per-row", "10")[0] == OK
+    with h5py.File(corrupt) as file:
+        at = file["X/data"].id.get_chunk_info(0).byte_offset
+    with corrupt.open("r+b") as file:
+        file.seek(at)
+        file.write(bytes(64))
+    cut.write_bytes(good.read_bytes()[:4000])
+    argv = ["ingest", "--input", good, corrupt, cut, "--table", table]
+    code, told, _ = run(*argv)
+    assert (code, told["rows"], told["files"], told["files_failed"]) == (TOO_MANY_FAILED_ROWS, 1, 3, 2)
+    assert spark.table(table).where("adata_id LIKE 'corrupt:%'").count() == 3  # as they were
+    assert run(*argv, "--max-failed-fraction", "0.7")[0] == OK
+    lines = spark.table(told["files_table"]).where("status = 'failed'").orderBy("at", "path").collect()
+    assert [line["error_class"] for line in lines] == ["FileError"] * 4
+    assert lines[0]["error_message"].startswith(f"{corrupt}: cannot be read: OSError")
+    assert lines[1]["error_message"].startswith(f"{cut}: cannot be opened as HDF5")
+
+
+def test_genes_of_a_file_do_not_depend_on_how_it_is_cut_into_rows(spark, run, tmp_path, model, golden, cells):
+    """By default a file is one sample: its rows share the choice of variable genes."""
+    rows, out = f"delta.`{tmp_path}/rows`", f"delta.`{tmp_path}/out`"
+    assert run("ingest", "--input", cells, "--table", rows, "--cells-per-row", "20")[1]["rows"] == 3
+    chosen = {"data_is_raw": True, "log1p": True, "filter_gene_by_counts": 40, "subset_hvg": 200}
+    flags = [word for name, value in chosen.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    told = run("embed", "--model-uri", model, "--input-table", rows, "--output-table", out, *flags)[1]
+    assert told["rows_ok"] == 3
+    whole = load_embedder(golden / "checkpoint_flash").embed(to_row(ad.read_h5ad(cells)), Parameters(**chosen))
+    for row in spark.table(out).groupBy("adata_id").agg(F.collect_set("gene").alias("genes")).collect():
+        assert set(row["genes"]) <= set(whole.genes)
+    assert {row[0] for row in spark.table(out).select("gene").distinct().collect()} == set(whole.genes)
 
 
 def test_cells_are_split_by_a_column_and_genes_take_their_symbols(spark, run, tmp_path, cells):

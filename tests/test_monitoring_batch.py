@@ -110,7 +110,7 @@ def test_failed_rows_by_class_and_only_while_they_fail(spark, runs):
 
 def test_coverage_by_sample(spark, runs):
     lines, rows = table(spark, "batch_genes_ledger"), table(spark, "batch_rows")[["adata_id", "sample_id"]]
-    joined = lines.merge(rows, on="adata_id")
+    joined = lines.drop(columns="sample_id").merge(rows, on="adata_id")
     joined["sample_id"] = joined["sample_id"].fillna(joined["adata_id"])
     wanted = joined.groupby(["sample_id", "model_version"]).agg(
         rows=("adata_id", "nunique"),
