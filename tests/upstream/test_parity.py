@@ -178,12 +178,14 @@ SHARED = {
 }
 
 
-# scanpy takes powers and logarithms of whole numbers in float64, we in float32: no such comparison
-COMPARED = [(case, flavor, np.float32) for case in SHARED for flavor in ("seurat_v3", "cell_ranger", "seurat")]
-COMPARED += [(case, flavor, np.int32) for case in list(SHARED)[:3] for flavor in ("seurat_v3", "cell_ranger")]
+# upstream takes powers and logarithms of whole numbers in float64, we in float32
+TOO_LARGE = [("tutorial", "seurat"), ("not normalised", "seurat")]  # e to the power of a count: infinity in float32
+ROUNDED = ("not normalised, logs replace X", "cell_ranger")
 
 
-@pytest.mark.parametrize(("case", "flavor", "dtype"), COMPARED)
+@pytest.mark.parametrize("case", SHARED)
+@pytest.mark.parametrize("flavor", ["seurat_v3", "cell_ranger", "seurat"])
+@pytest.mark.parametrize("dtype", [np.float32, np.int32], ids=["float32", "int32"])
 def test_variable_genes_look_at_what_upstream_leaves_in_x(pbmc, case, flavor, dtype):
     # with nothing between X and the logs, upstream's X and log layer are one object
     cells = ad.AnnData(sp.csr_matrix(pbmc.X[:600], dtype=dtype), pbmc.obs[:600], pbmc.var)
@@ -192,6 +194,9 @@ def test_variable_genes_look_at_what_upstream_leaves_in_x(pbmc, case, flavor, dt
         "log1p": True, "result_log1p_key": "X_log1p", "subset_hvg": 1200, "hvg_flavor": flavor, "binning": 51,
     } | SHARED[case]  # fmt: skip
     wanted, error = cells.copy(), None
+    whole_numbers = dtype == np.int32
+    if whole_numbers and (case, flavor) == ROUNDED:
+        wanted.X = wanted.X.astype(np.float32)  # the logarithms that we take
     try:
         Preprocessor(**(named | {"result_normed_key": named["result_normed_key"] or None}))(wanted)
     except Exception as exc:  # seurat on counts
@@ -199,9 +204,9 @@ def test_variable_genes_look_at_what_upstream_leaves_in_x(pbmc, case, flavor, dt
     found = from_row(to_row(cells))
     assert found.X.dtype == dtype
     found.X = found.X.astype(np.float32)
-    if error is not None:
+    if error is not None or (whole_numbers and (case, flavor) in TOO_LARGE):
         with pytest.raises(RowError):
-            preprocess(found, Parameters(**named), whole_numbers=dtype == np.int32)
+            preprocess(found, Parameters(**named), whole_numbers=whole_numbers)
         return
-    found = preprocess(found, Parameters(**named), whole_numbers=dtype == np.int32)
+    found = preprocess(found, Parameters(**named), whole_numbers=whole_numbers)
     assert found.var_names.tolist() == wanted.var_names.tolist()
