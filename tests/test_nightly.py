@@ -373,6 +373,10 @@ def test_workers_without_the_package_end_the_run_at_once(spark, run, tmp_path, w
     assert code == WRONG_USAGE and "No module named 'scgpt_batch'" in last and "PYSPARK_PYTHON" in last
     (told,) = spark.table(f"delta.`{tmp_path}/out_runs`").collect()
     assert told["status"] == "failed" and "a Python worker was lost" not in caplog.text
+    cells = Path(__file__).parent / "data" / "pbmc3k.h5ad"
+    code, _, err = run("ingest", "--input", cells, "--table", f"delta.`{tmp_path}/cells`")
+    last = err.strip().splitlines()[-1]
+    assert code == WRONG_USAGE and "No module named 'scgpt_batch'" in last and "PYSPARK_PYTHON" in last
 
 
 def test_warnings_are_counted_by_kind(spark, run, words, rows, caplog):

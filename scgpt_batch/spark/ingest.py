@@ -26,6 +26,7 @@ from scgpt_batch.io.open_file import source_fingerprint
 from scgpt_batch.settings import IngestSettings, Summary
 from scgpt_batch.spark import tables
 from scgpt_batch.spark.files import ReadOptions
+from scgpt_batch.spark.workers import worker_setup_error
 
 logger = logging.getLogger(__name__)
 
@@ -197,10 +198,11 @@ def _errors_of_the_reader() -> Iterator[None]:
     try:
         yield
     except PySparkException as exc:
-        told = _CONFIG_ERROR.findall(str(exc))
-        if not told:
-            raise
-        raise ConfigError(told[-1]) from exc
+        if told := _CONFIG_ERROR.findall(str(exc)):
+            raise ConfigError(told[-1]) from exc
+        if error := worker_setup_error(exc):
+            raise error from exc
+        raise
 
 
 def _outcomes(rows: DataFrame) -> list[Row]:
