@@ -6,6 +6,7 @@ An .h5 is read in slices of cells; a text matrix cannot be, so one task reads al
 import gzip
 import io
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -33,7 +34,7 @@ def tenx_groups(root: Any) -> list[str]:
     return [name for name in root if isinstance(root[name], h5py.Group) and needed <= set(root[name])]
 
 
-class TenXMatrix:
+class TenXMatrix(ABC):
     """What 10x files have in common: no table of cells, one matrix."""
 
     layer, reason, is_csc = "X", "10x files contain counts", False
@@ -61,9 +62,9 @@ class TenXMatrix:
         columns = {} if self.filtered is None else {"filtered_barcodes": self.filtered[positions]}
         return pd.DataFrame(columns, index=pd.Index(self.barcodes[positions], dtype=object))
 
+    @abstractmethod
     def var(self) -> pd.DataFrame:
         """Return the table of features."""
-        raise NotImplementedError
 
 
 class TenXH5(TenXMatrix):
