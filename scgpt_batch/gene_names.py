@@ -39,7 +39,8 @@ _SAFE_FORMS = (
     (re.compile(rf"{_ENSEMBL}(\.\d+)?[|_](.+)"), 2),
     (re.compile(rf"(.+)[|_]{_ENSEMBL}(\.\d+)?"), 1),
 )
-# (pattern, what names of this form are, what to do): not mapped, because the gene meant is a guess
+# (pattern, what names of this form are, what to do): not mapped, because the gene meant is a guess. No two repeats of
+# a pattern may match the same characters: names are foreign data, and a long one would take quadratic time.
 _UNSAFE_FORMS = (
     (
         re.compile(r"ENSG\d{11}(\.\d+)?"),
@@ -52,9 +53,9 @@ _UNSAFE_FORMS = (
         "numbers (Entrez ids, or row numbers)",
         "use gene symbols as var names, or add a var column of them (e.g. 'gene_symbol')",
     ),
-    (re.compile(r"(mm9|mm10|mm39|GRCm38|GRCm39)_+.+"), "mouse genes of a mixed-species file", "they stay unknown"),
+    (re.compile(r"(mm9|mm10|mm39|GRCm38|GRCm39)_.+"), "mouse genes of a mixed-species file", "they stay unknown"),
     (
-        re.compile(r"[A-Z][a-z0-9-]*[a-z][\w.-]*"),
+        re.compile(r"[A-Z][0-9-]*[a-z][\w.-]*"),
         "mouse gene symbols",
         "map them to their human orthologs (symbols in capitals) first",
     ),

@@ -1,5 +1,7 @@
 """Gene names: looked up by what matches most genes, each gene once, gene expression alone."""
 
+import time
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -186,3 +188,18 @@ def test_biotypes_in_feature_type_leave_all_genes_in():
 def test_columns_that_decide_are_listed():
     columns = ["n_counts", "Symbol", "feature_types", "highly_variable", 7]
     assert lookup_columns(columns) == ["Symbol", "feature_types"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "A" + "a" * 200_000 + "!", "mm9" + "_" * 200_000 + "\n", "ENSG00000000000." + "1" * 200_000 + "!",
+        "_ENSG00000000000" * 20_000 + "!", "hg19" + "_" * 200_000, "a." * 100_000 + "!",
+    ],
+    ids=["capital", "prefix", "version", "ids", "genome", "lower case"],
+)  # fmt: skip
+def test_a_long_name_takes_linear_time(name):
+    """Backtracking would take minutes."""
+    began = time.monotonic()
+    assert select([*SYMBOLS, name]).genes_matched == 3
+    assert time.monotonic() - began < 5
