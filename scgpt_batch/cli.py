@@ -20,7 +20,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from scgpt_batch.errors import ConfigError, MaskingFilter, ScgptBatchError, in_one_line
+from scgpt_batch.errors import ConfigError, SafeLogFilter, ScgptBatchError, in_one_line
 from scgpt_batch.parameters import Parameters, validation_message
 from scgpt_batch.settings import (
     DemoCheckpointSettings,
@@ -163,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     for noisy in ("py4j", "alembic", "mlflow", "databricks"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    _mask_passwords(logging.getLogger())
+    _make_logs_safe(logging.getLogger())
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # standard output is our JSON's
     try:
@@ -192,18 +192,18 @@ def entry_point() -> None:
         sys.exit(code)
 
 
-_MASKING = MaskingFilter()
+_SAFE_LOGS = SafeLogFilter()
 
 
-def _mask_passwords(logger: logging.Logger) -> None:
+def _make_logs_safe(logger: logging.Logger) -> None:
     for handler in logger.handlers:
-        handler.addFilter(_MASKING)
+        handler.addFilter(_SAFE_LOGS)
 
 
 def _run(command: Command, *settings: BaseModel) -> Summary:
     import mlflow
 
-    _mask_passwords(logging.getLogger("mlflow"))  # it has a handler of its own
+    _make_logs_safe(logging.getLogger("mlflow"))  # it has a handler of its own
     common: Any = settings[0]
     if common.tracking_uri:
         mlflow.set_tracking_uri(common.tracking_uri)

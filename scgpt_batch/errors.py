@@ -3,15 +3,16 @@
 * ScgptBatchError
   + ConfigError            the command cannot start: a setting, table, model or program is missing or wrong
     + CheckpointError      weights, args.json and vocabulary do not fit each other or this package
-  + FileError              one file of counts cannot be read; other files are unaffected
-  + RowError               one row has no answer; it is quarantined and the job goes on
-    + PayloadError         the row cannot be read as AnnData
-    + PreprocessError      its genes or cells could not be filtered, normalised or binned
-    + InternalError        a fault of this package stood in the way; another version of it tries the row again
-    + LowCoverage          too little of its counts lies in genes that the model knows
-    + NonFiniteOutput      the model answered NaN or infinity
-    + WorkerCrash          the process that read it died, alone with it
-    + Timeout              it had no answer in the time allowed, alone in a process
+  + DataError              foreign data; the message is one line of bounded length
+    + FileError            one file of counts cannot be read; other files are unaffected
+    + RowError             one row has no answer; it is quarantined and the job goes on
+      + PayloadError       the row cannot be read as AnnData
+      + PreprocessError    its genes or cells could not be filtered, normalised or binned
+      + InternalError      a fault of this package stood in the way; another version of it tries the row again
+      + LowCoverage        too little of its counts lies in genes that the model knows
+      + NonFiniteOutput    the model answered NaN or infinity
+      + WorkerCrash        the process that read it died, alone with it
+      + Timeout            it had no answer in the time allowed, alone in a process
   + RequestRefused         the endpoint does not answer a request; its status says whose fault that is
   + PartsFailed            the client got no answer for some cells; it holds the others'
 """
@@ -19,6 +20,8 @@
 import logging
 import re
 from typing import Any
+
+SHOWN, MESSAGE_LENGTH = 100, 2_000  # characters of a wrong value in a message, and of a message about foreign data
 
 # user:password@ of a URI (a password may hold / and @), and parameters of its query that hold a secret
 _USERINFO = re.compile(r"(\w[\w+.-]{0,30})://([^/\s@'\"]{0,256}(?::[^\s@'\"]{0,256})?@(?:[^/\s@'\"]{0,256}@)*)")
@@ -37,12 +40,23 @@ class CheckpointError(ConfigError):
     """Weights, args.json and vocab.json do not fit each other or this package."""
 
 
-class FileError(ScgptBatchError):
+class DataError(ScgptBatchError):
+    """Something is wrong with foreign data.
+
+    The message is one line of bounded length, whatever the data put into it: it goes to tables, logs and clients.
+    """
+
+    def __init__(self, message: str) -> None:
+        """Shorten the message and escape its control characters."""
+        super().__init__(plain_line(message))
+
+
+class FileError(DataError):
     """One file of counts cannot be read; the message says what is wrong with it. Other files are unaffected."""
 
 
-class RowError(ScgptBatchError):
-    """One row has no answer; the others are not concerned."""
+class RowError(DataError):
+    """One row has no answer; other rows are unaffected."""
 
 
 class PayloadError(RowError):
@@ -102,14 +116,18 @@ def _mask(found: re.Match[str]) -> str:
     return found[0] if is_container else f"{scheme}://***@"
 
 
-class MaskingFilter(logging.Filter):
-    """Masks what a handler is about to write, tracebacks included, whichever library logged it."""
+class SafeLogFilter(logging.Filter):
+    """Masks secrets in what a handler is about to write, tracebacks included, and keeps data from forging log lines."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Change the record; it is always let through."""
-        record.msg, record.args = masked(record.getMessage()), None
+        """Change the record, once however many handlers write it; it is always let through."""
+        if getattr(record, "is_safe", False):
+            return True
+        record.is_safe = True
+        record.msg, record.args = indented(masked(record.getMessage())), None
         if record.exc_info:
-            record.exc_text = masked(record.exc_text or logging.Formatter().formatException(record.exc_info))
+            trace = record.exc_text or logging.Formatter().formatException(record.exc_info)
+            record.exc_text = indented(masked(f"\n{trace}")).lstrip("\n")
         return True
 
 
@@ -123,7 +141,26 @@ def in_one_line(exc: Exception) -> str:
     lines = [line for line in told.strip().splitlines() if "An error occurred while calling" not in line]
     first = lines[0].removeprefix(": ") if lines else type(exc).__name__
     causes = [line.removeprefix("Caused by: ") for line in lines if line.startswith("Caused by: ")]
-    return masked(f"{first}: {causes[-1]}" if causes else first)
+    return printable(masked(f"{first}: {causes[-1]}" if causes else first))
+
+
+def shortened(text: str) -> str:
+    """Return a text for a message: its start, where it is long."""
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}… ({len(text):,} characters)"
+
+
+def plain_line(text: str) -> str:
+    """Return a message about foreign data as one line of bounded length."""
+    line = printable(text[: MESSAGE_LENGTH + 1])
+    return line if len(line) <= MESSAGE_LENGTH else f"{line[: MESSAGE_LENGTH - 1]}…"
+
+
+def indented(text: str) -> str:
+    """Return a log message with its further lines indented and control characters escaped.
+
+    A log line that starts a record then comes from the logger, never from data.
+    """
+    return "\n    ".join(map(printable, text.splitlines()))
 
 
 def printable(text: str) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError, model_validator
 
-from scgpt_batch.errors import ConfigError, RowError
+from scgpt_batch.errors import ConfigError, RowError, shortened
 
 # Upper bounds, so that no parameter costs much memory before a row is read; docs/serving.md lists them. They are
 # checked here before MLflow or numpy sees a value: numpy gives each string of an array the length of the longest.
@@ -24,7 +24,7 @@ MAX_GENES, MAX_GENES_LENGTH = 100_000, 2_000_000  # names in `genes`, and their 
 MAX_COUNT = 10**12
 MAX_SIZE = 1_000_000
 MAX_KEPT = 1000  # different sets of parameters of a request that are kept to be shared
-SHOWN = 100  # characters of a wrong value, and number of faults, in an error message
+FAULTS_SHOWN = 100  # in an error message
 
 
 def _bounded_genes(value: Any) -> Any:
@@ -125,7 +125,7 @@ class Parameters(BaseModel):
         given: dict[str, Any] = {}
         for layer in layers:
             given |= {name: value for name, raw in (layer or {}).items() if (value := _plain(raw)) is not None}
-        if len(given) > len(cls.model_fields) + SHOWN:
+        if len(given) > len(cls.model_fields) + FAULTS_SHOWN:
             raise ConfigError(f"{len(given):,} parameters are given; the model has {len(cls.model_fields)}")
         try:
             return cls(**given)
@@ -223,7 +223,7 @@ class RequestParameters:
 def validation_message(exc: ValidationError, what: str, known: Iterable[str] = ()) -> str:
     """Say a pydantic error in one line that names each setting and what is wrong with it."""
     told = []
-    for error in exc.errors()[:SHOWN]:
+    for error in exc.errors()[:FAULTS_SHOWN]:
         name = shortened(".".join(map(str, error["loc"])))
         if error["type"] == "extra_forbidden":
             close = difflib.get_close_matches(name.lower(), known, 1, 0.7)
@@ -234,11 +234,6 @@ def validation_message(exc: ValidationError, what: str, known: Iterable[str] = (
         else:
             told.append(error["msg"].removeprefix("Value error, "))
     return "; ".join(told)
-
-
-def shortened(text: str) -> str:
-    """Return a text for an error message: its start, where it is long."""
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}… ({len(text):,} characters)"
 
 
 def _plain(value: Any) -> Any:

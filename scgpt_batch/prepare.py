@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from traceback import format_exception
 from typing import Any
 
 import anndata as ad
@@ -29,7 +30,16 @@ from scgpt_batch.anndata_rows import (
     to_row,
 )
 from scgpt_batch.decisions import Decisions
-from scgpt_batch.errors import FileError, InternalError, LowCoverage, PayloadError, PreprocessError, RowError
+from scgpt_batch.errors import (
+    FileError,
+    InternalError,
+    LowCoverage,
+    PayloadError,
+    PreprocessError,
+    RowError,
+    indented,
+    plain_line,
+)
 from scgpt_batch.gene_names import GeneSelection, select_genes
 from scgpt_batch.io.hdf5_safety import open_hdf5
 from scgpt_batch.model import Vocabulary
@@ -63,7 +73,11 @@ class RowReport:
     genes_in: int = 0
     genes_matched: int = 0  # names found in the vocabulary
     coverage: float | None = None  # share of the row's counts that these carry
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()  # each one line of bounded length
+
+    def __post_init__(self) -> None:
+        """Shorten the warnings and escape control characters: names from the row stand in them."""
+        object.__setattr__(self, "warnings", tuple(map(plain_line, self.warnings)))
 
 
 @dataclass(frozen=True)
@@ -291,11 +305,16 @@ def row_errors() -> Iterator[None]:
     except (RowError, MemoryError, ImportError):
         raise
     except DATA_ERRORS as exc:
-        logger.exception("a row could not be prepared")
+        _log_fault(exc)
         raise PreprocessError(f"{type(exc).__name__}: {exc}") from exc
     except Exception as exc:
-        logger.exception("a row could not be prepared")
+        _log_fault(exc)
         raise InternalError(f"{type(exc).__name__}: {exc}; this is a fault of the package, please report it") from exc
+
+
+def _log_fault(exc: Exception) -> None:
+    """Log a library's error with its traceback; not by `exception`: Spark's workers log without our filter."""
+    logger.error("a row could not be prepared\n    %s", indented("".join(format_exception(exc))))
 
 
 def allowed_path(path: str, roots: Iterable[str]) -> Path:

@@ -16,8 +16,8 @@ from mlflow.types.schema import Array
 
 from scgpt_batch.anndata_rows import PAYLOAD_COLUMNS
 from scgpt_batch.embedder import Answer, Embedder, load_embedder
-from scgpt_batch.errors import ConfigError
-from scgpt_batch.parameters import Parameters, RequestParameters, shortened
+from scgpt_batch.errors import ConfigError, shortened
+from scgpt_batch.parameters import Parameters, RequestParameters
 
 PARAMETER_NAMES = tuple(Parameters.model_fields)
 INPUT_NAMES = (*PAYLOAD_COLUMNS, *PARAMETER_NAMES)

@@ -1,5 +1,6 @@
-"""Errors in one line, and no password in anything that is printed."""
+"""Errors in one line, no password in anything that is printed, and no log line but the logger's."""
 
+import copy
 import io
 import logging
 import os
@@ -7,7 +8,8 @@ import os
 import pytest
 
 from scgpt_batch.cli import main
-from scgpt_batch.errors import MaskingFilter, in_one_line, masked
+from scgpt_batch.errors import ConfigError, FileError, PayloadError, PreprocessError, SafeLogFilter, in_one_line, masked
+from scgpt_batch.prepare import RowReport, row_errors
 
 SECRET = "s3cr3t"
 
@@ -36,7 +38,7 @@ def test_passwords_in_uris_are_masked(text, wanted):
 def test_the_filter_masks_arguments_and_tracebacks():
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)
-    handler.addFilter(MaskingFilter())
+    handler.addFilter(SafeLogFilter())
     logger = logging.getLogger("test_masking")
     logger.addHandler(handler)
     try:
@@ -68,3 +70,48 @@ def test_a_tracking_uri_with_a_password_is_not_printed(capfd, caplog, monkeypatc
     told = capfd.readouterr()
     assert SECRET not in told.out + told.err + caplog.text
     assert told.err.strip()
+
+
+FORGED = "id\n2026-01-01 00:00:00,000 ERROR forged\r\x1b[2K\u2028x"
+
+
+def test_an_error_about_data_is_one_line_of_bounded_length():
+    for error in (PayloadError(FORGED), FileError(FORGED), PayloadError("\n" * 10_000_000)):
+        assert str(error).isprintable() and len(str(error)) <= 2_000
+        assert str(copy.copy(error)) == str(error)
+    assert str(PayloadError("x_data holds 2 nulls")) == "x_data holds 2 nulls"
+
+
+def test_warnings_of_a_row_are_lines_of_bounded_length():
+    (warning,) = RowReport(warnings=(FORGED * 1_000,)).warnings
+    assert warning.isprintable() and len(warning) == 2_000
+
+
+def test_a_final_error_message_cannot_forge_a_line():
+    assert in_one_line(ValueError(FORGED)) == "ValueError: id"
+    assert in_one_line(ConfigError("bad \x1b[2K\tid")) == "bad \\x1b[2K\\tid"
+
+
+def test_only_the_logger_starts_a_log_line():
+    stream = io.StringIO()
+    handler, other = logging.StreamHandler(stream), logging.StreamHandler(io.StringIO())
+    for each in (other, handler):
+        each.addFilter(SafeLogFilter())
+        each.setFormatter(logging.Formatter("LOG %(message)s"))
+        logging.getLogger("test_forging").addHandler(each)
+    try:
+        raise ValueError(FORGED)
+    except ValueError:
+        logging.getLogger("test_forging").exception("row %s", FORGED)
+    lines = stream.getvalue().splitlines()
+    assert [line for line in lines if not line.startswith("    ")] == ["LOG row id"]
+    assert all(line.isprintable() for line in lines) and "Traceback (most recent call last):" in lines[4]
+
+
+def test_a_library_error_cannot_forge_a_log_line_in_a_worker(capsys, monkeypatch):
+    """Spark's workers have no logging of ours: Python's last resort writes to standard error."""
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    with pytest.raises(PreprocessError, match="forged"), row_errors():
+        raise ValueError(FORGED)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if not line.startswith("    ")] == ["a row could not be prepared"]

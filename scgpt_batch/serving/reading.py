@@ -19,8 +19,8 @@ from mlflow.pyfunc.scoring_server import infer_and_parse_data
 
 from scgpt_batch.anndata_rows import genes_from_json, is_empty, string_labels, table_from_json
 from scgpt_batch.embedder import Embedder, check_model_parameters
-from scgpt_batch.errors import ConfigError, PayloadError, RequestRefused, RowError
-from scgpt_batch.parameters import Parameters, RequestParameters, shortened
+from scgpt_batch.errors import ConfigError, PayloadError, RequestRefused, RowError, shortened
+from scgpt_batch.parameters import Parameters, RequestParameters
 from scgpt_batch.pyfunc import check_columns
 
 FORMATS = ("dataframe_split", "dataframe_records", "inputs", "instances")

@@ -31,7 +31,7 @@ from pyspark.sql.utils import is_remote
 import scgpt_batch
 from scgpt_batch import registry
 from scgpt_batch.embedder import check_model_parameters
-from scgpt_batch.errors import ConfigError, in_one_line, printable
+from scgpt_batch.errors import ConfigError, in_one_line, plain_line
 from scgpt_batch.parameters import Parameters
 from scgpt_batch.samples import rows_depend
 from scgpt_batch.settings import EmbedSettings, Summary
@@ -56,7 +56,7 @@ LIBRARIES_MB, ROW_MB_PER_1000_CELLS = 900, 120  # of a worker: torch and scanpy;
 RIVAL_DAYS = 2  # from midnight, so a day or more in any time zone: as long a run may be unknown to one beside it
 
 PAYLOAD = (
-    "adata_id", "content_hash", "adata_sparsematrix", "x_data", "x_indices", "x_indptr", "n_obs", "n_vars",
+    "adata_id", "sample_id", "content_hash", "adata_sparsematrix", "x_data", "x_indices", "x_indptr", "n_obs", "n_vars",
     "adata_obs", "adata_var", "x_dtype", "decisions",
 )  # fmt: skip
 # Whose version may be why a row failed as one of `NOT_THE_ROWS`: it is tried again with another.
@@ -218,7 +218,7 @@ def _run(job: Job) -> Summary:
         raise
     seconds = _end_run(job, "finished", clock)
     for kind, rows in job.warnings.most_common():
-        logger.warning("%d rows carry a warning: %s", rows, printable(kind))
+        logger.warning("%d rows carry a warning: %s", rows, plain_line(kind))
     mlflow.log_metrics({**job.counts, "seconds": seconds})
     return {
         "run_id": job.run_id,
@@ -355,7 +355,7 @@ def _embed_wave(job: Job, rows: DataFrame, wave: pd.DataFrame) -> None:
     for name in ("cells", "embeddings"):
         job.counts[name] += int(ledger.loc[ledger["status"] == "ok", name].sum())
     for _, line in ledger[ledger["status"] == "failed"].head(5).iterrows():
-        told = [printable(str(line[name])) for name in ("adata_id", "error_class", "error_message")]
+        told = [plain_line(str(line[name])) for name in ("adata_id", "error_class", "error_message")]
         logger.warning("row %s failed: %s: %s", *told)
 
 

@@ -15,7 +15,7 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field
 
 from scgpt_batch.anndata_rows import MISSING_LABEL, string_labels, to_row
-from scgpt_batch.errors import ConfigError, FileError
+from scgpt_batch.errors import ConfigError, FileError, plain_line
 from scgpt_batch.io.layers import AUTO
 from scgpt_batch.io.locations import ID_FROM, find_sources, name_sources, stem
 from scgpt_batch.io.open_file import CountsFile, named_errors, open_counts
@@ -172,7 +172,7 @@ def read(slices: Sequence[Slice], options: ReadOptions) -> Iterator[dict[str, An
             notes: list[str] = list(piece.notes)
             row = to_row(ad.AnnData(x, obs=cells, var=var, uns=file.uns), warnings=notes)
             key = {"adata_id": piece.adata_id, "sample_id": piece.sample_id, "source": piece.path}
-            yield row | key | {"layer": piece.layer, "notes": notes}
+            yield row | key | {"layer": piece.layer, "notes": [plain_line(note) for note in notes]}
 
 
 def repeated_names(file: CountsFile) -> dict[int, str]:
