@@ -18,7 +18,7 @@ import pandas as pd
 import pyarrow as pa
 import scipy.sparse as sp
 
-from scgpt_batch.errors import PayloadError
+from scgpt_batch.errors import PayloadError, shortened
 
 MATRIX_COLUMNS = ("adata_sparsematrix", "x_data", "x_indices", "x_indptr")
 PAYLOAD_COLUMNS = (*MATRIX_COLUMNS, "adata_obs", "adata_var")
@@ -27,6 +27,8 @@ PAYLOAD_COLUMNS = (*MATRIX_COLUMNS, "adata_obs", "adata_var")
 # 500 MB at most.
 SHARED_TABLES, SHARED_LENGTH = 4, 8_000_000
 MAX_TABLE_COLUMNS = 10_000  # of obs or var: a table of more takes pandas seconds and gigabytes
+# Characters of a name or label, and of a row's keys (a path and labels): they stand beside each embedding.
+MAX_NAME, MAX_KEY = 1_000, 8_000
 _CSR = ("x_data", "x_indices", "x_indptr")
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 _NUMBER_TYPES = (
@@ -137,6 +139,8 @@ def from_row(row: Mapping[str, Any]) -> ad.AnnData:
 
 def read_row(row: Mapping[str, Any]) -> RowContent:
     """Read a row as `from_row` does, with the warnings, and without the cost of an AnnData."""
+    for key in ("adata_id", "sample_id"):
+        _refuse_long([row.get(key)], key, "key", MAX_KEY)
     obs, warning = _cells(row)
     var = _genes(row)
     _check_stated_shape(row, len(obs), len(var))
@@ -243,9 +247,15 @@ def string_labels(column: pd.Series) -> np.ndarray:
 
     Whole numbers are written without ".0": a null among a row's whole numbers makes floats of them, and a cell's label
     must not depend on other cells.
+
+    Raises
+    ------
+    PayloadError
+        A label is longer than `MAX_NAME`.
     """
     codes, values = pd.factorize(column)
     labels = [str(int(v)) if isinstance(v, (float, np.floating)) and v.is_integer() else str(v) for v in values]
+    _refuse_long(labels, f"column {column.name!r}", "label")
     return np.array([*labels, MISSING_LABEL], dtype=object)[codes]  # a null has code -1
 
 
@@ -319,6 +329,7 @@ def table_from_json(text: str, column: str) -> pd.DataFrame:
             raise PayloadError(f"{column}: row {name!r} of data does not have the {len(columns)} columns' values")
     if any(isinstance(name, (list, dict)) for name in (*columns, *index)) or any(map(_is_missing, columns)):
         raise PayloadError(f"{column}: names in columns and index must be strings or numbers")
+    _refuse_long((*columns, *index), column, "name")
     names = [str(name) for name in columns]
     if len(set(names)) != len(names):
         raise PayloadError(f"{column}: a column name is given twice")
@@ -329,6 +340,16 @@ def table_from_json(text: str, column: str) -> pd.DataFrame:
         raise PayloadError(f"{column}: no table can be made of it: {exc}") from exc
     table.index = pd.Index(_names(index), dtype=object)
     return table
+
+
+def _refuse_long(texts: Iterable[Any], where: str, what: str, limit: int = MAX_NAME) -> None:
+    """Reject texts of more than `limit` characters; what is not a string is short."""
+    for text in texts:
+        if isinstance(text, str) and len(text) > limit:
+            raise PayloadError(
+                f"{where} contains a {what} of {len(text):,} characters ({shortened(text)!r}); the limit is "
+                f"{limit:,}: use a shorter {what}"
+            )
 
 
 def _names(index: Iterable[Any]) -> list[str | None]:
@@ -468,10 +489,10 @@ def _csr(row: Mapping[str, Any], n_obs: int, n_vars: int) -> sp.csr_matrix:
         raise PayloadError(f"no matrix: {', '.join(missing)} and adata_sparsematrix are null")
     data = _numbers(row["x_data"], "x_data")
     indices = _whole_numbers(row["x_indices"], "x_indices")
-    indptr = _whole_numbers(row["x_indptr"], "x_indptr").astype(np.int64)  # whose differences no number overflows
+    indptr = _whole_numbers(row["x_indptr"], "x_indptr").astype(np.int64)
     if len(indptr) != n_obs + 1:
         raise PayloadError(f"x_indptr has {len(indptr)} entries, {n_obs} cells in adata_obs want {n_obs + 1}")
-    if indptr[0] != 0 or (np.diff(indptr) < 0).any():
+    if indptr[0] != 0 or (indptr[1:] < indptr[:-1]).any():  # not by differences, which may overflow
         raise PayloadError("x_indptr must start at 0 and never fall")
     if len(data) != len(indices):
         raise PayloadError(f"x_data has {len(data)} values, x_indices {len(indices)}")

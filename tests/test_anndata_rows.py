@@ -16,6 +16,7 @@ from scgpt_batch.anndata_rows import (
     from_row,
     genes_from_json,
     is_empty,
+    string_labels,
     table_from_json,
     table_to_json,
     to_row,
@@ -276,6 +277,10 @@ DAMAGE = {
         small_row(x_indptr=np.array([0, 100, -100, 3], np.int8), adata_obs=table(["a", "b", "c"])),
         "x_indptr .*never fall",
     ),
+    "indptr with overflowing differences": (
+        small_row(x_indptr=[0, 2**63 - 1, -(2**63), -1, 3], adata_obs=table(["a", "b", "c", "d"])),
+        "x_indptr .*never fall",
+    ),
     "indptr starts late": (small_row(x_indptr=[1, 2, 3]), "x_indptr must start at 0"),
     "indptr ends early": (small_row(x_indptr=[0, 1, 2]), "x_indptr ends at 2, x_data has 3 values"),
     "indptr ends late": (small_row(x_indptr=[0, 2, 4]), "x_indptr ends at 4"),
@@ -360,6 +365,16 @@ DAMAGE = {
         "adata_var: row 'y' of data does not have the 1 columns",
     ),
     "var name nested": (small_row(adata_var=table(["g0", ["x"], "g2"])), "adata_var: names .* must be strings"),
+    "var name of 1,001 characters": (
+        small_row(adata_var=table(["g0", "g1", "x" * 1_001])),
+        "adata_var contains a name of 1,001 characters .* the limit is 1,000",
+    ),
+    "cell name of 10,000,000 characters": (
+        small_row(adata_obs=table(["a", "x" * 10_000_000])),
+        "adata_obs contains a name of 10,000,000 characters .* the limit is 1,000",
+    ),
+    "adata_id of 8,001 characters": (small_row(adata_id="x" * 8_001), "adata_id contains a key of 8,001 characters"),
+    "sample_id of 8,001 characters": (small_row(sample_id="x" * 8_001), "sample_id contains a key of 8,001 characters"),
     "var column twice": (
         small_row(adata_var='{"columns":["a","a"],"index":["x"],"data":[[1,2]]}'),
         "adata_var: a column name is given twice",
@@ -429,3 +444,9 @@ def test_a_table_that_is_not_text_is_a_payload_error(given):
     for read in (genes_from_json, lambda table: table_from_json(table, "adata_var")):
         with pytest.raises(PayloadError, match="adata_var must be a JSON string"):
             read(given)
+
+
+def test_a_long_label_is_named():
+    with pytest.raises(PayloadError, match=r"column 'donor' contains a label of 1,001 characters \('xxx.*1,000"):
+        string_labels(pd.Series(["a", "x" * 1_001], name="donor"))
+    assert string_labels(pd.Series(["x" * 1_000])).tolist() == ["x" * 1_000]

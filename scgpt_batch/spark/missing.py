@@ -18,7 +18,8 @@ from scgpt_batch.spark import tables
 WAVE_ROWS = 5_000  # of a wave at most: their keys stand in the condition of its commit
 TASK_CELLS = 1_000  # of a task: even work for every device, whatever the number of CPU cores
 LEAST_TASKS = 8  # of a wave that has as many rows, so that a small one is shared too
-ROW_CELLS_UNKNOWN = 1_000  # taken for a row of a foreign table that does not say its n_obs
+ROW_CELLS_UNKNOWN = 1_000  # taken for a row that does not say its n_obs, or cannot mean it (negative, NaN, 10^12)
+MOST_CELLS = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ def _told() -> list[Column]:
 def _found(rows: DataFrame, ledger: DataFrame, counts: Column, samples: bool) -> DataFrame:
     """Each adata_id with its size, content, sample and whether it has a result."""
     keys = rows.groupBy("adata_id").agg(
-        F.max(F.coalesce("n_obs", F.lit(ROW_CELLS_UNKNOWN))).alias("cells"),
+        F.max(_stated_cells()).alias("cells"),
         F.count("*").alias("copies"),
         F.count("content_hash").alias("hashes"),
         F.min("content_hash").alias("lowest"),
@@ -226,6 +227,12 @@ def _found(rows: DataFrame, ledger: DataFrame, counts: Column, samples: bool) ->
         }
     ).drop("line")
     return found.withColumn("done", F.min("done").over(members)) if samples else found
+
+
+def _stated_cells() -> Column:
+    """A row's n_obs, of which waves and tasks are cut; the row is not read for it, so it may be anything."""
+    stated = F.when(F.col("n_obs").between(0, MOST_CELLS), F.col("n_obs"))
+    return F.coalesce(stated, F.lit(ROW_CELLS_UNKNOWN)).cast("bigint")
 
 
 def n_tasks(wave: pd.DataFrame) -> int:
