@@ -103,7 +103,7 @@ test-versions: setup
 	$(VENV)/bin/python -m tests.versions.run $(LEGS)
 
 bundle: setup
-	$(VENV)/bin/python -m scgpt_batch.monitoring.bundle conf
+	$(VENV)/bin/python -m scgpt_batch.databricks.bundle conf
 
 parity: setup $(UPSTREAM)/.ready
 	$(UPSTREAM)/bin/python -m pytest tests/upstream -o addopts= -o filterwarnings=ignore -q -p no:cacheprovider

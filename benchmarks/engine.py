@@ -19,9 +19,9 @@ import torch
 from figures import PBMC, WORK, matrix_rate, model_gflop, say, seconds, upstream
 from full_size_checkpoint import write_checkpoint
 
-from scgpt_batch.anndata_rows import to_row
-from scgpt_batch.embedder import Embedder
-from scgpt_batch.model import load_checkpoint
+from scgpt_batch.inference.engine import Embedder
+from scgpt_batch.io.rows import to_row
+from scgpt_batch.models.scgpt import load_checkpoint
 from scgpt_batch.parameters import Parameters
 
 N_CELLS = 16

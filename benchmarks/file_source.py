@@ -26,7 +26,7 @@ from scgpt_batch.spark.session import get_spark
 GENES, VALUES = 20_000, 2_000  # genes of the file, values of a cell
 PLAN = """
 import json, resource, sys, time
-from scgpt_batch.spark.files import ReadOptions, plan
+from scgpt_batch.io.files import ReadOptions, plan
 before, clock = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
 tasks = plan([sys.argv[1]], ReadOptions())
 seconds, peak = time.monotonic() - clock, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

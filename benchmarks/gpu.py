@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from figures import CannotRun, matrix_rate, model_gflop, say, seconds
 from full_size_checkpoint import write_checkpoint
-from gpu_imports import Checkpoint, ScGPT, load_checkpoint
+from gpu_imports import Checkpoint, ScGPT, build_model, load_checkpoint
 from torch import nn
 
 SWEEP = (16_384, 32_768, 65_536, 131_072, 262_144)  # tokens a batch
@@ -52,7 +52,7 @@ class Sizes:
 
     def model(self) -> ScGPT:
         """Return the model of a random checkpoint, in bfloat16."""
-        return ScGPT.from_checkpoint(self.checkpoint(), device=self.device, dtype=torch.bfloat16)
+        return build_model(self.checkpoint(), device=self.device, dtype=torch.bfloat16)
 
 
 SMALL = Sizes(device="cpu", n_cells=6, mixed=(20, 50), genes=(24, 40, 48), sweep=(64, 128), product=64, batch=3,

@@ -18,37 +18,40 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from scgpt_batch.model import Checkpoint, ScGPT, load_checkpoint  # noqa: E402
-from scgpt_batch.model import attention as attention_module  # noqa: E402
-from scgpt_batch.model.attention import BACKENDS, Packing, activate, attention, obstacle, send  # noqa: E402
-from scgpt_batch.model.transformer import distinct  # noqa: E402
+from scgpt_batch.models import attention as attention_module  # noqa: E402
+from scgpt_batch.models.attention import BACKENDS, Packing, activate, attention, obstacle, to_device  # noqa: E402
+from scgpt_batch.models.scgpt import Checkpoint, ScGPT, build_model, load_checkpoint  # noqa: E402
+from scgpt_batch.models.scgpt.transformer import distinct  # noqa: E402
 
 __all__ = [
     "BACKENDS", "GOLDEN", "ROOT", "Checkpoint", "Packing", "ScGPT", "activate", "attention", "attention_module",
-    "distinct", "load_checkpoint", "load_tokeniser", "obstacle", "send",
+    "build_model", "distinct", "load_checkpoint", "load_tokeniser", "obstacle", "to_device",
 ]  # fmt: skip
 
 GOLDEN = ROOT / "tests" / "data" / "golden"
-TOKENISER = ROOT / "scgpt_batch" / "preprocess.py"
-# What `load_tokeniser` takes from there: functions of numpy and torch alone
-TOKENISER_NAMES = {
-    "BLOCK", "COLLATOR_BINS", "Tokens", "_bin_block", "_blocks", "_edges_passed", "_mix", "_quantiles", "_sort_rows",
-    "bin_values", "cell_noise", "tokenize",
+# What `load_tokeniser` takes from these files: functions of numpy and torch alone
+TOKENISER = {
+    ROOT / "scgpt_batch" / "models" / "interface.py": {"Tokens"},
+    ROOT / "scgpt_batch" / "preprocessing" / "binning.py": {
+        "BLOCK", "COLLATOR_BINS", "_bin_block", "_blocks", "_edges_passed", "_mix", "_quantiles", "_sort_rows",
+        "bin_values", "cell_noise",
+    },
+    ROOT / "scgpt_batch" / "preprocessing" / "tokens.py": {"tokenize"},
 }  # fmt: skip
 
 
 def load_tokeniser() -> SimpleNamespace:
-    """Return binning and tokenising, without the rest of their module, which imports anndata and scanpy."""
-    tree = ast.parse(TOKENISER.read_text(encoding="utf-8"))
-    kept = [node for node in tree.body if _names(node) & TOKENISER_NAMES]
-    found = set().union(*map(_names, kept))
-    if missing := TOKENISER_NAMES - found:
-        raise ImportError(f"{TOKENISER.name} has no {', '.join(sorted(missing))}: adapt benchmarks/gpu_imports.py")
-    future = ast.parse("from __future__ import annotations").body
-    module = ast.Module(body=[*future, *kept], type_ignores=[])
+    """Return binning and tokenising, without the rest of their modules, which import anndata and scanpy."""
     space = {"np": np, "torch": torch, "sys": sys, "dataclass": dataclass, "__name__": __name__}
-    exec(compile(module, str(TOKENISER), "exec"), space)
-    return SimpleNamespace(**{name: space[name] for name in TOKENISER_NAMES})
+    for path, names in TOKENISER.items():
+        kept = [node for node in ast.parse(path.read_text(encoding="utf-8")).body if _names(node) & names]
+        found = set().union(*map(_names, kept))
+        if missing := names - found:
+            raise ImportError(f"{path.name} has no {', '.join(sorted(missing))}: adapt benchmarks/gpu_imports.py")
+        future = ast.parse("from __future__ import annotations").body
+        module = ast.Module(body=[*future, *kept], type_ignores=[])
+        exec(compile(module, str(path), "exec"), space)
+    return SimpleNamespace(**{name: space[name] for names in TOKENISER.values() for name in names})
 
 
 def _names(node: ast.stmt) -> set[str]:

@@ -30,11 +30,12 @@ from gpu_imports import (
     Packing,
     ScGPT,
     attention_module,
+    build_model,
     distinct,
     load_checkpoint,
     load_tokeniser,
     obstacle,
-    send,
+    to_device,
 )
 from gpu_variants import Variant, attend, forward, on_device, use
 
@@ -87,7 +88,7 @@ def correctness(sizes: Sizes) -> dict[str, object]:
 
 def _model(checkpoint: Checkpoint, device: str, dtype: torch.dtype, backend: str) -> ScGPT:
     os.environ[attention_module.SETTING] = backend
-    return ScGPT.from_checkpoint(checkpoint, device=device, dtype=dtype)
+    return build_model(checkpoint, device=device, dtype=dtype)
 
 
 def _golden(checks: Checks, layout: str, device: str, backends: list[str]) -> None:
@@ -223,8 +224,8 @@ def _attentions(sizes: Sizes) -> list[str]:
 def variants(sizes: Sizes) -> dict[str, object]:
     """Cells/s of each variant at 1,024 genes, checked against float64; then batch sizes and CUDA graphs of the best."""
     checkpoint = sizes.checkpoint()
-    model = ScGPT.from_checkpoint(checkpoint, device=sizes.device, dtype=torch.bfloat16)
-    exact = ScGPT.from_checkpoint(checkpoint).double()
+    model = build_model(checkpoint, device=sizes.device, dtype=torch.bfloat16)
+    exact = build_model(checkpoint).double()
     genes = sizes.genes[1]
     sample = packed(np.array([genes + 1, 1, 37, genes // 3]), sizes.n_genes)
     wanted = exact(sample[0], sample[1].double(), sample[2], cls_only=True)
@@ -447,7 +448,7 @@ def _stages(n_cells: int, genes: int) -> dict[str, float]:
     def binned() -> np.ndarray:
         return tokeniser.bin_values(counts, indptr, hashes, parameters, n_bins=tokeniser.COLLATOR_BINS)
 
-    tokens = tokeniser.tokenize(_Csr(binned(), columns, indptr), np.arange(genes), cls_id=genes, cls_value=-2.0)
+    tokens, _ = tokeniser.tokenize(_Csr(binned(), columns, indptr), np.arange(genes), cls_id=genes, cls_value=-2.0)
     if len(tokens.genes) != n_cells * (genes + 1) or tokens.values.max() > tokeniser.COLLATOR_BINS - 1:
         raise ValueError("the tokeniser answers other than it should")
     values = torch.from_numpy(tokens.values)
@@ -513,7 +514,7 @@ def _copies(sizes: Sizes) -> dict[str, object]:
         return sent
 
     ways = {
-        "as the package sends": lambda: [tuple(send(x, device) for x in (b[0], *distinct(b[1]))) for b in batches],
+        "as the package sends": lambda: [tuple(to_device(x, device) for x in (b[0], *distinct(b[1]))) for b in batches],
         "pinned before": lambda: [tuple(x.to(device, non_blocking=True) for x in batch) for batch in ready],
         "pinned before, on a stream": on_a_stream,
         "on the card already": lambda: there,

@@ -12,7 +12,7 @@ from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
-from gpu_imports import BACKENDS, Packing, ScGPT, activate, attention, distinct, send
+from gpu_imports import BACKENDS, Packing, ScGPT, activate, attention, distinct, to_device
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 HALF = torch.bfloat16
@@ -51,8 +51,10 @@ def forward(
 ) -> torch.Tensor:
     """Return the vector of each cell's first token, float32, as `model(..., cls_only=True)`."""
     device = model.encoder.embedding.weight.device
-    bins, bin_of = (send(x, device) for x in distinct(values))
-    return on_device(model, variant, send(genes, device), bins, bin_of, Packing(lengths, device, variant.attention))
+    bins, bin_of = (to_device(x, device) for x in distinct(values))
+    return on_device(
+        model, variant, to_device(genes, device), bins, bin_of, Packing(lengths, device, variant.attention)
+    )
 
 
 @torch.inference_mode()

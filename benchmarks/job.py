@@ -13,7 +13,7 @@ from figures import PBMC, say
 from job_runs import AS_COUNTED, N_GENES, checkpoint_of, embed, write_rows
 from pbmc_rows import cell_rows, read_cells, to_arrow
 
-from scgpt_batch.embedder import load_embedder
+from scgpt_batch.inference.engine import load_embedder
 from scgpt_batch.parameters import Parameters
 
 MODES = ("cell", "contextual")

@@ -16,7 +16,7 @@ from pyspark.sql.pandas.types import from_arrow_schema
 
 from scgpt_batch.spark import tables
 from scgpt_batch.spark.session import get_spark
-from scgpt_batch.spark.udf import ANSWERS, list_array
+from scgpt_batch.spark.worker import ANSWERS, list_array
 
 EMBSIZE, LINES = 512, 153_600  # 128 rows of 1,200 genes
 WARM_UPS, RUNS = 10, 5  # until some ten runs the JVM compiles Spark's planner beside the writer, on the same cores

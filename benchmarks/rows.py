@@ -24,7 +24,7 @@ from pbmc_rows import cell_rows, read_cells, to_arrow
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
-from scgpt_batch.embedder import load_embedder
+from scgpt_batch.inference.engine import load_embedder
 from scgpt_batch.parameters import Parameters
 from scgpt_batch.spark.tables import content_hash
 

@@ -42,9 +42,10 @@ from deltalake import DeltaTable
 from full_size_checkpoint import write_checkpoint
 from pbmc_rows import cell_rows, gene_names, read_cells
 
-from scgpt_batch import registry
-from scgpt_batch.anndata_rows import PAYLOAD_COLUMNS, to_row
+from scgpt_batch.io.rows import PAYLOAD_COLUMNS, to_row
 from scgpt_batch.parameters import Parameters
+from scgpt_batch.registry.register import register
+from scgpt_batch.registry.resolve import ResolvedModel, load
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / ".cache" / "bench-serving"
@@ -184,17 +185,17 @@ def blog() -> Iterator[tuple[int, subprocess.Popen]]:
         yield port, process
 
 
-def registered() -> registry.ResolvedModel:
+def registered() -> ResolvedModel:
     """Our model, registered anew: it carries this code."""
     store = _fresh("our_mlflow")
     mlflow.set_tracking_uri(f"sqlite:///{store / 'mlflow.db'}")
     mlflow.create_experiment("bench", artifact_location=(store / "artifacts").as_uri())
     os.environ["MLFLOW_EXPERIMENT_NAME"] = "bench"
-    return registry.register(str(checkpoint()), "scgpt_bench")
+    return register(str(checkpoint()), "scgpt_bench")
 
 
 @contextmanager
-def ours(model: registry.ResolvedModel) -> Iterator[tuple[int, subprocess.Popen]]:
+def ours(model: ResolvedModel) -> Iterator[tuple[int, subprocess.Popen]]:
     """`scgpt-batch serve` with an empty inference table."""
     _fresh("payload"), _fresh("payload_spool")
     port = free_port()
@@ -270,7 +271,7 @@ def measure(port: int, asked: Sequence[Question], clients: int, *, requests: int
     return found
 
 
-def ceiling(model: registry.ResolvedModel, size: str) -> float:
+def ceiling(model: ResolvedModel, size: str) -> float:
     """Rows a second of the embedder alone, one thread."""
     n_cells, n_genes = SIZES[size]
     rows = cell_rows(read_cells(PBMC, n_genes=n_genes), n_rows=DISTINCT, n_cells=n_cells)
@@ -279,7 +280,7 @@ def ceiling(model: registry.ResolvedModel, size: str) -> float:
         | {"adata_var": r.var}
         for r in rows
     ]
-    embedder = registry.load(model)
+    embedder = load(model)
     for row in given:
         embedder.embed(row, Parameters())
     began, n = time.perf_counter(), 0

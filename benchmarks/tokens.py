@@ -17,8 +17,9 @@ from figures import PBMC, WORK, say, seconds, upstream
 from pbmc_rows import read_cells
 
 from scgpt_batch.parameters import Parameters
-from scgpt_batch.prepare import bin_matrix
-from scgpt_batch.preprocess import COLLATOR_BINS, binned_layer, preprocess, tokenize
+from scgpt_batch.preprocessing.binning import COLLATOR_BINS, bin_matrix
+from scgpt_batch.preprocessing.pipeline import binned_layer, preprocess
+from scgpt_batch.preprocessing.tokens import tokenize
 
 TO_BEAT = 5350
 N_CELLS = 1000
@@ -51,7 +52,7 @@ def run() -> dict[str, object]:
 def tokens_of(cells: ad.AnnData) -> object:
     parameters = Parameters(need_preprocess=False, mode="cell")
     binned = bin_matrix(cells.X, cells.var_names.to_numpy(dtype=object), parameters, COLLATOR_BINS)
-    return tokenize(binned, np.arange(cells.n_vars), cls_id=cells.n_vars, cls_value=-2)
+    return tokenize(binned, np.arange(cells.n_vars), cls_id=cells.n_vars, cls_value=-2)[0]
 
 
 def bins_of(cells: ad.AnnData) -> object:

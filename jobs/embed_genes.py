@@ -4,7 +4,7 @@ spark-submit --properties-file conf/spark-local.conf jobs/embed_genes.py --model
     --input-table 'delta.`/data/adata_rows`' --output-table 'delta.`/data/gene_embeddings`' --mode static
 """
 
-from scgpt_batch.cli import job
+from scgpt_batch.cli.main import job
 
 if __name__ == "__main__":
     job("embed")

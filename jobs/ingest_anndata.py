@@ -4,7 +4,7 @@ spark-submit --properties-file conf/spark-local.conf jobs/ingest_anndata.py --in
     --table 'delta.`/data/adata_rows`'
 """
 
-from scgpt_batch.cli import job
+from scgpt_batch.cli.main import job
 
 if __name__ == "__main__":
     job("ingest")

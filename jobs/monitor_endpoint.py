@@ -4,7 +4,7 @@ spark-submit --properties-file conf/spark-local.conf jobs/monitor_endpoint.py \
     --inference-table 'delta.`/data/scgpt_payload`' --output-table 'delta.`/data/gene_embeddings`' --report health.html
 """
 
-from scgpt_batch.cli import job
+from scgpt_batch.cli.main import job
 
 if __name__ == "__main__":
     job("monitor")

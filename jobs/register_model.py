@@ -4,7 +4,7 @@ spark-submit --properties-file conf/spark-local.conf jobs/register_model.py --ch
     --name scgpt --alias champion
 """
 
-from scgpt_batch.cli import job
+from scgpt_batch.cli.main import job
 
 if __name__ == "__main__":
     job("register")

@@ -19,7 +19,7 @@ START_SECONDS = 600.0  # a new process imports the package and may load a model
 # libraries once, which takes seconds, and is forked for each child; macOS's libraries do not survive even that.
 _LINUX = sys.platform == "linux"
 _CONTEXT = multiprocessing.get_context("forkserver") if _LINUX else multiprocessing.get_context("spawn")
-_CONTEXT.set_forkserver_preload(["scgpt_batch.embedder"])
+_CONTEXT.set_forkserver_preload(["scgpt_batch.inference.engine"])
 
 
 class ChildProcess:

@@ -19,7 +19,12 @@
 
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from traceback import format_exception
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 SHOWN, MESSAGE_LENGTH = 100, 2_000  # characters of a wrong value in a message, and of a message about foreign data
 
@@ -56,7 +61,12 @@ class FileError(DataError):
 
 
 class RowError(DataError):
-    """One row has no answer; other rows are unaffected."""
+    """One row has no result; other rows are unaffected.
+
+    `report` holds what was counted in the row before the error (an `inference.results.RowReport`), for the ledger.
+    """
+
+    report: Any = None
 
 
 class PayloadError(RowError):
@@ -103,6 +113,34 @@ class PartsFailed(ScgptBatchError):
         """Keep what was answered: it has been paid for."""
         super().__init__(message)
         self.failures, self.answered = failures, answered
+
+
+_DATA_ERRORS = (ValueError, ArithmeticError)  # of libraries, for values that they cannot take
+
+
+@contextmanager
+def row_errors() -> Iterator[None]:
+    """Raise what a library raises for a row's data as an error of the row.
+
+    scanpy, scipy and pandas refuse values by these classes. Any other exception is a fault of the code and becomes an
+    InternalError, so that the row is tried again with another version of it. A missing package concerns all rows and
+    passes.
+    """
+    try:
+        yield
+    except (RowError, MemoryError, ImportError):
+        raise
+    except _DATA_ERRORS as exc:
+        _log_fault(exc)
+        raise PreprocessError(f"{type(exc).__name__}: {exc}") from exc
+    except Exception as exc:
+        _log_fault(exc)
+        raise InternalError(f"{type(exc).__name__}: {exc}; this is a fault of the package, please report it") from exc
+
+
+def _log_fault(exc: Exception) -> None:
+    """Log a library's error with its traceback; not by `exception`: Spark's workers log without our filter."""
+    logger.error("a row could not be prepared\n    %s", indented("".join(format_exception(exc))))
 
 
 def masked(text: str) -> str:

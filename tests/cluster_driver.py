@@ -12,8 +12,9 @@ import pyarrow as pa
 from pyspark import TaskContext
 from pyspark.sql import SparkSession
 
-from scgpt_batch.cli import job
-from scgpt_batch.spark import embed, udf
+from scgpt_batch.cli.main import job
+from scgpt_batch.spark import embed
+from scgpt_batch.spark import worker as udf
 
 
 def surroundings(batches):

@@ -67,7 +67,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def model(home: Path, golden: Path) -> str:
     """The golden checkpoint, registered through the command line."""
-    from scgpt_batch.cli import OK, main
+    from scgpt_batch.cli.main import OK, main
 
     code = main(
         ["register", "--checkpoint", str(golden / "checkpoint_flash"), "--name", "scgpt", "--alias", "champion"]
@@ -80,7 +80,7 @@ def model(home: Path, golden: Path) -> str:
 def run(capfd: pytest.CaptureFixture) -> Callable:
     """Run a command; give its exit code, its JSON line and its standard error."""
 
-    from scgpt_batch.cli import main
+    from scgpt_batch.cli.main import main
 
     def call(*argv: object) -> tuple[int, dict, str]:
         capfd.readouterr()

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 from hypothesis import strategies as st
 
-from scgpt_batch.anndata_rows import to_row
+from scgpt_batch.io.rows import to_row
 from tests.helpers import random_adata
 
 LAYOUTS = ("csr", "dense")

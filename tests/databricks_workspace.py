@@ -21,7 +21,7 @@ from databricks.sdk.service import serving
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
 API = serving.ServingEndpointsAPI
-Answer = Callable[[dict[str, Any], tuple[list[str], dict[str, Any]]], dict[str, Any]]
+RowResult = Callable[[dict[str, Any], tuple[list[str], dict[str, Any]]], dict[str, Any]]
 
 
 class Refused(Exception):
@@ -56,7 +56,7 @@ class Workspace:
     polls: int = 2  # how often an update is seen under way before it is done
     failing: set[str] = field(default_factory=set)  # versions that cannot be deployed
     faults: list[Fault] = field(default_factory=list)
-    predict: Answer | None = None
+    predict: RowResult | None = None
     requests: list[tuple[str, str, Any]] = field(default_factory=list)  # method, path, body
     token: str = "secret"
     url: str = ""

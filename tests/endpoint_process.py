@@ -15,7 +15,7 @@ import mlflow
 import orjson
 import requests
 
-from scgpt_batch.anndata_rows import PAYLOAD_COLUMNS
+from scgpt_batch.io.rows import PAYLOAD_COLUMNS
 
 COMMAND = Path(sys.executable).with_name("scgpt-batch")
 

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from scgpt_batch.anndata_rows import to_row
+from scgpt_batch.io.rows import to_row
 
 
 def assert_close(found: Any, wanted: Any, *, atol: float = 0.0, rtol: float = 0.0) -> None:

@@ -12,13 +12,13 @@ import uvicorn
 from mlflow.pyfunc import scoring_server
 from pyspark.errors import PythonException
 
-from scgpt_batch import registry
-from scgpt_batch.anndata_rows import PAYLOAD_COLUMNS, to_row
-from scgpt_batch.answers import unpacked
-from scgpt_batch.cli import OK, main
-from scgpt_batch.demo import nearest_genes
+from scgpt_batch.cli.main import OK, main
+from scgpt_batch.cli.summary import nearest_genes
 from scgpt_batch.errors import ConfigError
-from scgpt_batch.model import Vocabulary
+from scgpt_batch.inference.results import unpack
+from scgpt_batch.io.rows import PAYLOAD_COLUMNS, to_row
+from scgpt_batch.models.scgpt import Vocabulary
+from scgpt_batch.registry.register import register
 from scgpt_batch.spark import register_ai_query
 from tests.endpoint_process import EndpointProcess, payload
 from tests.helpers import assert_close, mlflow_store, random_adata, write_rows
@@ -33,7 +33,7 @@ STRUCT = "struct(x_data, x_indices, x_indptr, adata_obs, adata_var, 'cell' as mo
 def model(tmp_path_factory):
     """The golden checkpoint, registered and loaded."""
     with mlflow_store(tmp_path_factory.mktemp("mlflow")):
-        found = registry.register(str(GOLDEN / "checkpoint_flash"), "scgpt")
+        found = register(str(GOLDEN / "checkpoint_flash"), "scgpt")
         yield mlflow.pyfunc.load_model(found.uri)
 
 
@@ -226,6 +226,6 @@ def test_50_real_rows_have_the_same_numbers_in_the_job_at_the_endpoint_and_in_sq
                 (answer,) = endpoint.post(document, packed=True).json()["predictions"]
                 vectors = answer["cell_embeddings"]
                 if encoding != "list":
-                    vectors = unpacked(answer["embeddings_base64"], encoding, answer["embedding_dim"])
+                    vectors = unpack(answer["embeddings_base64"], encoding, answer["embedding_dim"])
                 wanted = [job[row["adata_id"]][cell] for cell in answer["cell_ids"]]
                 assert_close(np.array(vectors, np.float32), wanted, rtol=rtol, atol=2e-6 if rtol else 1e-6)

@@ -10,7 +10,8 @@ import pytest
 import scipy.sparse as sp
 from hypothesis import given, settings
 
-from scgpt_batch.anndata_rows import (
+from scgpt_batch.errors import PayloadError
+from scgpt_batch.io.rows import (
     PAYLOAD_COLUMNS,
     arrow_rows,
     from_row,
@@ -21,7 +22,6 @@ from scgpt_batch.anndata_rows import (
     table_to_json,
     to_row,
 )
-from scgpt_batch.errors import PayloadError
 from tests.damaged_rows import LAYOUTS, ROW_TYPES, damaged_rows, plain
 from tests.helpers import assert_close, random_adata
 

@@ -15,8 +15,8 @@ from databricks.bundles.registered_models import RegisteredModel
 from databricks.bundles.schemas import Schema
 from databricks.bundles.volumes import Volume
 
-from scgpt_batch import cli
-from scgpt_batch.monitoring import bundle as generator
+from scgpt_batch.cli import main as cli
+from scgpt_batch.databricks import bundle as generator
 from tests import databricks_bundle as bundles
 
 REPO = Path(__file__).parents[1]

@@ -15,9 +15,9 @@ import mlflow
 import pytest
 from pyspark.sql import functions as F
 
-from scgpt_batch.cli import main
-from scgpt_batch.monitoring.health import batch_alerts, endpoint_alerts
+from scgpt_batch.cli.main import main
 from scgpt_batch.monitoring.monitor import SAMPLE, SHOWN, Findings
+from scgpt_batch.monitoring.rules import batch_alerts, endpoint_alerts
 from scgpt_batch.settings import MonitorSettings
 from tests import databricks_bundle as bundles
 from tests import inference_tables

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from scgpt_batch.errors import CheckpointError
-from scgpt_batch.model import ModelConfig, ScGPT, Vocabulary, checkpoint_digest, load_checkpoint
+from scgpt_batch.models.scgpt import ModelConfig, Vocabulary, build_model, checkpoint_digest, load_checkpoint
 from tests.helpers import assert_close
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
@@ -54,7 +54,7 @@ def test_published_layout_loads(layout):
     assert checkpoint.config == ModelConfig(embsize=64, nheads=4, d_hid=128, nlayers=3, n_layers_cls=3, pad_value=-2)
     assert len(checkpoint.vocabulary) == 2503
     assert {tensor.dtype for tensor in checkpoint.tensors.values()} == {torch.float32}
-    ScGPT.from_checkpoint(checkpoint)
+    build_model(checkpoint)
 
 
 def test_both_key_layouts_hold_the_same_weights():

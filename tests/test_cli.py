@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from scgpt_batch import cli
-from scgpt_batch.cli import COMMANDS, FAILED, WRONG_USAGE, _fields, _settings, main
+from scgpt_batch.cli import main as cli
+from scgpt_batch.cli.main import COMMANDS, FAILED, WRONG_USAGE, _fields, _settings, main
 from scgpt_batch.errors import ConfigError
 
 REPO = Path(__file__).parents[1]

@@ -7,8 +7,8 @@ import sys
 import mlflow
 import pytest
 
-from scgpt_batch.cli import OK, main
-from scgpt_batch.registry import register
+from scgpt_batch.cli.main import OK, main
+from scgpt_batch.registry.register import register
 from tests.cluster import CONF, REPO, SPARK_HOME, connect_server, environment, mlflow_server, package_zip, standalone
 
 BINS_ONLY = ["--need-preprocess", "false", "--data-is-raw", "true"]

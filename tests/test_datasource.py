@@ -12,10 +12,10 @@ import pandas as pd
 import pytest
 from pyspark.sql import functions as F
 
-from scgpt_batch.anndata_rows import from_row
-from scgpt_batch.spark import files
+from scgpt_batch.io import files
+from scgpt_batch.io.files import ReadOptions, Slice
+from scgpt_batch.io.rows import from_row
 from scgpt_batch.spark.datasource import ROWS_DDL, AnnDataReader, register
-from scgpt_batch.spark.files import ReadOptions, Slice
 from tests.helpers import random_adata
 
 
@@ -111,7 +111,7 @@ def test_planning_reads_no_matrix(tmp_path):
         obs.create_dataset("i", data=names, chunks=(100_000,), compression="lzf")
     script = f"""
         import json, resource
-        from scgpt_batch.spark.files import ReadOptions, plan, read
+        from scgpt_batch.io.files import ReadOptions, plan, read
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         tasks = plan([{str(path)!r}], ReadOptions())
         row = next(read(tasks[-1], ReadOptions()))

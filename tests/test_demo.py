@@ -5,10 +5,11 @@ from datetime import datetime, timedelta
 import numpy as np
 import pytest
 
-from scgpt_batch.anndata_rows import to_row
-from scgpt_batch.demo import summarize, write_demo_checkpoint
-from scgpt_batch.embedder import Embedder
-from scgpt_batch.model import load_checkpoint
+from scgpt_batch.cli.demo import write_demo_checkpoint
+from scgpt_batch.cli.summary import summarize
+from scgpt_batch.inference.engine import Embedder
+from scgpt_batch.io.rows import to_row
+from scgpt_batch.models.scgpt import load_checkpoint
 from scgpt_batch.parameters import Parameters
 from scgpt_batch.settings import SummarySettings
 from scgpt_batch.spark import tables

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from mlflow.pyfunc import scoring_server
 
-from scgpt_batch.anndata_rows import from_row
-from scgpt_batch.cli import FAILED, OK, WRONG_USAGE
+from scgpt_batch.cli.main import FAILED, OK, WRONG_USAGE
+from scgpt_batch.io.rows import from_row
 from tests import databricks_workspace, inference_tables
 from tests.databricks_workspace import Fault, Workspace, serve
 from tests.helpers import assert_close, small_rows

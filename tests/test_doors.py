@@ -16,14 +16,14 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from scgpt_batch.anndata_rows import to_row
-from scgpt_batch.embedder import Embedder
+from scgpt_batch import client
 from scgpt_batch.errors import PartsFailed, ScgptBatchError
-from scgpt_batch.model import load_checkpoint
+from scgpt_batch.inference.engine import Embedder
+from scgpt_batch.io import files
+from scgpt_batch.io.rows import to_row
+from scgpt_batch.models.scgpt import load_checkpoint
 from scgpt_batch.parameters import Parameters
-from scgpt_batch.pyfunc import ScgptModel
-from scgpt_batch.serving import client
-from scgpt_batch.spark import files
+from scgpt_batch.registry.pyfunc import ScgptModel
 from tests.helpers import assert_close
 
 CHECKPOINT = Path(__file__).parent / "data" / "golden" / "checkpoint_flash"

@@ -17,12 +17,7 @@ import pytest
 import scipy.sparse as sp
 import torch
 
-from scgpt_batch import answers as answers_module
-from scgpt_batch import embedder as embedder_module
-from scgpt_batch import prepare as prepare_module
-from scgpt_batch.anndata_rows import PAYLOAD_COLUMNS, to_row
-from scgpt_batch.demo import write_demo_checkpoint
-from scgpt_batch.embedder import Embedder, load_embedder, loads_in_this_process, token_budget
+from scgpt_batch.cli.demo import write_demo_checkpoint
 from scgpt_batch.errors import (
     CheckpointError,
     ConfigError,
@@ -32,10 +27,15 @@ from scgpt_batch.errors import (
     PayloadError,
     PreprocessError,
 )
-from scgpt_batch.model import Checkpoint, ScGPT, Vocabulary, load_checkpoint
+from scgpt_batch.inference import aggregate
+from scgpt_batch.inference import engine as embedder_module
+from scgpt_batch.inference.engine import Embedder, load_embedder, loads_in_this_process, token_budget
+from scgpt_batch.inference.row_reader import RowReader, allowed_path
+from scgpt_batch.io.rows import PAYLOAD_COLUMNS, to_row
+from scgpt_batch.models.scgpt import Checkpoint, ScGPT, Vocabulary, load_checkpoint
 from scgpt_batch.parameters import Parameters
-from scgpt_batch.prepare import RowReader, allowed_path
-from scgpt_batch.preprocess import tokenize
+from scgpt_batch.preprocessing import tokens as tokens_module
+from scgpt_batch.preprocessing.tokens import ScgptTokenizer
 from tests.helpers import assert_close, random_adata
 
 DATA = Path(__file__).parent / "data"
@@ -207,8 +207,8 @@ def test_chunks_do_not_change_tokens_or_bins(embedder, max_length):
     parameters = Parameters(**CELLS, max_length=max_length)
 
     def tokens(adata):
-        prepared = RowReader(embedder.vocabulary, []).prepare(to_row(adata), parameters)
-        return tokenize(prepared.binned, prepared.token_ids, cls_id=embedder.vocabulary.cls_id, cls_value=-2)
+        prepared = RowReader(ScgptTokenizer(embedder.vocabulary), []).prepare(to_row(adata), parameters)
+        return prepared.cells.tokens(np.arange(len(prepared.cell_ids)))[0]
 
     whole = tokens(small(1000))
     assert whole.lengths.max() == min(max_length, whole.lengths.max()) and whole.lengths.max() > 99
@@ -383,7 +383,7 @@ def test_groups_that_take_turns_give_what_they_give_at_once(embed, monkeypatch):
     adata.obs["donor"] = [f"donor {i % 7}" for i in range(60)]
     parameters = UNPROCESSED | {"mode": "contextual", "group_by": "donor", "genes": tuple(known_genes(50))}
     whole = embed(adata, **parameters)
-    monkeypatch.setattr(answers_module, "VECTORS_ON_DEVICE", 100)  # two groups a turn
+    monkeypatch.setattr(aggregate, "VECTORS_ON_DEVICE", 100)  # two groups a turn
     found = embed(adata, **parameters)
     assert (found.genes, found.groups) == (whole.genes, whole.groups)
     assert np.array_equal(found.n_cells, whole.n_cells)
@@ -676,7 +676,7 @@ def test_a_fault_of_the_code_is_an_internal_error_of_the_row(refuse, monkeypatch
     def broken(*_, **__):
         raise IndexError("deep inside")
 
-    monkeypatch.setattr(prepare_module, "preprocess", broken)
+    monkeypatch.setattr(tokens_module, "preprocess", broken)
     with caplog.at_level(logging.CRITICAL):
         error = refuse(small(2))
     assert isinstance(error, InternalError) and str(error).startswith("IndexError: deep inside")

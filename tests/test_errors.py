@@ -7,9 +7,18 @@ import os
 
 import pytest
 
-from scgpt_batch.cli import main
-from scgpt_batch.errors import ConfigError, FileError, PayloadError, PreprocessError, SafeLogFilter, in_one_line, masked
-from scgpt_batch.prepare import RowReport, row_errors
+from scgpt_batch.cli.main import main
+from scgpt_batch.errors import (
+    ConfigError,
+    FileError,
+    PayloadError,
+    PreprocessError,
+    SafeLogFilter,
+    in_one_line,
+    masked,
+    row_errors,
+)
+from scgpt_batch.inference.results import RowReport
 
 SECRET = "s3cr3t"
 

@@ -14,11 +14,11 @@ import scipy.io
 import scipy.sparse as sp
 import zarr
 
-from scgpt_batch.anndata_rows import from_row
 from scgpt_batch.errors import ConfigError, FileError, ScgptBatchError
+from scgpt_batch.io import files
+from scgpt_batch.io.files import ReadOptions, repeated_names
 from scgpt_batch.io.locations import canonical, fingerprint, name_sources
-from scgpt_batch.spark import files
-from scgpt_batch.spark.files import ReadOptions, repeated_names
+from scgpt_batch.io.rows import from_row
 from tests.helpers import random_adata
 
 

@@ -6,10 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from scgpt_batch.anndata_rows import from_row
 from scgpt_batch.errors import ScgptBatchError
-from scgpt_batch.spark import files
-from scgpt_batch.spark.files import ReadOptions
+from scgpt_batch.io import files
+from scgpt_batch.io.files import ReadOptions
+from scgpt_batch.io.rows import from_row
 from tests.file_layouts import LAYOUTS
 from tests.helpers import random_adata
 

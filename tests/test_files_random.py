@@ -15,9 +15,9 @@ import scipy.sparse as sp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from scgpt_batch.anndata_rows import string_labels, table_to_json
-from scgpt_batch.spark import files
-from scgpt_batch.spark.files import ReadOptions
+from scgpt_batch.io import files
+from scgpt_batch.io.files import ReadOptions
+from scgpt_batch.io.rows import string_labels, table_to_json
 from tests.file_layouts import LAYOUTS
 
 FILES = int(os.environ.get("SCGPT_RANDOM_FILES", "15"))

@@ -8,8 +8,8 @@ import pytest
 import scipy.sparse as sp
 
 from scgpt_batch.errors import PayloadError
-from scgpt_batch.gene_names import SYMBOL_COLUMNS, lookup_columns, select_genes
-from scgpt_batch.model import Vocabulary
+from scgpt_batch.models.scgpt import Vocabulary
+from scgpt_batch.preprocessing.gene_names import SYMBOL_COLUMNS, lookup_columns, select_genes
 
 SYMBOLS = ["CD3D", "LYZ", "NKG7"]
 IDS = ["ENSG00000167286", "ENSG00000090382", "ENSG00000105374"]

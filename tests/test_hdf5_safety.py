@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 
 from scgpt_batch.errors import FileError, PayloadError
+from scgpt_batch.inference.row_reader import RowReader
 from scgpt_batch.io.hdf5_safety import open_hdf5
-from scgpt_batch.model import Vocabulary
+from scgpt_batch.models.scgpt import Vocabulary
 from scgpt_batch.parameters import Parameters
-from scgpt_batch.prepare import RowReader
+from scgpt_batch.preprocessing.tokens import ScgptTokenizer
 from tests.helpers import random_adata
 
 
@@ -91,7 +92,7 @@ def test_input_data_path_refuses_external_storage(tmp_path, secret):
     random_adata(5, 4).write_h5ad(tmp_path / "f.h5ad")
     with h5py.File(tmp_path / "f.h5ad", "r+") as file:
         external_storage(file, secret)
-    reader = RowReader(Vocabulary({"GENE0": 0}), [str(tmp_path)])
+    reader = RowReader(ScgptTokenizer(Vocabulary({"GENE0": 0})), [str(tmp_path)])
     parameters = Parameters(mode="cell", need_preprocess=False, input_data_path=str(tmp_path / "f.h5ad"))
     with pytest.raises(PayloadError, match=r"f\.h5ad.*stores its values in another file"):
         reader.prepare({}, parameters, 0)

@@ -45,12 +45,12 @@ import resource, sys
 import numpy as np, orjson
 from mlflow.models import Model
 from mlflow.pyfunc import PyFuncModel
-from scgpt_batch.anndata_rows import to_row
-from scgpt_batch.embedder import Embedder
+from scgpt_batch.io.rows import to_row
+from scgpt_batch.inference.engine import Embedder
 from scgpt_batch.errors import RequestRefused
-from scgpt_batch.model import load_checkpoint
-from scgpt_batch.pyfunc import signature
-from scgpt_batch.serving.reading import RequestReader
+from scgpt_batch.models.scgpt import load_checkpoint
+from scgpt_batch.registry.signature import signature
+from scgpt_batch.serving.request import RequestReader
 from tests.endpoint_process import payload
 from tests.helpers import random_adata
 

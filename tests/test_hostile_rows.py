@@ -14,11 +14,11 @@ import psutil
 import pytest
 from pyspark.sql import functions as F
 
-from scgpt_batch.cli import OK
-from scgpt_batch.embedder import load_embedder
+from scgpt_batch.cli.main import OK
+from scgpt_batch.inference.engine import load_embedder
 from scgpt_batch.parameters import Parameters
 from scgpt_batch.spark import tables
-from scgpt_batch.spark.missing import missing_rows, n_tasks
+from scgpt_batch.spark.pending import n_tasks, pending_rows
 from tests.helpers import assert_close, random_adata, small_rows, write_rows
 
 CAP = 2_500_000_000  # bytes of a Python worker, of which libraries take 700 MB
@@ -162,7 +162,7 @@ def test_a_stated_size_decides_waves_whatever_it_is(spark, n_obs):
         "cast(null AS string) AS sample_id", "cast(null AS timestamp) AS ingested_at",
     )  # fmt: skip
     nothing = spark.createDataFrame([], tables.LEDGER)
-    pending = missing_rows(rows, nothing, counts=F.lit(True), samples=False, name="t")
+    pending = pending_rows(rows, nothing, counts=F.lit(True), samples=False, name="t")
     (wave,) = pending.waves(2_000)
     assert sorted(wave["cells"]) == [3, 3, 10 if n_obs == "10L" else 1_000]
     assert n_tasks(wave) == 3

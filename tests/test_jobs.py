@@ -16,11 +16,11 @@ import scipy.io
 import scipy.sparse as sp
 from pyspark.sql import functions as F
 
-from scgpt_batch.anndata_rows import from_row, to_row
-from scgpt_batch.cli import OK, TOO_MANY_FAILED_ROWS, WRONG_USAGE, main
-from scgpt_batch.embedder import load_embedder, loads_in_this_process
+from scgpt_batch.cli.main import OK, TOO_MANY_FAILED_ROWS, WRONG_USAGE, main
+from scgpt_batch.inference.engine import load_embedder, loads_in_this_process
+from scgpt_batch.io.rows import from_row, to_row
 from scgpt_batch.parameters import Parameters
-from scgpt_batch.spark.udf import ModelRef
+from scgpt_batch.spark.worker import ModelRef
 from tests.cluster import CONF, REPO, environment
 from tests.helpers import assert_close, random_adata, small_rows, write_rows
 

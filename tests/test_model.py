@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from scgpt_batch.errors import ConfigError
-from scgpt_batch.model import ScGPT, load_checkpoint
-from scgpt_batch.model import attention as attention_module
-from scgpt_batch.model.attention import BACKENDS, LONG, Packing, attention, choose_backend
-from scgpt_batch.model.transformer import SelfAttention, distinct
+from scgpt_batch.models import attention as attention_module
+from scgpt_batch.models.attention import BACKENDS, LONG, Packing, attention, choose_backend
+from scgpt_batch.models.scgpt import build_model, load_checkpoint
+from scgpt_batch.models.scgpt.transformer import SelfAttention, distinct
 from tests.helpers import assert_close
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
@@ -31,7 +31,7 @@ def checkpoint(request):
 
 @pytest.fixture(scope="module")
 def model(checkpoint):
-    return ScGPT.from_checkpoint(checkpoint)
+    return build_model(checkpoint)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def test_each_layer_is_upstreams(model, cells):
 def test_bfloat16_stays_near_float32(checkpoint, cells):
     wanted = golden("transformer")
     wanted = wanted["output"][~wanted["key_padding_mask"]]
-    found = np.concatenate(encode(ScGPT.from_checkpoint(checkpoint, dtype=torch.bfloat16), cells))
+    found = np.concatenate(encode(build_model(checkpoint, dtype=torch.bfloat16), cells))
     assert_close(found, wanted, atol=0.02)
     assert cosine(found, wanted).min() > 0.9999
 
@@ -187,7 +187,7 @@ def test_a_named_backend_that_cannot_run_is_refused_with_the_reason(monkeypatch,
 def test_a_backend_that_does_not_exist_is_refused(monkeypatch, checkpoint):
     monkeypatch.setenv("SCGPT_BATCH_ATTENTION", "fast")
     with pytest.raises(ConfigError, match="'fast', none of auto, flash, varlen, fa3, fa4, sdpa"):
-        ScGPT.from_checkpoint(checkpoint)
+        build_model(checkpoint)
 
 
 def test_an_old_gpu_runs_float32_and_refuses_bfloat16(monkeypatch):
@@ -261,7 +261,7 @@ def test_every_backend_of_a_gpu_gives_upstreams_output(monkeypatch, checkpoint, 
     monkeypatch.setenv("SCGPT_BATCH_ATTENTION", backend)
     wanted = golden("transformer")
     wanted = wanted["output"][~wanted["key_padding_mask"]]
-    model = ScGPT.from_checkpoint(checkpoint, device="cuda", dtype=torch.bfloat16)
+    model = build_model(checkpoint, device="cuda", dtype=torch.bfloat16)
     found = np.concatenate(encode(model, cells))
     assert_close(found, wanted, atol=0.02)
     assert cosine(found, wanted).min() > 0.9999
@@ -270,7 +270,7 @@ def test_every_backend_of_a_gpu_gives_upstreams_output(monkeypatch, checkpoint, 
 @on_gpu
 def test_float32_on_a_gpu_gives_upstreams_output(checkpoint, cells):
     wanted = golden("transformer")
-    found = np.concatenate(encode(ScGPT.from_checkpoint(checkpoint, device="cuda"), cells))
+    found = np.concatenate(encode(build_model(checkpoint, device="cuda"), cells))
     assert_close(found, wanted["output"][~wanted["key_padding_mask"]], atol=1e-4)
 
 

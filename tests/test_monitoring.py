@@ -12,11 +12,11 @@ import pandas as pd
 import pytest
 from deltalake import DeltaTable
 
-from scgpt_batch import registry
-from scgpt_batch.anndata_rows import to_row
 from scgpt_batch.errors import ConfigError
-from scgpt_batch.model import Vocabulary
+from scgpt_batch.io.rows import to_row
+from scgpt_batch.models.scgpt import Vocabulary
 from scgpt_batch.monitoring import queries
+from scgpt_batch.registry.register import register
 from tests import inference_tables
 from tests.endpoint_process import EndpointProcess, payload
 from tests.helpers import assert_close, mlflow_store, random_adata
@@ -38,7 +38,7 @@ def loaded(tmp_path_factory):
     asked = [(one, "cell"), (one, "static"), (one, "no such mode"), ({}, "cell")] * 10 + [(large, "cell")]
     bodies = [{"dataframe_records": [row], "params": {"mode": mode, "need_preprocess": False}} for row, mode in asked]
     with mlflow_store(folder):
-        model = registry.register(str(GOLDEN / "checkpoint_flash"), "small").uri
+        model = register(str(GOLDEN / "checkpoint_flash"), "small").uri
         with EndpointProcess(model, folder) as endpoint, ThreadPoolExecutor(8) as clients:
             answers = list(clients.map(endpoint.post, bodies * 4))
             assert {answer.status_code for answer in answers} == {200, 400}

@@ -10,11 +10,11 @@ import pytest
 import torch
 from pyspark.sql import functions as F
 
-from scgpt_batch import registry
-from scgpt_batch.anndata_rows import to_row
-from scgpt_batch.cli import ALERTS, OK, main
-from scgpt_batch.model import Vocabulary
+from scgpt_batch.cli.main import ALERTS, OK, main
+from scgpt_batch.io.rows import to_row
+from scgpt_batch.models.scgpt import Vocabulary
 from scgpt_batch.monitoring import queries
+from scgpt_batch.registry.register import register
 from tests.helpers import assert_close, mlflow_store, random_adata, write_rows
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
@@ -37,7 +37,7 @@ def runs(spark, tmp_path_factory):
 
 def embed_thrice(spark, folder):
     for checkpoint in (GOLDEN / "checkpoint_flash", trained_on(folder / "checkpoint")):
-        registry.register(str(checkpoint), "scgpt")
+        register(str(checkpoint), "scgpt")
     rows = [to_row(random_adata(4, 40, seed=i, genes=GENES)) | {"adata_id": f"row-{i}"} for i in range(6)]
     half = [*GENES[:20], *(f"x{i}" for i in range(20))]
     rows.append(to_row(random_adata(4, 40, seed=6, genes=half)) | {"adata_id": "half"})

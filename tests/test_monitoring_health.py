@@ -7,9 +7,9 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from scgpt_batch.cli import ALERTS, OK, WRONG_USAGE, main
-from scgpt_batch.monitoring.health import batch_alerts, endpoint_alerts
+from scgpt_batch.cli.main import ALERTS, OK, WRONG_USAGE, main
 from scgpt_batch.monitoring.monitor import monitor
+from scgpt_batch.monitoring.rules import batch_alerts, endpoint_alerts
 from scgpt_batch.settings import MonitorSettings
 from tests import inference_tables
 

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from playwright.sync_api import sync_playwright
 
-from scgpt_batch.cli import ALERTS, main
+from scgpt_batch.cli.main import ALERTS, main
 from scgpt_batch.monitoring import page as pages
 from scgpt_batch.settings import MonitorSettings
 from tests import inference_tables

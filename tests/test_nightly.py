@@ -20,14 +20,15 @@ from hypothesis import strategies as st
 from pyspark import TaskContext
 from pyspark.sql import functions as F
 
-from scgpt_batch.anndata_rows import to_row
-from scgpt_batch.cli import FAILED, OK, WRONG_USAGE, main
-from scgpt_batch.embedder import load_embedder
+from scgpt_batch.cli.main import FAILED, OK, WRONG_USAGE, main
 from scgpt_batch.errors import printable
+from scgpt_batch.inference.engine import load_embedder
+from scgpt_batch.io.rows import to_row
 from scgpt_batch.parameters import Parameters
-from scgpt_batch.spark import embed, missing, tables
-from scgpt_batch.spark.isolated import isolates
-from scgpt_batch.spark.missing import between_neighbours, missing_rows, n_tasks, with_tasks
+from scgpt_batch.spark import embed, tables
+from scgpt_batch.spark import pending as missing
+from scgpt_batch.spark.isolation import isolates
+from scgpt_batch.spark.pending import key_range_filter, n_tasks, pending_rows, with_tasks
 from tests.faults.bench import Bench
 from tests.faults.scenarios import poison
 from tests.helpers import assert_close, small_rows, write_rows
@@ -210,10 +211,10 @@ def test_rows_without_a_time_are_found_by_the_range_of_their_keys(spark, tmp_pat
         write_rows(spark, part, table)
     rows = tables.read(spark, table, tables.ADATA_ROWS)
     files = len(spark.table(table).inputFiles())
-    pending = missing_rows(rows, spark.createDataFrame([], tables.LEDGER), counts=F.lit(True), samples=True, name=table)
+    pending = pending_rows(rows, spark.createDataFrame([], tables.LEDGER), counts=F.lit(True), samples=True, name=table)
     for wave, part in zip(pending.waves(12), (made[:4], made[4:8], made[8:]), strict=True):
         before = last_query(spark)
-        near = rows.where(between_neighbours(wave)).select("adata_id", F.size("x_data")).collect()
+        near = rows.where(key_range_filter(wave)).select("adata_id", F.size("x_data")).collect()
         assert sorted(row["adata_id"] for row in near) == [row["adata_id"] for row in part]
         assert payload_files(spark, before) == [files // 3]
 
@@ -235,7 +236,7 @@ def test_waves_are_bounded_and_of_neighbours_and_begin_with_the_largest_row(data
         }
     ).sort_values("cells", ascending=False)
     with patch.object(missing, "WAVE_ROWS", 5):
-        waves = list(missing.Missing(n, pending).waves(40))
+        waves = list(missing.PendingRows(n, pending).waves(40))
     assert sorted(name for wave in waves for name in wave["adata_id"]) == sorted(pending["adata_id"])
     assert waves[0]["cells"].max() == pending["cells"].max()
     ranges = []
@@ -278,7 +279,7 @@ def test_tasks_are_even_and_each_has_a_partition(spark):
         "adata_id string, n_obs int, content_hash string, sample_id string, ingested_at timestamp",
     )
     nothing = spark.createDataFrame([], tables.LEDGER)
-    (wave,) = missing_rows(pending, nothing, counts=F.lit(True), samples=False, name="t").waves(1_000_000)
+    (wave,) = pending_rows(pending, nothing, counts=F.lit(True), samples=False, name="t").waves(1_000_000)
     n = n_tasks(wave)
     tasks = with_tasks(spark, wave).join(pending, "adata_id").repartition(n, "task")
     cells = tasks.groupBy(F.spark_partition_id().alias("p")).agg(F.sum("n_obs").alias("n")).orderBy(F.desc("n"))

@@ -20,21 +20,17 @@ from hypothesis import strategies as st
 import scgpt_batch
 from scgpt_batch.errors import PayloadError, PreprocessError
 from scgpt_batch.parameters import Parameters
-from scgpt_batch.preprocess import (
+from scgpt_batch.preprocessing.binning import bin_range, bin_values, cell_noise, gene_hash
+from scgpt_batch.preprocessing.hvg import by_dispersion, mean_var
+from scgpt_batch.preprocessing.pipeline import (
     HVG_ERRORS,
-    bin_range,
-    bin_values,
     binned_layer,
-    cell_noise,
-    gene_hash,
     group_labels,
     preprocess,
     quiet_libraries,
-    sample_long_cells,
-    tokenize,
     value_warning,
 )
-from scgpt_batch.variable_genes import by_dispersion, mean_var
+from scgpt_batch.preprocessing.tokens import sample_long_cells, tokenize
 from tests.helpers import assert_close, random_adata
 
 DATA = Path(__file__).parent / "data"
@@ -190,7 +186,7 @@ def test_tokens_are_upstreams(name):
     if name == "allgenes":  # zeros are stored
         every = np.tile(np.arange(n_genes), n_cells), np.arange(n_cells + 1) * n_genes
         matrix = sp.csr_matrix((binned.ravel().astype(np.float32), *every), binned.shape)
-    tokens = tokenize(matrix, arrays["gene_ids"], cls_id=2501, cls_value=0)
+    tokens, _ = tokenize(matrix, arrays["gene_ids"], cls_id=2501, cls_value=0)
     present = np.arange(tokens.lengths.max()) < tokens.lengths[:, None]
     for found, padding, wanted in ((tokens.genes, 2500, "genes"), (tokens.values, -2, "values")):
         padded = np.full(present.shape, padding, found.dtype)
@@ -330,7 +326,7 @@ def test_package_imports_no_private_name_of_another_package():
 FUZZ = """
 import numpy as np, scipy.sparse as sp
 from scgpt_batch.errors import PreprocessError
-from scgpt_batch.variable_genes import by_curve
+from scgpt_batch.preprocessing.hvg import by_curve
 np.seterr(all="ignore")
 tiny = sp.csr_matrix(np.array([[1e-38, 0, 1e-38, 0], [0, 1e-38, 0, 1e-38]], np.float32))
 try:
@@ -525,7 +521,7 @@ def test_bins_equal_numpys_cell_by_cell(dtype, n_bins):
 def test_bins_do_not_depend_on_the_block(monkeypatch):
     adata = small(30, 50)
     whole = bin_range(adata.X.data, adata.X.indptr)
-    monkeypatch.setattr("scgpt_batch.preprocess.BLOCK", 60)
+    monkeypatch.setattr("scgpt_batch.preprocessing.binning.BLOCK", 60)
     for found, wanted in zip(bin_range(adata.X.data, adata.X.indptr), whole, strict=True):
         assert_close(found, wanted)
 
@@ -638,10 +634,11 @@ def test_values_of_either_float_type_get_the_same_bins():
 
 def test_tokens_start_with_cls_and_keep_the_order():
     matrix = sp.csr_matrix(np.array([[0, 3, 1], [0, 0, 0], [2, 0, 0]], np.float32))
-    tokens = tokenize(matrix, np.array([7, 5, 6]), cls_id=9, cls_value=-2)
+    tokens, columns = tokenize(matrix, np.array([7, 5, 6]), cls_id=9, cls_value=-2)
     assert tokens.genes.tolist() == [9, 5, 6, 9, 9, 7]
     assert tokens.values.tolist() == [-2, 3, 1, -2, -2, 2]
     assert tokens.lengths.tolist() == [3, 1, 2]
+    assert columns.tolist() == [-1, 1, 2, -1, -1, 0]
 
 
 def kept_genes(adata: ad.AnnData, max_length: int, seed: int = 0) -> dict[str, set[str]]:

@@ -9,8 +9,11 @@ import pandas as pd
 import pytest
 import torch
 
-from scgpt_batch import promotion, registry
-from scgpt_batch.cli import FAILED, OK, WRONG_USAGE
+from scgpt_batch.cli.main import FAILED, OK, WRONG_USAGE
+from scgpt_batch.promotion import promotion
+from scgpt_batch.registry.register import register
+from scgpt_batch.registry.resolve import resolve
+from scgpt_batch.registry.sample_answers import sample_path
 from tests.helpers import small_rows, write_rows
 
 PATIENT = ("--max-slowdown", "100")  # two processes on a busy machine: their times are no subject here
@@ -20,7 +23,7 @@ PATIENT = ("--max-slowdown", "100")  # two processes on a busy machine: their ti
 def names(home, golden):
     """A model with champion 1, and 2 of the same checkpoint; each test takes a copy of it under its own name."""
     for _ in range(2):
-        registry.register(str(golden / "checkpoint_flash"), "origin")
+        register(str(golden / "checkpoint_flash"), "origin")
     return iter(f"model-{i}" for i in range(100))
 
 
@@ -78,7 +81,7 @@ def drifted(golden, folder):
 
 
 def test_a_challenger_that_drifts_or_is_slow_is_refused_with_figures(run, model, golden, tmp_path, caplog):
-    version = registry.register(str(drifted(golden, tmp_path / "drifted")), model, alias="challenger").version
+    version = register(str(drifted(golden, tmp_path / "drifted")), model, alias="challenger").version
     held = list(small_rows(3, golden))
     held[1]["adata_obs"] = "{"  # a row that the champion fails too is no fault of the challenger
     pd.DataFrame(held).to_parquet(tmp_path / "rows.parquet")
@@ -93,7 +96,7 @@ def test_a_challenger_that_drifts_or_is_slow_is_refused_with_figures(run, model,
 
 
 def test_a_row_that_only_the_champion_answers_is_a_reason_to_refuse(model):
-    version = registry.resolve(f"models:/{model}/2")
+    version = resolve(f"models:/{model}/2")
     answers = lambda *errors: {"answers": [{"error": error} for error in errors]}  # noqa: E731
     assert not promotion._rows_answered(version, answers(None, "PayloadError: x"), answers(None, None)).passed
     assert promotion._rows_answered(version, answers(None, "PayloadError: x"), answers(None, "PayloadError: x")).passed
@@ -102,7 +105,7 @@ def test_a_row_that_only_the_champion_answers_is_a_reason_to_refuse(model):
 def broken_copy(model, tmp_path, file, old, new):
     """Register a copy of the model's version 2 in which one file says something else."""
     folder = tmp_path / "broken"
-    shutil.copytree(registry.resolve(f"models:/{model}/2").folder, folder)
+    shutil.copytree(resolve(f"models:/{model}/2").folder, folder)
     text = (folder / file).read_text()
     assert old in text
     (folder / file).write_text(text.replace(old, new))
@@ -118,7 +121,7 @@ def test_the_code_that_the_version_carries_is_what_answers(run, model, tmp_path)
 
 
 def test_a_version_that_answers_other_numbers_than_when_registered_is_refused(run, model, tmp_path):
-    broken_copy(model, tmp_path, "code/scgpt_batch/answers.py", "vectors.astype(", "(vectors + .01).astype(")
+    broken_copy(model, tmp_path, "code/scgpt_batch/inference/results.py", "vectors.astype(", "(vectors + .01).astype(")
     code, told, _ = run("promote", "--name", model, *PATIENT)
     assert (code, told["refused"], alias(model)) == (FAILED, ["parity"], "1")
     assert checks(told)["parity"]["value"] == pytest.approx(0.01, rel=1e-3)
@@ -137,7 +140,7 @@ def test_a_wrong_call_says_what_to_do(run, model, flags, wanted):
 
 
 def test_registering_stores_what_the_model_answers_in_every_mode(model):
-    stored = json.loads(registry.sample_path(registry.resolve(f"models:/{model}/1")).read_text())
+    stored = json.loads(sample_path(resolve(f"models:/{model}/1")).read_text())
     assert [case["params"]["mode"] for case in stored["cases"]] == ["static", "contextual", "cell", "cell"]
     for case in stored["cases"]:
         (answer,) = case["answers"]

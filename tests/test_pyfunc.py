@@ -19,11 +19,11 @@ from mlflow.pyfunc.scoring_server import invocations
 from mlflow.types import DataType
 from mlflow.types.schema import Array
 
-from scgpt_batch import registry
-from scgpt_batch.anndata_rows import PAYLOAD_COLUMNS, to_row
 from scgpt_batch.errors import ConfigError, LowCoverage, PayloadError
-from scgpt_batch.model import Vocabulary
+from scgpt_batch.io.rows import PAYLOAD_COLUMNS, to_row
+from scgpt_batch.models.scgpt import Vocabulary
 from scgpt_batch.parameters import Parameters
+from scgpt_batch.registry.register import register
 from tests.helpers import assert_close, mlflow_store, random_adata
 
 DATA = Path(__file__).parent / "data"
@@ -76,8 +76,8 @@ def registered(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mlflow")
     (folder / "data").mkdir()
     with mlflow_store(folder):
-        flash = registry.register(str(GOLDEN / "checkpoint_flash"), "flash", input_roots=[str(folder / "data")])
-        plain = registry.register(str(GOLDEN / "checkpoint_torch"), "plain")
+        flash = register(str(GOLDEN / "checkpoint_flash"), "flash", input_roots=[str(folder / "data")])
+        plain = register(str(GOLDEN / "checkpoint_torch"), "plain")
         yield SimpleNamespace(flash=flash.uri, plain=plain.uri, root=folder / "data", folder=folder)
 
 

@@ -16,11 +16,13 @@ import pytest
 import torch
 
 import scgpt_batch
-from scgpt_batch import registry
 from scgpt_batch.errors import CheckpointError, ConfigError
-from scgpt_batch.model import checkpoint_digest, load_checkpoint
+from scgpt_batch.models.scgpt import checkpoint_digest, load_checkpoint
 from scgpt_batch.parameters import Parameters
-from scgpt_batch.spark.udf import ModelRef
+from scgpt_batch.registry.register import REQUIREMENTS, register, use_experiment
+from scgpt_batch.registry.resolve import load, resolve
+from scgpt_batch.registry.sample_answers import _public_version, code_difference, registered_by, sample_path
+from scgpt_batch.spark.worker import ModelRef
 from tests.helpers import assert_close, mlflow_store
 
 ROOT = Path(__file__).parent.parent
@@ -38,7 +40,7 @@ def tracking(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def registered(tracking):
-    return registry.register(str(GOLDEN / "checkpoint_flash"), "scgpt", alias="champion")
+    return register(str(GOLDEN / "checkpoint_flash"), "scgpt", alias="champion")
 
 
 def runs():
@@ -58,7 +60,7 @@ def of_other_code(registered, tmp_path):
 
 
 def change_stored_answers(model, change):
-    path = registry.sample_path(model)
+    path = sample_path(model)
     sample = json.loads(path.read_text())
     for case in sample["cases"]:
         change(case["answers"][0])
@@ -66,12 +68,12 @@ def change_stored_answers(model, change):
 
 
 def test_the_code_that_registered_a_version_is_not_asked(registered, monkeypatch):
-    monkeypatch.setattr(registry, "load_embedder", None)
-    assert registry.code_difference(registered) is None
+    monkeypatch.setattr("scgpt_batch.registry.sample_answers.load_embedder", None)
+    assert code_difference(registered) is None
 
 
 def test_other_code_with_the_same_numbers_may_run(of_other_code):
-    assert registry.code_difference(of_other_code) is None
+    assert code_difference(of_other_code) is None
 
 
 def test_other_code_with_other_numbers_is_named(of_other_code):
@@ -80,13 +82,13 @@ def test_other_code_with_other_numbers_is_named(of_other_code):
         answer["embeddings_base64"] = base64.b64encode(vectors.tobytes()).decode()
 
     change_stored_answers(of_other_code, other_numbers)
-    assert "numbers differ by up to 0.001" in registry.code_difference(of_other_code)
-    assert registry.registered_by(of_other_code) == scgpt_batch.__version__
+    assert "numbers differ by up to 0.001" in code_difference(of_other_code)
+    assert registered_by(of_other_code) == scgpt_batch.__version__
 
 
 def test_other_code_with_other_genes_is_named(of_other_code):
     change_stored_answers(of_other_code, lambda answer: answer.update(error="refused"))
-    assert "other genes, cells or error" in registry.code_difference(of_other_code)
+    assert "other genes, cells or error" in code_difference(of_other_code)
 
 
 def test_other_libraries_are_asked(registered, tmp_path):
@@ -96,7 +98,7 @@ def test_other_libraries_are_asked(registered, tmp_path):
     (folder / "requirements.txt").write_text(lines)
     model = replace(registered, folder=folder)
     change_stored_answers(model, lambda answer: answer.update(error="refused"))
-    assert registry.code_difference(model) is not None
+    assert code_difference(model) is not None
 
 
 def test_workers_fetch_a_version_once_into_the_folder_of_spark(registered, tmp_path, monkeypatch):
@@ -106,7 +108,7 @@ def test_workers_fetch_a_version_once_into_the_folder_of_spark(registered, tmp_p
     folder = ref._fetched()
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
     assert checkpoint_digest(folder) == DIGEST and registered.checkpoint.is_dir()
-    monkeypatch.setattr(registry, "resolve", None)
+    monkeypatch.setattr("scgpt_batch.registry.resolve.resolve", None)
     assert ref._fetched() == folder
 
 
@@ -151,17 +153,17 @@ def test_the_model_carries_its_code_and_its_checkpoint_unchanged(registered):
 def test_requirements_are_public_pinned_and_without_spark(registered):
     lines = (registered.folder / "requirements.txt").read_text().split()
     names = [line.split("==")[0] for line in lines]
-    assert sorted(names) == sorted(registry.REQUIREMENTS)
+    assert sorted(names) == sorted(REQUIREMENTS)
     assert all("==" in line and "+" not in line for line in lines)
     assert not {"pyspark", "delta-spark", "scgpt_batch", "scgpt-batch"} & set(names)
 
 
 def test_another_registration_is_another_version_and_takes_the_alias(registered):
-    second = registry.register(str(GOLDEN / "checkpoint_torch"), "moved", alias="champion")
-    third = registry.register(str(GOLDEN / "checkpoint_flash"), "moved", alias="champion")
+    second = register(str(GOLDEN / "checkpoint_torch"), "moved", alias="champion")
+    third = register(str(GOLDEN / "checkpoint_flash"), "moved", alias="champion")
     assert (second.version, third.version) == ("1", "2")
-    assert registry.resolve("models:/moved@champion") == third
-    assert registry.resolve("models:/moved/1") == second
+    assert resolve("models:/moved@champion") == third
+    assert resolve("models:/moved/1") == second
 
 
 def copy_without_layer(folder):
@@ -182,7 +184,7 @@ def test_only_the_files_of_the_layout_are_logged(tracking, tmp_path):
     (folder / "key").symlink_to(secret)
     weights = (folder / "best_model.pt").rename(tmp_path / "blob")  # as Hugging Face's cache lays it
     (folder / "best_model.pt").symlink_to(weights)
-    model = registry.register(str(folder), "clean")
+    model = register(str(folder), "clean")
     assert sorted(path.name for path in model.checkpoint.iterdir()) == ["args.json", "best_model.pt", "vocab.json"]
     assert not any(path.is_symlink() for path in model.checkpoint.iterdir()) and model.digest == DIGEST
     logged = [path for path in (tracking / "artifacts").rglob("*") if path.is_file()]
@@ -192,9 +194,9 @@ def test_only_the_files_of_the_layout_are_logged(tracking, tmp_path):
 def test_a_bad_checkpoint_logs_nothing(registered, tmp_path):
     before = len(runs())
     with pytest.raises(CheckpointError, match=r"layers\.1\.norm1\.weight"):
-        registry.register(str(copy_without_layer(tmp_path)), "broken")
+        register(str(copy_without_layer(tmp_path)), "broken")
     with pytest.raises(CheckpointError, match="no checkpoint folder"):
-        registry.register("/nowhere", "broken")
+        register("/nowhere", "broken")
     assert len(runs()) == before
     assert not mlflow.MlflowClient().search_registered_models("name = 'broken'")
 
@@ -206,7 +208,7 @@ def test_a_bad_checkpoint_logs_nothing(registered, tmp_path):
 def test_a_name_that_mlflow_refuses_is_refused_before_anything_is_logged(registered, name, alias):
     before = len(runs())
     with pytest.raises(ConfigError, match="cannot be"):
-        registry.register(str(GOLDEN / "checkpoint_flash"), name, alias=alias)
+        register(str(GOLDEN / "checkpoint_flash"), name, alias=alias)
     assert len(runs()) == before
 
 
@@ -215,7 +217,7 @@ def test_unity_catalog_takes_names_of_three_parts_only(registered, name, monkeyp
     before = len(runs())
     monkeypatch.setattr(mlflow, "get_registry_uri", lambda: "databricks-uc")
     with pytest.raises(ConfigError, match=r"catalog\.schema\.name"):
-        registry.register(str(GOLDEN / "checkpoint_flash"), name)
+        register(str(GOLDEN / "checkpoint_flash"), name)
     assert len(runs()) == before
 
 
@@ -223,7 +225,7 @@ def test_unity_catalog_takes_names_of_three_parts_only(registered, name, monkeyp
 
 
 def test_an_alias_is_resolved_to_its_version(registered):
-    found = registry.resolve("models:/scgpt@champion")
+    found = resolve("models:/scgpt@champion")
     assert (found.uri, found.name, found.version) == (f"models:/scgpt/{registered.version}", "scgpt", "1")
     assert found == registered
     assert (found.config.embsize, found.config.nlayers) == (64, 3)
@@ -232,23 +234,23 @@ def test_an_alias_is_resolved_to_its_version(registered):
 def test_the_files_go_where_all_machines_of_the_cluster_see_them(registered, spark, tmp_path):
     spark.conf.set("spark.mlflow.nfs.rootDir", str(tmp_path))
     try:
-        shared = registry.resolve("models:/scgpt@champion")
+        shared = resolve("models:/scgpt@champion")
     finally:
         spark.conf.unset("spark.mlflow.nfs.rootDir")
     assert shared.folder.is_relative_to(tmp_path) and shared.folder.stat().st_mode & 0o055 == 0o055
     assert load_checkpoint(shared.checkpoint).digest == DIGEST
-    assert not registry.resolve("models:/scgpt@champion").folder.is_relative_to(tmp_path)
+    assert not resolve("models:/scgpt@champion").folder.is_relative_to(tmp_path)
 
 
 def test_a_path_is_a_model_too(registered):
-    found = registry.resolve(str(registered.folder))
+    found = resolve(str(registered.folder))
     assert found.digest == DIGEST
     assert found.version == DIGEST[:12]
     assert found.name == registered.folder.name
 
 
 def test_a_model_is_loaded_once_however_it_is_named(registered):
-    assert registry.load(registered) is registry.load("models:/scgpt@champion")
+    assert load(registered) is load("models:/scgpt@champion")
 
 
 @pytest.mark.parametrize(
@@ -272,7 +274,7 @@ def test_a_model_is_loaded_once_however_it_is_named(registered):
 )
 def test_what_is_no_model_is_a_config_error_in_one_line(registered, uri):
     with pytest.raises(ConfigError) as refused:
-        registry.resolve(uri)
+        resolve(uri)
     assert "\n" not in str(refused.value)
 
 
@@ -283,14 +285,14 @@ def test_a_model_of_someone_else_is_refused(registered, tmp_path):
 
     mlflow.pyfunc.save_model(tmp_path / "theirs", python_model=Theirs(), pip_requirements=[])
     with pytest.raises(ConfigError, match="no model that scgpt-batch register made"):
-        registry.resolve(str(tmp_path / "theirs"))
+        resolve(str(tmp_path / "theirs"))
 
 
 @pytest.mark.parametrize("text", ["", "{", "flavors: {}", "just words"])
 def test_a_broken_mlmodel_file_is_a_config_error(text, tmp_path):
     (tmp_path / "MLmodel").write_text(text)
     with pytest.raises(ConfigError, match="no model that scgpt-batch register made") as refused:
-        registry.resolve(str(tmp_path))
+        resolve(str(tmp_path))
     assert "\n" not in str(refused.value)
 
 
@@ -332,7 +334,7 @@ def test_the_model_answers_where_only_its_requirements_are(registered, lonely, t
     )
     assert done.returncode == 0, done.stderr
     theirs = json.loads(done.stdout.splitlines()[-1])
-    ours = registry.load(registered)
+    ours = load(registered)
     for mode, found in theirs.items():
         answer = ours.embed(rows.iloc[0].to_dict(), Parameters(need_preprocess=False, mode=mode))
         assert_close(found, answer.embeddings, atol=1e-6)
@@ -344,8 +346,8 @@ def test_experiment_of_a_store_in_sqlite_keeps_its_files_beside_it(tmp_path, mon
     before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri("sqlite:///store/mlflow.db")
     try:
-        registry.use_experiment("beside")
-        registry.use_experiment("beside")
+        use_experiment("beside")
+        use_experiment("beside")
         assert mlflow.get_experiment_by_name("beside").artifact_location == (tmp_path / "store/artifacts").as_uri()
     finally:
         mlflow.set_experiment(experiment_id="0")
@@ -365,7 +367,7 @@ def test_missing_storage_library_names_the_extra(tracking, monkeypatch, library,
 
     monkeypatch.setattr(mlflow.artifacts, "download_artifacts", without_library)
     with pytest.raises(ConfigError, match=rf"pip install 'scgpt_batch\[{extra}\]'"):
-        registry.resolve("models:/scgpt/1")
+        resolve("models:/scgpt/1")
 
 
 def test_requirement_mlflow_has_the_version_of_mlflow_skinny(monkeypatch):
@@ -376,7 +378,7 @@ def test_requirement_mlflow_has_the_version_of_mlflow_skinny(monkeypatch):
             raise PackageNotFoundError(package)
         return installed[package]
 
-    monkeypatch.setattr(registry, "installed_version", version)
-    assert registry._public_version("mlflow") == "3.17.2"
+    monkeypatch.setattr("scgpt_batch.registry.sample_answers.installed_version", version)
+    assert _public_version("mlflow") == "3.17.2"
     with pytest.raises(PackageNotFoundError):
-        registry._public_version("torch")
+        _public_version("torch")

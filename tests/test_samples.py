@@ -10,15 +10,17 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from scgpt_batch.anndata_rows import from_row, to_row
-from scgpt_batch.decisions import Decisions
-from scgpt_batch.embedder import Embedder
 from scgpt_batch.errors import PayloadError, PreprocessError
-from scgpt_batch.model import Vocabulary, load_checkpoint
+from scgpt_batch.inference.engine import Embedder
+from scgpt_batch.inference.row_reader import RowReader
+from scgpt_batch.inference.sample_rows import statistics
+from scgpt_batch.io.rows import from_row, to_row
+from scgpt_batch.models.scgpt import Vocabulary, load_checkpoint
 from scgpt_batch.parameters import Parameters
-from scgpt_batch.prepare import RowReader
-from scgpt_batch.preprocess import preprocess
-from scgpt_batch.samples import Statistics, decide, exact_sums, merge, passes, statistics
+from scgpt_batch.preprocessing.pipeline import preprocess
+from scgpt_batch.preprocessing.sample_selection import Decisions
+from scgpt_batch.preprocessing.sample_statistics import Statistics, decide, exact_sums, merge, passes
+from scgpt_batch.preprocessing.tokens import ScgptTokenizer
 from tests.helpers import assert_close
 
 DATA = Path(__file__).parent / "data"
@@ -46,7 +48,7 @@ def logs():
 
 @pytest.fixture(scope="module")
 def reader():
-    return RowReader(Vocabulary({name: i for i, name in enumerate(pbmc().var_names)}), [])
+    return RowReader(ScgptTokenizer(Vocabulary({name: i for i, name in enumerate(pbmc().var_names)})), [])
 
 
 @pytest.fixture(scope="module")
@@ -136,9 +138,9 @@ def test_cells_get_the_bins_that_they_get_in_the_joined_anndata(reader, changes,
     decisions = decisions_of(rows, parameters, reader)
     prepared = [reader.prepare(row, parameters, decisions) for row in rows]
     assert all(row.genes.tolist() == joined.genes.tolist() for row in prepared)
-    found = sp.vstack([row.binned for row in prepared], format="csr")
-    assert (found != joined.binned).nnz == 0
-    assert np.array_equal(found.indices, joined.binned.indices)
+    found = sp.vstack([row.cells.binned for row in prepared], format="csr")
+    assert (found != joined.cells.binned).nnz == 0
+    assert np.array_equal(found.indices, joined.cells.binned.indices)
 
 
 def known_cells(embedder):
@@ -156,9 +158,9 @@ def test_contextual_sums_of_the_rows_make_the_joined_means(embedder):
     wanted = dict(zip(zip(joined.groups, joined.genes, strict=True), joined.gene_embeddings, strict=True))
     for n in (1, 3, 10):
         rows = cut(whole, n)
-        decisions = decisions_of(rows, parameters, embedder.reader).to_bytes()
+        decisions = decisions_of(rows, parameters, embedder.reader)
         sums, cells = {}, {}
-        for answer in embedder.embed_rows([row | {"decisions": decisions} for row in rows], parameters, sums=True):
+        for answer in embedder.embed_sample_rows([(row, decisions) for row in rows], parameters, sums=True):
             assert answer.error is None, answer.error
             for key, vector, n_cells in zip(
                 zip(answer.groups, answer.genes, strict=True), answer.gene_embeddings, answer.n_cells, strict=True
@@ -178,7 +180,7 @@ def test_a_row_without_a_cell_that_passes_answers_with_nothing(embedder, mode):
     poor.X = sp.csr_matrix(poor.shape, dtype=np.float32)
     poor.X[:, 0] = 0.01
     decisions = decisions_of([to_row(poor), to_row(rich)], parameters, embedder.reader)
-    empty, full = embedder.embed_rows([to_row(x) | {"decisions": decisions} for x in (poor, rich)], parameters)
+    empty, full = embedder.embed_sample_rows([(to_row(x), decisions) for x in (poor, rich)], parameters)
     assert (empty.error, full.error) == (None, None)
     assert empty.report.cells == 0
     assert full.report.cells == 80
@@ -280,14 +282,6 @@ def test_a_sample_without_an_answer_says_why_on_each_row(reader, cells, changes,
     for row in rows:
         with pytest.raises(PreprocessError, match=f"the sample has no answer: .*{message}"):
             reader.prepare(row, parameters, decisions)
-
-
-@pytest.mark.parametrize("given", [b"no Arrow", 7, b""], ids=str)
-def test_decisions_that_are_none_are_an_error_of_the_row(embedder, given):
-    row = to_row(known_cells(embedder)) | {"decisions": given}
-    answer = embedder.embed(row, Parameters())
-    assert isinstance(answer.error, PayloadError)
-    assert "decisions" in str(answer.error)
 
 
 def test_sums_are_exact_whatever_the_order():

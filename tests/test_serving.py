@@ -20,12 +20,13 @@ from deltalake import DeltaTable
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from scgpt_batch import registry
-from scgpt_batch.anndata_rows import to_row
+from scgpt_batch import client
 from scgpt_batch.errors import ConfigError, EmbeddingWarning, PartsFailed
-from scgpt_batch.model import Vocabulary
+from scgpt_batch.io.rows import to_row
+from scgpt_batch.models.scgpt import Vocabulary
 from scgpt_batch.parameters import Parameters
-from scgpt_batch.serving import client
+from scgpt_batch.registry.register import register
+from scgpt_batch.registry.resolve import load
 from tests.endpoint_process import EndpointProcess, payload
 from tests.helpers import assert_close, mlflow_store, random_adata
 
@@ -41,12 +42,12 @@ REFUSALS = {400, 413, 415}
 def registered(tmp_path_factory):
     """A small checkpoint, registered in an MLflow of its own."""
     with mlflow_store(tmp_path_factory.mktemp("mlflow")):
-        yield registry.register(str(GOLDEN / "checkpoint_flash"), "small", alias="champion")
+        yield register(str(GOLDEN / "checkpoint_flash"), "small", alias="champion")
 
 
 @pytest.fixture(scope="module")
 def embedder(registered):
-    return registry.load(registered)
+    return load(registered)
 
 
 @pytest.fixture(scope="module")

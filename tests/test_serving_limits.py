@@ -15,12 +15,12 @@ from deltalake import DeltaTable
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scgpt_batch import registry
-from scgpt_batch.anndata_rows import to_row
-from scgpt_batch.cli import WRONG_USAGE, main
-from scgpt_batch.embedder import Embedder
-from scgpt_batch.model import Vocabulary, load_checkpoint
+from scgpt_batch.cli.main import WRONG_USAGE, main
+from scgpt_batch.inference.engine import Embedder
+from scgpt_batch.io.rows import to_row
+from scgpt_batch.models.scgpt import Vocabulary, load_checkpoint
 from scgpt_batch.parameters import Parameters
+from scgpt_batch.registry.register import register
 from scgpt_batch.serving.connections import FILES_KEPT, connections_within_files
 from scgpt_batch.serving.microbatch import MicroBatcher
 from tests.endpoint_process import EndpointProcess, payload, wait_until
@@ -42,7 +42,7 @@ def limited(golden, tmp_path_factory):
     folder = tmp_path_factory.mktemp("limited")
     flags = ("--header-seconds", "2", "--body-seconds", "4", "--max-connections", "60", "--max-concurrent", "4")
     with mlflow_store(folder):
-        uri = registry.register(str(golden / "checkpoint_flash"), "small").uri
+        uri = register(str(golden / "checkpoint_flash"), "small").uri
         with EndpointProcess(uri, folder, *flags, "--trusted-proxies", "127.0.0.1", token=TOKEN) as running:
             yield running
 

@@ -15,10 +15,10 @@ import pytest
 import requests
 from deltalake import DeltaTable, write_deltalake
 
-from scgpt_batch import registry
-from scgpt_batch.anndata_rows import to_row
 from scgpt_batch.errors import ConfigError
-from scgpt_batch.model import Vocabulary
+from scgpt_batch.io.rows import to_row
+from scgpt_batch.models.scgpt import Vocabulary
+from scgpt_batch.registry.register import register
 from scgpt_batch.serving.inference_log import MAX_PAYLOAD, SCHEMA, Exchange, InferenceLog, Spool, table_path
 from scgpt_batch.serving.metrics import Metrics
 from tests.endpoint_process import EndpointProcess, payload, wait_until
@@ -373,7 +373,7 @@ class Load:
 @pytest.fixture
 def registered(tmp_path):
     with mlflow_store(tmp_path):
-        yield registry.register(str(GOLDEN / "checkpoint_flash"), "small").uri
+        yield register(str(GOLDEN / "checkpoint_flash"), "small").uri
 
 
 def _ask_in_vain(endpoint, document):

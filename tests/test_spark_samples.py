@@ -8,12 +8,19 @@ import pytest
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 
-from scgpt_batch.anndata_rows import arrow_rows, to_row
-from scgpt_batch.embedder import load_embedder
+from scgpt_batch.inference.engine import load_embedder
+from scgpt_batch.io.rows import arrow_rows, to_row
 from scgpt_batch.parameters import Parameters
-from scgpt_batch.samples import Statistics
-from scgpt_batch.spark.samples import _statistics_of_row, contributions, decisions, means
-from scgpt_batch.spark.udf import ANSWERS, ROW_KEY, ModelRef, Work, answer_batches
+from scgpt_batch.preprocessing.sample_statistics import Statistics
+from scgpt_batch.spark.sample_decisions import _statistics_of_row, contributions, decisions, means
+from scgpt_batch.spark.worker import (
+    ANSWERS,
+    ROW_KEY,
+    ModelRef,
+    WorkerTask,
+    answer_batches,
+    with_its_decisions,
+)
 from tests.helpers import assert_close
 
 CHECKPOINT = Path(__file__).parent / "data/golden/checkpoint_flash"
@@ -62,7 +69,7 @@ def embed_sums(ref, parameters):
         embedder = ref.load()
         for batch in batches:
             for row in arrow_rows(batch):
-                (answer,) = embedder.embed_rows([row], parameters, sums=True)
+                (answer,) = embedder.embed_sample_rows([with_its_decisions(row)], parameters, sums=True)
                 yield from answer_batches({name: row[name] for name in ROW_KEY}, answer)
 
     return run
@@ -72,7 +79,7 @@ def test_the_means_of_larger_samples_are_those_of_the_joined_cells(spark, rows, 
     parameters = Parameters(
         mode="contextual", hvg_flavor="seurat", result_normed_key="", log1p=True, result_log1p_key="", subset_hvg=30
     )
-    decided = decisions(rows, Work(ref, parameters, row_timeout=600))
+    decided = decisions(rows, WorkerTask(ref, parameters, row_timeout=600))
     assert sorted(row["sample_id"] for row in decided.collect()) == sorted(samples)
     keys = rows.select("adata_id", "sample_id")
     sums = (
@@ -101,8 +108,8 @@ def dies_with_part_0(work):
 
 
 def test_a_row_that_kills_its_process_has_no_part_in_the_decisions(ref, rows, monkeypatch):
-    monkeypatch.setattr("scgpt_batch.spark.samples._statistics_of_row", dies_with_part_0)
-    work = Work(ref, Parameters(mode="cell"), row_timeout=60, isolated=True)
+    monkeypatch.setattr("scgpt_batch.spark.sample_decisions._statistics_of_row", dies_with_part_0)
+    work = WorkerTask(ref, Parameters(mode="cell"), row_timeout=60, isolated=True)
     given = rows.where("sample_id = 's1'").withColumn("decisions", F.lit(None).cast("binary")).toArrow()
     (part,) = contributions(work)(given.to_batches())
     found = Statistics.from_bytes(part["statistics"][0].as_py())

@@ -5,7 +5,7 @@ from pyspark.sql import functions as F
 
 from scgpt_batch.errors import ConfigError
 from scgpt_batch.spark import tables
-from scgpt_batch.spark.missing import missing_rows, sample_hash
+from scgpt_batch.spark.pending import pending_rows, sample_hash
 from scgpt_batch.spark.vanished import vanished
 from tests.helpers import append
 
@@ -29,7 +29,7 @@ def ledger(spark, *lines):
 
 
 def pending(spark, given, lines, *, samples=True):
-    found = missing_rows(
+    found = pending_rows(
         rows(spark, *given), ledger(spark, *lines), counts=F.col("status") == "ok", samples=samples, name="t"
     )
     return sorted(found.pending["adata_id"])

@@ -129,13 +129,13 @@ class AnnDataFile:
         parts = []
         for first, last in pairwise(edges):
             values = slice(int(ends[first]), int(ends[last]))
-            by_gene = checked_csr(
+            is_csc = checked_csr(
                 np.asarray(self.node["data"][values]),
                 np.asarray(self.node["indices"][values]),
                 ends[first : last + 1] - ends[first],
                 (int(last - first), self.n_obs),
             )
-            parts.append(by_gene.T[positions])
+            parts.append(is_csc.T[positions])
         return sp.hstack(parts, format="csr")
 
     def _check_shape(self) -> None:

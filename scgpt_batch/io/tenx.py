@@ -267,7 +267,7 @@ def _table(name: str) -> pd.DataFrame:
 
 
 def _opened(name: str) -> Any:
-    """Open a file, unpacked if its content is gzip, whatever it is called."""
+    """Open a file, unpack if its content is gzip, whatever it is called."""
     raw = open_binary(name)
     start = raw.read(2)
     raw.seek(0)

@@ -11,9 +11,10 @@ import requests
 from pyspark.sql import SparkSession
 
 from scgpt_batch.errors import ConfigError
-from scgpt_batch.monitoring import health, page
-from scgpt_batch.monitoring.health import Alert
+from scgpt_batch.monitoring import page
+from scgpt_batch.monitoring import rules as health
 from scgpt_batch.monitoring.queries import ask, readable, requests_view
+from scgpt_batch.monitoring.rules import Alert
 from scgpt_batch.settings import MonitorSettings, Summary
 from scgpt_batch.spark import tables
 

@@ -16,7 +16,7 @@ import pandas as pd
 
 from scgpt_batch.errors import ConfigError
 from scgpt_batch.monitoring import queries
-from scgpt_batch.monitoring.health import Alert, status
+from scgpt_batch.monitoring.rules import Alert, status
 from scgpt_batch.settings import MonitorSettings
 
 # Seen on white and on near-black alike, and told apart by the colour-blind (Okabe and Ito).

@@ -33,7 +33,7 @@ from deltalake.exceptions import DeltaError, TableNotFoundError
 
 from scgpt_batch.errors import ConfigError
 from scgpt_batch.serving.metrics import Metrics
-from scgpt_batch.serving.reading import MAX_CLIENT_ID
+from scgpt_batch.serving.request import MAX_CLIENT_ID
 
 logger = logging.getLogger(__name__)
 

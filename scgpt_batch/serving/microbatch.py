@@ -8,13 +8,13 @@ from concurrent.futures import Executor
 from itertools import islice
 from typing import Any
 
-from scgpt_batch.embedder import Answer
+from scgpt_batch.inference.engine import RowResult
 from scgpt_batch.parameters import Parameters
 
 logger = logging.getLogger(__name__)
 
 Rows = Sequence[Mapping[str, Any]]
-EmbedRows = Callable[[Rows, Parameters, Callable[[], bool]], list[Answer]]
+EmbedRows = Callable[[Rows, Parameters, Callable[[], bool]], list[RowResult]]
 
 
 class MicroBatcher:
@@ -33,13 +33,13 @@ class MicroBatcher:
         """
         self._embed_rows, self._executor = embed_rows, executor
         self._wait_seconds, self._on_batch = wait_seconds, on_batch
-        self._waiting: dict[Parameters, list[tuple[Rows, asyncio.Future[list[Answer]]]]] = defaultdict(list)
+        self._waiting: dict[Parameters, list[tuple[Rows, asyncio.Future[list[RowResult]]]]] = defaultdict(list)
         self._device = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def answers(self, rows: Rows, parameters: Parameters) -> list[Answer]:
+    async def answers(self, rows: Rows, parameters: Parameters) -> list[RowResult]:
         """Answer rows in order, together with what others ask meanwhile; raises what `embed_rows` raises."""
-        answer: asyncio.Future[list[Answer]] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[list[RowResult]] = asyncio.get_running_loop().create_future()
         self._waiting[parameters].append((rows, answer))
         if len(self._waiting[parameters]) == 1:
             task = asyncio.create_task(self._collect(parameters))
@@ -55,7 +55,7 @@ class MicroBatcher:
                 self._on_batch(len(asked))
                 await self._answer(asked, parameters)
 
-    async def _answer(self, asked: list[tuple[Rows, asyncio.Future[list[Answer]]]], parameters: Parameters) -> None:
+    async def _answer(self, asked: list[tuple[Rows, asyncio.Future[list[RowResult]]]], parameters: Parameters) -> None:
         loop = asyncio.get_running_loop()
         together = [row for rows, _ in asked for row in rows]
 
@@ -76,7 +76,7 @@ class MicroBatcher:
             _settle(answer, list(islice(found, len(rows))))
 
 
-def _settle(answer: asyncio.Future[list[Answer]], result: list[Answer] | Exception) -> None:
+def _settle(answer: asyncio.Future[list[RowResult]], result: list[RowResult] | Exception) -> None:
     if answer.done():  # its request ran out of time
         return
     if isinstance(result, Exception):

@@ -80,7 +80,7 @@ def register_ai_query(spark: SparkSession, endpoints: Mapping[str, str]) -> None
 
 def answer_type() -> StructType:
     """Return the struct that `ai_query` gives: the model's output columns, then `response` and `errorMessage`."""
-    from scgpt_batch.pyfunc import signature  # seconds to import, which Spark's workers are spared
+    from scgpt_batch.registry.signature import signature  # seconds to import, which Spark's workers are spared
 
     columns = [StructField(column.name, _spark_type(column.type)) for column in signature().outputs]
     return StructType(

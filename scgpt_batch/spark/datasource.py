@@ -16,10 +16,10 @@ from pyspark.sql.datasource import DataSource, DataSourceReader, InputPartition
 from pyspark.sql.types import StructType
 
 from scgpt_batch.errors import ConfigError, FileError, ScgptBatchError
+from scgpt_batch.io.files import ReadOptions, Slice, plan_file, read
 from scgpt_batch.io.locations import find_sources, name_sources
 from scgpt_batch.io.open_file import named_errors
 from scgpt_batch.parameters import validation_message
-from scgpt_batch.spark.files import ReadOptions, Slice, plan_file, read
 
 RAISE, RECORD = "raise", "record"
 

@@ -29,25 +29,20 @@ from pyspark.sql.pandas.types import from_arrow_schema
 from pyspark.sql.utils import is_remote
 
 import scgpt_batch
-from scgpt_batch import registry
-from scgpt_batch.embedder import check_model_parameters
 from scgpt_batch.errors import ConfigError, in_one_line, plain_line
+from scgpt_batch.inference.engine import check_model_parameters
 from scgpt_batch.parameters import Parameters
-from scgpt_batch.samples import rows_depend
+from scgpt_batch.preprocessing.sample_statistics import rows_depend
+from scgpt_batch.registry.register import use_experiment
+from scgpt_batch.registry.resolve import ResolvedModel, resolve
+from scgpt_batch.registry.sample_answers import code_difference, registered_by
 from scgpt_batch.settings import EmbedSettings, Summary
 from scgpt_batch.spark import tables
 from scgpt_batch.spark.maintain import prune
-from scgpt_batch.spark.missing import Missing, between_neighbours, missing_rows, n_tasks, sample_hash, with_tasks
-from scgpt_batch.spark.samples import decisions, means
-from scgpt_batch.spark.udf import (
-    ANSWERS,
-    VECTORS,
-    ModelRef,
-    Work,
-    embed_rows,
-    static_vectors,
-)
+from scgpt_batch.spark.pending import PendingRows, key_range_filter, n_tasks, pending_rows, sample_hash, with_tasks
+from scgpt_batch.spark.sample_decisions import decisions, means
 from scgpt_batch.spark.vanished import Vanished, vanished
+from scgpt_batch.spark.worker import ANSWERS, VECTORS, ModelRef, WorkerTask, embed_rows, static_vectors
 from scgpt_batch.spark.workers import computed, worker_setup_error
 
 logger = logging.getLogger(__name__)
@@ -73,7 +68,7 @@ class Job:
     spark: SparkSession
     settings: EmbedSettings
     parameters: Parameters
-    model: registry.ResolvedModel
+    model: ResolvedModel
     input: str
     input_version: int | None  # the whole run reads this snapshot; None of a view
     output: str
@@ -115,7 +110,7 @@ class Job:
         return tables.read(self.spark, self.input, tables.ADATA_ROWS, version=self.input_version)
 
     @property
-    def work(self) -> Work:
+    def work(self) -> WorkerTask:
         """What the workers do with each row."""
         model = ModelRef(
             checkpoint=str(self.model.checkpoint),
@@ -124,7 +119,7 @@ class Job:
             tracking_uri=mlflow.get_tracking_uri(),
             registry_uri=mlflow.get_registry_uri(),
         )
-        return Work(model, self.parameters, self.settings.row_timeout)
+        return WorkerTask(model, self.parameters, self.settings.row_timeout)
 
 
 def embed_table(spark: SparkSession, settings: EmbedSettings, parameters: Parameters) -> Summary:
@@ -141,7 +136,7 @@ def embed_table(spark: SparkSession, settings: EmbedSettings, parameters: Parame
     job.package_version = _checked_code(job)
     _create_tables(job)
     if settings.experiment:
-        registry.use_experiment(settings.experiment)
+        use_experiment(settings.experiment)
     with mlflow.start_run(run_name=f"embed {parameters.mode}") as run:
         job.run_id = run.info.run_id
         try:
@@ -153,7 +148,7 @@ def embed_table(spark: SparkSession, settings: EmbedSettings, parameters: Parame
 
 
 def _job(spark: SparkSession, settings: EmbedSettings, parameters: Parameters) -> Job:
-    model = registry.resolve(settings.model_uri)
+    model = resolve(settings.model_uri)
     check_model_parameters(parameters, model.config, model.vocabulary)
     input_table, output = tables.table_name(settings.input_table), tables.table_name(settings.output_table)
     tables.read(spark, input_table, tables.ADATA_ROWS)
@@ -176,12 +171,12 @@ def _job(spark: SparkSession, settings: EmbedSettings, parameters: Parameters) -
 
 def _checked_code(job: Job) -> str:
     """Return the version of the package to stamp, after a look whether it gives the registered version's numbers."""
-    differs = registry.code_difference(job.model)
+    differs = code_difference(job.model)
     if differs is None:
         return scgpt_batch.__version__
     told = (
         f"scgpt_batch {scgpt_batch.__version__} does not answer as {job.model.uri} did when scgpt_batch "
-        f"{registry.registered_by(job.model)} registered it: {differs}"
+        f"{registered_by(job.model)} registered it: {differs}"
     )
     if not job.settings.allow_other_code:
         raise ConfigError(f"{told}. Install that version, register the model again, or use --allow-other-code")
@@ -293,9 +288,9 @@ def _embed_missing(job: Job, rows: DataFrame, clock: float) -> None:
         _show_progress(job, len(missing.pending), done, cells, time.monotonic() - clock)
 
 
-def _missing(job: Job, rows: DataFrame, ledger: DataFrame | None = None) -> Missing:
+def _missing(job: Job, rows: DataFrame, ledger: DataFrame | None = None) -> PendingRows:
     lines = tables.read(job.spark, job.ledger, tables.LEDGER).where(job.stamped) if ledger is None else ledger
-    return missing_rows(rows, lines, counts=_counts(job), samples=job.samples, name=job.input)
+    return pending_rows(rows, lines, counts=_counts(job), samples=job.samples, name=job.input)
 
 
 def _counts(job: Job) -> Column:
@@ -373,7 +368,7 @@ def _commit(job: Job, answers: DataFrame, wave: pd.DataFrame) -> pd.DataFrame:
     return reports
 
 
-def _rivals(job: Job) -> list[str]:
+def _concurrent_runs(job: Job) -> list[str]:
     """The runs that may have embeddings without ledger lines, or lines we have not seen.
 
     That is: killed or failed ones, those at work beside this one, those that have just ended, and this one itself.
@@ -386,7 +381,7 @@ def _rivals(job: Job) -> list[str]:
 
 def _still_missing(job: Job, wave: pd.DataFrame) -> pd.DataFrame:
     """Leave out what a run beside this one has done since we looked."""
-    others = [run for run in _rivals(job) if run != job.run_id]
+    others = [run for run in _concurrent_runs(job) if run != job.run_id]
     if not others or wave["sample_id"].notna().any():  # a sample is done as a whole
         return wave
     lines = job.spark.table(job.ledger).where(job.stamped).where(F.col("run_id").isin(others))
@@ -407,12 +402,12 @@ def _replaceable(job: Job, wave: pd.DataFrame) -> str:
     condition = f"{job.stamped} AND adata_id IN ({ids})"
     if wave["known"].any() or shared:  # a sample's lines may be of rows that it no longer has
         return condition
-    return f"{condition} AND run_id IN ({', '.join(map(tables.literal, _rivals(job)))})"
+    return f"{condition} AND run_id IN ({', '.join(map(tables.literal, _concurrent_runs(job)))})"
 
 
 def _payload(job: Job, rows: DataFrame, wave: pd.DataFrame) -> DataFrame:
     """Give each task its share of the wave's rows."""
-    rows = rows.where(between_neighbours(wave))
+    rows = rows.where(key_range_filter(wave))
     if job.parameters.mode == "static" and (wave["copies"] == 1).all() and not _samples(wave):
         # some 25 ms a row: moving the payload between tasks would cost more
         chosen = rows.join(F.broadcast(job.spark.createDataFrame(wave[["adata_id"]])), "adata_id")
@@ -565,7 +560,7 @@ def _cells_per_second(job: Job) -> float | None:
     return last["cells"] / last["seconds"] if last else None
 
 
-def _worker_memory(job: Job, missing: Missing) -> int:
+def _worker_memory(job: Job, missing: PendingRows) -> int:
     """MB (10⁶ bytes) of a Python worker, roughly: libraries, weights, a batch, and the largest rows read ahead."""
     weights = sum(file.stat().st_size for file in job.model.checkpoint.iterdir()) / 1e6
     largest = int(missing.pending["cells"].max()) if len(missing.pending) else 0

@@ -21,11 +21,11 @@ from pyspark.sql import functions as F
 
 from scgpt_batch import __version__
 from scgpt_batch.errors import ConfigError, FileError
+from scgpt_batch.io.files import ReadOptions
 from scgpt_batch.io.locations import candidates, find_sources, name_sources
 from scgpt_batch.io.open_file import source_fingerprint
 from scgpt_batch.settings import IngestSettings, Summary
 from scgpt_batch.spark import tables
-from scgpt_batch.spark.files import ReadOptions
 from scgpt_batch.spark.workers import worker_setup_error
 
 logger = logging.getLogger(__name__)

@@ -29,8 +29,8 @@ from pyspark.sql.types import (
     TimestampType,
 )
 
-from scgpt_batch.anndata_rows import PAYLOAD_COLUMNS
 from scgpt_batch.errors import ConfigError, ScgptBatchError, in_one_line
+from scgpt_batch.io.rows import PAYLOAD_COLUMNS
 
 logger = logging.getLogger(__name__)
 

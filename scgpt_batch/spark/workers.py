@@ -11,7 +11,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.utils import is_remote
 
 from scgpt_batch.errors import ConfigError, in_one_line
-from scgpt_batch.spark.isolated import ISOLATED
+from scgpt_batch.spark.isolation import ISOLATED
 
 logger = logging.getLogger(__name__)
 

@@ -28,8 +28,8 @@ import pyarrow as pa
 import scipy.sparse as sp
 from deltalake import DeltaTable, write_deltalake
 
-from scgpt_batch.anndata_rows import to_row
-from scgpt_batch.embedder import Embedder, load_embedder
+from scgpt_batch.inference.engine import Embedder, load_embedder
+from scgpt_batch.io.rows import to_row
 from scgpt_batch.parameters import Parameters
 from tests.cluster import QUICK_JVM
 

@@ -6,7 +6,7 @@ After a command's own output comes a line `exit CODE`.
 import json
 import sys
 
-from scgpt_batch.cli import main
+from scgpt_batch.cli.main import main
 
 if __name__ == "__main__":
     for line in sys.stdin:

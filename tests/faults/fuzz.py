@@ -9,9 +9,9 @@ import pyarrow as pa
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from scgpt_batch.anndata_rows import arrow_rows, from_row, to_row
-from scgpt_batch.answers import Answer
 from scgpt_batch.errors import LowCoverage, PayloadError, PreprocessError
+from scgpt_batch.inference.results import RowResult
+from scgpt_batch.io.rows import arrow_rows, from_row, to_row
 from scgpt_batch.parameters import Parameters
 from tests.damaged_rows import ROW_TYPES, damaged_rows
 from tests.faults.bench import (
@@ -57,12 +57,12 @@ def fuzzed_payloads(bench: Bench, tries: int) -> Result:
     return result
 
 
-def embed(row: dict[str, Any], choice: dict[str, Any]) -> Answer:
+def embed(row: dict[str, Any], choice: dict[str, Any]) -> RowResult:
     (answer,) = embedder().embed_rows([row], Parameters.create(choice))
     return answer
 
 
-def check(row: dict[str, Any], choice: dict[str, Any], answer: Answer) -> None:
+def check(row: dict[str, Any], choice: dict[str, Any], answer: RowResult) -> None:
     """A refusal by name with a message fit for a table, or what the row's AnnData is answered with."""
     if answer.error:
         assert isinstance(answer.error, REFUSALS), repr(answer.error)

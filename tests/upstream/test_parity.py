@@ -15,12 +15,13 @@ from scgpt.preprocess import Preprocessor, binning
 from scgpt.tokenizer.gene_tokenizer import GeneVocab
 from scgpt.utils import load_pretrained
 
-from scgpt_batch.anndata_rows import from_row, to_row
-from scgpt_batch.embedder import Embedder
 from scgpt_batch.errors import RowError
-from scgpt_batch.model import load_checkpoint
+from scgpt_batch.inference.engine import Embedder
+from scgpt_batch.io.rows import from_row, to_row
+from scgpt_batch.models.scgpt import load_checkpoint
 from scgpt_batch.parameters import Parameters
-from scgpt_batch.preprocess import bin_range, binned_layer, preprocess
+from scgpt_batch.preprocessing.binning import bin_range
+from scgpt_batch.preprocessing.pipeline import binned_layer, preprocess
 from tests.helpers import assert_close
 
 pytestmark = pytest.mark.upstream

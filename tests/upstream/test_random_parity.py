@@ -24,14 +24,16 @@ from scgpt.model import TransformerModel
 from scgpt.preprocess import Preprocessor
 from scgpt.tokenizer.gene_tokenizer import GeneVocab
 
-from scgpt_batch.anndata_rows import from_row, to_row
-from scgpt_batch.embedder import Embedder
 from scgpt_batch.errors import RowError
-from scgpt_batch.model import Vocabulary, load_checkpoint
+from scgpt_batch.inference.engine import Embedder
+from scgpt_batch.inference.row_reader import RowReader
+from scgpt_batch.inference.sample_rows import with_decisions
+from scgpt_batch.io.rows import from_row, to_row
+from scgpt_batch.models.scgpt import Vocabulary, load_checkpoint
 from scgpt_batch.parameters import Parameters
-from scgpt_batch.prepare import RowReader, bin_matrix
-from scgpt_batch.preprocess import binned_layer, preprocess
-from scgpt_batch.samples import with_decisions
+from scgpt_batch.preprocessing.binning import bin_matrix
+from scgpt_batch.preprocessing.pipeline import binned_layer, preprocess
+from scgpt_batch.preprocessing.tokens import ScgptTokenizer
 from tests.helpers import assert_close
 
 pytestmark = pytest.mark.upstream
@@ -156,19 +158,19 @@ def test_samples_cut_into_rows(pbmc, upstream, seed):
     named |= {"binning": named["binning"] or 51}
     parameters = Parameters(**named, mode="cell", max_length=2 * adata.n_vars, min_coverage=0)
     wanted = upstream.wanted(adata, named)
-    reader = RowReader(Vocabulary({name: i for i, name in enumerate(adata.var_names)}), [])
+    reader = RowReader(ScgptTokenizer(Vocabulary({name: i for i, name in enumerate(adata.var_names)})), [])
     edges = [0, *sorted(np.random.default_rng(seed).choice(np.arange(1, adata.n_obs), 2, False)), adata.n_obs]
     rows = [to_row(adata[i:j]) | {"sample_id": "s"} for i, j in pairwise(edges)]
-    rows = with_decisions(reader, rows, parameters)
+    pairs = list(with_decisions(reader, rows, parameters))
     if wanted is None:
-        for row in rows:
+        for row, decisions in pairs:
             with pytest.raises(RowError):
-                reader.prepare(row, parameters, row["decisions"])
+                reader.prepare(row, parameters, decisions)
         return
-    prepared = [reader.prepare(row, parameters, row["decisions"]) for row in rows]
+    prepared = [reader.prepare(row, parameters, decisions) for row, decisions in pairs]
     assert np.concatenate([row.cell_ids for row in prepared]).tolist() == wanted.obs_names.tolist()
     assert all(row.genes.tolist() == wanted.var_names.tolist() for row in prepared)
-    assert np.array_equal(sp.vstack([row.binned for row in prepared]).toarray(), wanted.layers["X_binned"])
+    assert np.array_equal(sp.vstack([row.cells.binned for row in prepared]).toarray(), wanted.layers["X_binned"])
 
 
 @pytest.fixture(scope="module", params=range(max(4, CASES // 10)))
@@ -211,7 +213,9 @@ def checkpoint(request, tmp_path_factory):
 def test_cell_vectors_of_any_checkpoint(pbmc, checkpoint, monkeypatch, max_length):
     monkeypatch.setattr(np.random, "rand", lambda *shape: np.zeros(shape))
     monkeypatch.setattr(torch, "randperm", lambda n, **_: torch.arange(n))  # both keep the first genes
-    monkeypatch.setattr("scgpt_batch.prepare.cell_noise", lambda values, *_, **__: np.arange(len(values)) / len(values))
+    monkeypatch.setattr(
+        "scgpt_batch.preprocessing.tokens.cell_noise", lambda values, *_, **__: np.arange(len(values)) / len(values)
+    )
     adata = pbmc[max_length : max_length + 12].copy()
     wanted = scgpt.tasks.embed_data(
         adata, checkpoint, gene_col="index", device="cpu", use_fast_transformer=False, max_length=max_length

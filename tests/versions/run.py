@@ -34,7 +34,7 @@ TORCH = ("torch", "triton", "nvidia-", "cuda-")
 
 PREDICT = """
 import anndata, mlflow
-from scgpt_batch.anndata_rows import to_row
+from scgpt_batch.io.rows import to_row
 mlflow.set_tracking_uri("sqlite:///.demo/mlflow.db")
 row = to_row(anndata.read_h5ad("tests/data/pbmc3k.h5ad")[:5])
 answer = mlflow.pyfunc.load_model("models:/scgpt_demo@champion").predict([row], params={"mode": "cell"})

@@ -39,7 +39,7 @@ def _poison(module):
 
 class _AfterImport(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name != "scgpt_batch.prepare":
+        if name != "scgpt_batch.inference.row_reader":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)

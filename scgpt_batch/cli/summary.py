@@ -1,0 +1,84 @@
+"""What an embeddings table holds, and the nearest genes of some, for a person to read."""
+
+from typing import Any
+
+import numpy as np
+
+from scgpt_batch.settings import Summary, SummarySettings
+
+MODEL = ["mode", "model_name", "model_version", "params_hash"]  # columns that tell the vectors of one model from others
+
+
+def nearest_genes(genes: list[str], vectors: np.ndarray, gene: str, n: int) -> list[tuple[str, float]]:
+    """Return the n genes of largest cosine similarity to `gene`, with it; empty if it is not among them."""
+    if gene not in genes:
+        return []
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    at = genes.index(gene)
+    similarity = unit @ unit[at]
+    order = [i for i in np.argsort(-similarity) if i != at][:n]
+    return [(genes[i], float(similarity[i])) for i in order]
+
+
+def summarize(spark: Any, settings: SummarySettings) -> Summary:
+    """Print what an embeddings table holds and the nearest genes of some, for a person to read."""
+    from pyspark.sql import functions as F
+
+    from scgpt_batch.spark import tables
+
+    table = tables.table_name(settings.output_table)
+    ledger_table = tables.beside(table, "_ledger")
+    lines = tables.read(spark, table, tables.GENE_EMBEDDINGS)
+    rows = embedded_rows(tables.read(spark, ledger_table, tables.LEDGER))
+    counted = lines.groupBy(*MODEL).agg(F.countDistinct("gene").alias("genes"), F.count("*").alias("embeddings"))
+    counted = counted.join(rows.groupBy(*MODEL).agg(F.count("*").alias("rows"), F.sum("cells").alias("cells")), MODEL,
+                           "left").orderBy(*MODEL)  # fmt: skip
+    models = [line.asDict() for line in counted.fillna(0, ["rows", "cells"]).collect()]
+    genes = lines.agg(F.countDistinct("gene")).collect()[0][0]
+    # a row that was embedded in several modes, or by several models, counts once
+    once = rows.groupBy("adata_id").agg(F.max_by("cells", "at").alias("cells"))
+    n_rows, cells = once.agg(F.count("*"), F.coalesce(F.sum("cells"), F.lit(0))).collect()[0]
+    neighbours = _nearest(lines, settings)
+    print(f"{n_rows} rows with {cells} cells; {genes} genes, {sum(model['embeddings'] for model in models)} embeddings")
+    for model in models:
+        print(
+            "  {mode}, {model_name} version {model_version}, parameters {params_hash}: {rows} rows with {cells} cells; "
+            "{genes} genes, {embeddings} embeddings".format_map(model)
+        )
+    print(f"embeddings in {table}")
+    print(f"what happened to each row in {ledger_table}")
+    print("\nnearest genes by cosine similarity of their static embeddings")
+    for gene, near in neighbours.items():
+        found = ", ".join(f"{name} {cosine:.2f}" for name, cosine in near) or "not among the genes of this table"
+        print(f"  {gene:<8} {found}")
+    return {
+        "output_table": table, "rows": n_rows, "cells": cells, "genes": genes,
+        "embeddings": sum(model["embeddings"] for model in models), "models": models,
+        "nearest_genes": {gene: [name for name, _ in near] for gene, near in neighbours.items()},
+    }  # fmt: skip
+
+
+def embedded_rows(ledger: Any) -> Any:
+    """Return the ledger's line of each row, mode, model and parameters, if the last of them is "ok".
+
+    A row whose content changed has a line for each content: the last one counts.
+    """
+    from pyspark.sql import functions as F
+
+    last = ledger.groupBy("adata_id", *MODEL).agg(
+        F.max_by(F.struct("status", "cells"), "at").alias("last"), F.max("at").alias("at")
+    )
+    return last.where("last.status = 'ok'").select("adata_id", *MODEL, "last.cells", "at")
+
+
+def _nearest(lines: Any, settings: SummarySettings) -> dict[str, list[tuple[str, float]]]:
+    """Return the nearest genes of each that is asked for, among the static vectors that were written last."""
+    from pyspark.sql import functions as F
+
+    static = lines.where("mode = 'static'")
+    last = static.groupBy(*MODEL).agg(F.max("embedded_at").alias("at")).orderBy(F.desc("at")).limit(1)
+    # a static vector is the same in every row: one of each gene
+    one = static.join(last, MODEL).groupBy("gene").agg(F.first("embedding").alias("embedding")).toArrow()
+    genes = one["gene"].to_pylist()
+    vectors = np.array(one["embedding"].to_pylist(), np.float32)
+    return {gene: nearest_genes(genes, vectors, gene, settings.neighbours) for gene in settings.genes}

@@ -1,0 +1,1 @@
+"""Databricks workspaces: serving endpoints, status, and the bundle's dashboard and alerts."""

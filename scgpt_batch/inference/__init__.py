@@ -1,0 +1,1 @@
+"""From rows to embeddings: reading, batching, the device, results. Knows no Spark and no MLflow."""

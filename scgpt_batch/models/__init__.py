@@ -1,0 +1,1 @@
+"""Model families: each in a folder of its own; `attention` is shared."""

@@ -1,0 +1,20 @@
+"""scGPT in plain torch: vocabulary, checkpoint, transformer.
+
+Needs torch and numpy alone (safetensors only for `.safetensors` files); knows no AnnData, Spark or MLflow.
+"""
+
+from scgpt_batch.models.scgpt.checkpoint import Checkpoint, build_model, checkpoint_digest, load_checkpoint
+from scgpt_batch.models.scgpt.config import ModelConfig
+from scgpt_batch.models.scgpt.transformer import ScGPT
+from scgpt_batch.models.scgpt.vocabulary import SPECIAL_TOKENS, Vocabulary
+
+__all__ = [
+    "SPECIAL_TOKENS",
+    "Checkpoint",
+    "ModelConfig",
+    "ScGPT",
+    "Vocabulary",
+    "build_model",
+    "checkpoint_digest",
+    "load_checkpoint",
+]

@@ -1,0 +1,1 @@
+"""The MLflow model: its signature, its code, and how versions are registered and resolved."""

@@ -1,0 +1,428 @@
+"""The local endpoint: MLflow's scoring app with an /invocations that says whose fault a failure is, and logs.
+
+MLflow's own /invocations answers every failure with 400 and a traceback, and writes its JSON through pandas. The route
+here reads the same requests, checks them by MLflow against the model's signature, and answers in the same form.
+"""
+
+import asyncio
+import hmac
+import ipaddress
+import logging
+import math
+import os
+import signal
+import socket
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import asynccontextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from http import HTTPStatus
+from typing import Any
+
+import mlflow
+import orjson
+import uvicorn
+from fastapi import FastAPI
+from mlflow.pyfunc import PyFuncModel, scoring_server
+from prometheus_client import CONTENT_TYPE_LATEST, Counter
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from scgpt_batch.errors import CheckpointError, ConfigError, NonFiniteOutput, RequestRefused, WorkerCrash
+from scgpt_batch.inference.engine import Embedder, RowResult
+from scgpt_batch.parameters import Parameters
+from scgpt_batch.registry.resolve import ResolvedModel, resolve
+from scgpt_batch.registry.signature import answer_columns
+from scgpt_batch.serving.connections import (
+    HEADER_BYTES,
+    ConnectionLimits,
+    connections_within_files,
+    limited_protocol,
+)
+from scgpt_batch.serving.inference_log import Exchange, InferenceLog
+from scgpt_batch.serving.isolation import IsolatedReader
+from scgpt_batch.serving.metrics import Metrics
+from scgpt_batch.serving.microbatch import MicroBatcher, Rows
+from scgpt_batch.serving.request import LESS, ParsedRequest, RequestedRow, RequestReader, inflate, too_large
+from scgpt_batch.settings import ServeSettings, Summary
+
+logger = logging.getLogger(__name__)
+
+TOKEN = "SCGPT_BATCH_TOKEN"
+FROM_MLFLOW = ("/ping", "/health", "/version")
+NEED_NO_TOKEN = ("/ping", "/health")
+JSON = "application/json"
+CLIENT_CLOSED_REQUEST = 499  # nginx's number for a client that left before its answer
+UNAUTHORIZED_LOG_SECONDS = 60.0  # between two log lines on requests without a valid token
+THREADS = max(2, os.cpu_count() or 2)
+
+
+def serve(settings: ServeSettings) -> Summary:
+    """Serve a registered model until SIGTERM or SIGINT; what was taken is answered, and logged, first.
+
+    Raises
+    ------
+    ConfigError
+        There is no such model, the port is taken, or the inference table cannot be used.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    os.umask(0o077)  # requests and answers, in the spool and the table, are this user's alone
+    metrics = Metrics()
+    with (
+        suppress(KeyboardInterrupt),
+        _listen(settings.host, settings.port, allow_without_token=settings.allow_without_token) as listener,
+    ):
+        model = resolve(settings.model_uri)
+        loaded = mlflow.pyfunc.load_model(str(model.folder))
+        endpoint = Endpoint(loaded, settings, metrics, served_entity=f"{model.name}-{model.version}")
+        with _log(settings, metrics) or nullcontext() as log:
+            endpoint.log = log
+            _run(endpoint, listener, model, settings)
+    return {"model_uri": settings.model_uri, **metrics.totals()}
+
+
+def _run(endpoint: "Endpoint", listener: socket.socket, model: ResolvedModel, settings: ServeSettings) -> None:
+    """Run uvicorn on the socket. After its graceful stop it raises the signal again, here KeyboardInterrupt."""
+    limits = ConnectionLimits(connections_within_files(settings.max_connections), settings.header_seconds)
+    if limits.connections < settings.max_connections:
+        logger.warning("at most %d connections: the limit of open files allows no more", limits.connections)
+    config = uvicorn.Config(
+        endpoint.app(os.environ.get(TOKEN, "")), log_level="error", access_log=False, server_header=False,
+        http=limited_protocol(limits, lambda limit: endpoint.metrics.refused_connections.labels(limit).inc()),
+        ws="none", h11_max_incomplete_event_size=HEADER_BYTES, proxy_headers=False,
+        timeout_graceful_shutdown=math.ceil(settings.shutdown_seconds), backlog=2048,
+    )  # fmt: skip
+    host, port = listener.getsockname()[:2]
+    logger.info("serving %s at http://%s:%d/invocations", model.uri, host, port)
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+def _listen(host: str, port: int, *, allow_without_token: bool) -> socket.socket:
+    try:
+        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except (OSError, OverflowError) as exc:
+        raise ConfigError(f"cannot listen on {host}:{port}: {exc}; give another --port") from exc
+    address = ipaddress.ip_address(listener.getsockname()[0])
+    if not address.is_loopback and not os.environ.get(TOKEN) and not allow_without_token:
+        listener.close()
+        raise ConfigError(
+            f"--host {host} is open to the network, and no token is set: set {TOKEN}, or give --allow-without-token if "
+            "a proxy or firewall keeps others out"
+        )
+    return listener
+
+
+def _log(settings: ServeSettings, metrics: Metrics) -> InferenceLog | None:
+    if settings.inference_table in ("", "none"):
+        return None
+    return InferenceLog(settings.inference_table, settings.spool, flush_seconds=settings.flush_seconds, metrics=metrics)
+
+
+@dataclass
+class _Call:
+    """What becomes known of a request on its way, for the log."""
+
+    request_id: str
+    at: datetime
+    began: float  # when the whole body was there, by the monotonic clock
+    requester: str | None
+    held: int = 0  # bytes of its body
+    over: bool = False  # nobody waits for the answer any more
+    body: bytes | None = None  # inflated; None where that is too large, or cannot be done
+    client_request_id: str | None = None
+
+
+class Endpoint:
+    """Answers requests for one loaded model."""
+
+    def __init__(self, model: PyFuncModel, settings: ServeSettings, metrics: Metrics, *, served_entity: str) -> None:
+        """Take the model, and load the weights that static mode needs, before the first request wants them."""
+        self._model, self._settings, self.metrics = model, settings, metrics
+        self._served_entity = served_entity
+        self.log: InferenceLog | None = None
+        self._embedder: Embedder = model.unwrap_python_model().embedder
+        self._embedder.reader = IsolatedReader(
+            self._embedder.reader, seconds=settings.timeout_seconds, processes=THREADS
+        )
+        self._reader = RequestReader(model, self._embedder, answer_bytes=settings.max_answer_bytes)
+        # Python runs one thread at a time: more of them only take it from each other. Two pools, so that a refusal
+        # need not wait for embeddings that nobody waits for any more.
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="request")
+        self._embedding = ThreadPoolExecutor(THREADS, thread_name_prefix="embedding")
+        self._batcher = MicroBatcher(
+            self._embed_rows, self._embedding, wait_seconds=settings.batch_wait_ms / 1000,
+            on_batch=metrics.batch_requests.observe,
+        )  # fmt: skip
+        self._in_flight = self._computing = self._held = 0  # requests, of these computing; bytes of bodies
+        _ = self._embedder.gene_table
+
+    def app(self, token: str) -> FastAPI:
+        """MLflow's app, its /invocations replaced; with a token, all but the health checks ask for it."""
+        app = scoring_server.init(self._model)
+        app.user_middleware.clear()  # MLflow's time-out; the one here says what to do
+        app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", "") in FROM_MLFLOW]
+        app.add_route("/invocations", self.invocations, methods=["POST"])
+        app.add_route("/metrics", self.prometheus, methods=["GET"])
+        if token:
+            app.add_middleware(_BearerToken, token=token, unauthorized=self.metrics.unauthorized)
+        app.add_middleware(_HeaderLimit)
+        return app
+
+    async def prometheus(self, _: Request) -> Response:
+        """Answer Prometheus."""
+        return Response(self.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    async def invocations(self, request: Request) -> Response:
+        """Answer a request; whatever the answer, it is in the spool before it leaves."""
+        requester = _requester(request, self._settings.trusted_proxies)
+        call = _Call(uuid.uuid4().hex, datetime.now(UTC), time.monotonic(), requester)
+        self._in_flight += 1
+        self.metrics.in_flight.set(self._in_flight)
+        try:
+            status, content = await self._answer_or_refuse(request, call)
+            return await _run_in(self._threads, self._finish, call, status, content)
+        except ClientDisconnect:
+            if call.body is None:
+                return Response(status_code=HTTPStatus.BAD_REQUEST)  # nobody is there to read it
+            return await _run_in(self._threads, self._finish, call, CLIENT_CLOSED_REQUEST, b"")
+        finally:
+            self._held -= call.held
+            self._in_flight -= 1
+            self.metrics.in_flight.set(self._in_flight)
+
+    async def _answer_or_refuse(self, request: Request, call: _Call) -> tuple[int, bytes]:
+        try:
+            return HTTPStatus.OK, await self._answer(request, call)
+        except RequestRefused as exc:
+            return _error(exc.status, str(exc))
+        except ClientDisconnect:
+            raise
+        except Exception:  # broad: model and libraries raise anything, and the client must hear whose fault it is
+            logger.exception("request %s failed", call.request_id)  # with the traceback, which the client does not get
+            return _error(500, f"the model failed; the server's log says more under request {call.request_id}")
+
+    async def _answer(self, request: Request, call: _Call) -> bytes:
+        """Read the body in one time limit, then compute in another; only computing takes one of the slots."""
+        self._refuse_when_busy()
+        async with _within(self._settings.body_seconds, "the body did not arrive"):
+            await self._read_body(request, call)
+        self._refuse_when_busy()
+        self._computing += 1
+        try:
+            advice = "no answer", "send fewer cells, or run the batch job"
+            async with _within(self._settings.timeout_seconds, *advice):
+                return await _unless_left(request, self._compute(request, call))
+        finally:
+            call.over = True
+            self._computing -= 1
+
+    def _refuse_when_busy(self) -> None:
+        if self._computing >= self._settings.max_concurrent:
+            raise RequestRefused(429, f"{self._settings.max_concurrent} requests are being answered, the limit: wait")
+
+    async def _compute(self, request: Request, call: _Call) -> bytes:
+        asked = await _run_in(self._threads, self._read, call, request.headers.get("content-encoding", "identity"))
+        answers = await self._embed(asked.rows, call)
+        return await _run_in(self._threads, self._serialize, asked.rows, answers)
+
+    async def _read_body(self, request: Request, call: _Call) -> None:
+        """Take the body as it comes, up to the limits of one and of all bodies."""
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != JSON:
+            raise RequestRefused(415, f"Content-Type must be {JSON}, not {kind!r}")
+        limit, chunks = self._settings.max_request_bytes, request.stream()
+        stated = request.headers.get("content-length", "0")
+        body, size = bytearray(), int(stated) if stated.isdigit() else 0
+        while size <= limit and (chunk := await anext(chunks, None)) is not None:
+            self._hold(call, len(chunk))
+            body += chunk
+            size = max(size, len(body))
+        if size > limit:
+            raise RequestRefused(413, too_large("the body holds", size, limit, "send CSR columns, or fewer cells"))
+        call.body, call.began = bytes(body), time.monotonic()
+        self.metrics.request_bytes.observe(size)
+
+    def _hold(self, call: _Call, n_bytes: int) -> None:
+        """Count the bytes of unfinished requests: as many as the computed ones may have, however many are sent."""
+        call.held += n_bytes
+        self._held += n_bytes
+        if self._held > self._settings.max_concurrent * self._settings.max_request_bytes:
+            raise RequestRefused(429, "too many bytes of requests are waiting for their end: wait")
+
+    def _read(self, call: _Call, encoding: str) -> ParsedRequest:
+        assert call.body is not None
+        if encoding.strip().lower() == "gzip":
+            packed, call.body = call.body, None
+            call.body = inflate(packed, self._settings.max_request_bytes)
+        elif encoding.strip().lower() != "identity":
+            raise RequestRefused(415, f"Content-Encoding must be gzip or none, not {encoding!r}")
+        if self.log is not None:
+            self.log.begin(self._exchange(call, HTTPStatus.INTERNAL_SERVER_ERROR, b""))
+        asked = self._reader.read(call.body)
+        call.client_request_id = asked.client_request_id
+        return asked
+
+    async def _embed(self, rows: list[RequestedRow], call: _Call) -> list[RowResult]:
+        """Answer rows in order: at once where a table look-up is all, else with those of other requests."""
+        answers: list[RowResult] = [RowResult(error=asked.error) for asked in rows]
+        for parameters, places in _by_parameters(rows).items():
+            given = [rows[i].row for i in places]
+            if parameters.mode == "static":
+                found = await _run_in(self._embedding, self._embed_rows, given, parameters, lambda: not call.over)
+            else:
+                found = await self._batcher.answers(given, parameters)
+            for i, answer in zip(places, found, strict=True):
+                answers[i] = answer
+        return answers
+
+    def _embed_rows(self, rows: Rows, parameters: Parameters, wanted: Callable[[], bool]) -> list[RowResult]:
+        return list(self._embedder.embed_rows(rows, parameters, wanted=wanted))
+
+    def _serialize(self, rows: list[RequestedRow], answers: list[RowResult]) -> bytes:
+        """Write the answer in MLflow's form. Numbers are written by orjson: float32 in full, and NaN never."""
+        for i, (asked, answer) in enumerate(zip(rows, answers, strict=True)):
+            if answer.error is not None and asked.parameters.on_error == "raise":
+                raise RequestRefused(500 if _models_fault(answer.error) else 400, f"row {i}: {answer.error}")
+        d = self._embedder.config.embsize
+        told = [answer_columns(answer, asked.parameters, d) for asked, answer in zip(rows, answers, strict=True)]
+        content = orjson.dumps({"predictions": told}, option=orjson.OPT_SERIALIZE_NUMPY)
+        limit = self._settings.max_answer_bytes
+        if len(content) > limit:
+            raise RequestRefused(413, too_large("the answer holds", len(content), limit, LESS))
+        return content
+
+    def _finish(self, call: _Call, status: int, content: bytes) -> Response:
+        """Log and count an answer, then let it go."""
+        seconds = time.monotonic() - call.began
+        if self.log is not None:
+            self.log.append(self._exchange(call, status, content))
+        self.metrics.requests.labels(str(int(status))).inc()
+        self.metrics.seconds.observe(seconds)
+        self.metrics.answer_bytes.observe(len(content))
+        headers = {"x-request-id": call.request_id, **({"retry-after": "1"} if status == 429 else {})}
+        return Response(content, status, headers, media_type=JSON)
+
+    def _exchange(self, call: _Call, status: int, content: bytes) -> Exchange:
+        return Exchange(
+            call.request_id, call.at, status, time.monotonic() - call.began, call.body, content,
+            call.client_request_id, self._served_entity, call.requester,
+            too_large_to_read=status == 413 and call.body is None,
+        )  # fmt: skip
+
+
+@asynccontextmanager
+async def _within(seconds: float, what: str, advice: str = "send it faster, or less of it") -> AsyncIterator[None]:
+    """Refuse what takes longer."""
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError:
+        raise RequestRefused(408, f"{what} within {seconds:g} s, the limit: {advice}") from None
+
+
+async def _unless_left(request: Request, work: Coroutine[Any, Any, bytes]) -> bytes:
+    """Await the work; when the client leaves first, cancel it and raise ClientDisconnect."""
+    computing, left = asyncio.create_task(work), asyncio.create_task(_left(request))
+    try:
+        await asyncio.wait({computing, left}, return_when=asyncio.FIRST_COMPLETED)
+        if not computing.done():
+            raise ClientDisconnect
+        return computing.result()
+    finally:
+        computing.cancel()
+        left.cancel()
+
+
+async def _left(request: Request) -> None:
+    """Return when the client has left."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _requester(request: Request, proxies: Sequence[str]) -> str | None:
+    """Return the address that asked: the peer's; where that is a trusted proxy, the last one that it forwards for."""
+    peer = request.client.host if request.client else None
+    forwarded = [part.strip() for header in request.headers.getlist("x-forwarded-for") for part in header.split(",")]
+    while forwarded and peer in proxies:
+        try:
+            peer = str(ipaddress.ip_address(forwarded.pop()))
+        except ValueError:
+            break
+    return peer
+
+
+async def _run_in(pool: Executor, function: Callable[..., Any], *args: Any) -> Any:
+    return await asyncio.get_running_loop().run_in_executor(pool, function, *args)
+
+
+def _error(status: int, message: str) -> tuple[int, bytes]:
+    told = message if len(message) < 2000 else message[:2000] + " …"
+    told = told.encode(errors="replace").decode()  # half a surrogate pair has no JSON
+    return status, orjson.dumps({"error_code": HTTPStatus(status).name, "message": told})
+
+
+def _models_fault(error: Exception) -> bool:
+    return isinstance(error, (NonFiniteOutput, CheckpointError, WorkerCrash))
+
+
+def _by_parameters(rows: list[RequestedRow]) -> dict[Parameters, list[int]]:
+    """Group the rows that can be answered by what is to be computed, however that travels."""
+    rows_of: dict[int, list[int]] = {}  # most rows share one object, whose hash can be a look at 100,000 genes
+    for i, asked in enumerate(rows):
+        if asked.error is None:
+            rows_of.setdefault(id(asked.parameters), []).append(i)
+    groups: dict[Parameters, list[int]] = {}
+    for places in rows_of.values():
+        same = rows[places[0]].parameters.model_copy(update={"encoding": "list", "on_error": "raise"})
+        groups.setdefault(same, []).extend(places)
+    return groups
+
+
+class _HeaderLimit:
+    """Refuses request lines and headers that came whole, but are larger than the limit."""
+
+    def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            size = len(scope["raw_path"]) + len(scope["query_string"])
+            size += sum(len(name) + len(value) + 4 for name, value in scope["headers"])
+            if size > HEADER_BYTES:
+                status, content = _error(
+                    431, f"request line and headers hold {size} bytes; the limit is {HEADER_BYTES}"
+                )
+                await Response(content, status, {"connection": "close"}, media_type=JSON)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+class _BearerToken:
+    """Lets pass who knows the token, comparing in constant time; the header is kept nowhere."""
+
+    def __init__(self, app: Callable[..., Awaitable[None]], token: str, unauthorized: Counter) -> None:
+        self._app, self._wanted = app, f"Bearer {token}".encode()
+        self._unauthorized, self._unsaid, self._said = unauthorized, 0, -math.inf
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and scope["path"] not in NEED_NO_TOKEN:
+            given = dict(scope["headers"]).get(b"authorization", b"")
+            if not hmac.compare_digest(given, self._wanted):
+                self._note(scope["client"])
+                status, content = _error(401, f"send the header `Authorization: Bearer` with the value of {TOKEN}")
+                refusal = Response(content, status, {"www-authenticate": "Bearer"}, media_type=JSON)
+                await refusal(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def _note(self, client: tuple[str, int] | None) -> None:
+        """Count, and log at a bounded rate."""
+        self._unauthorized.inc()
+        self._unsaid += 1
+        if time.monotonic() - self._said >= UNAUTHORIZED_LOG_SECONDS:
+            address = client[0] if client else "an unknown address"
+            logger.warning("%d requests without a valid token, the last from %s", self._unsaid, address)
+            self._unsaid, self._said = 0, time.monotonic()

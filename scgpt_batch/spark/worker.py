@@ -1,0 +1,269 @@
+"""The embedding as a function over Arrow batches: what runs in Spark's Python workers.
+
+`DataFrame.mapInArrow` calls it with batches of `adata_rows` and takes batches of `ANSWERS`. Vectors travel as one
+contiguous buffer under a list array; no Python list of floats is made.
+"""
+
+import atexit
+import faulthandler
+import os
+import shutil
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache, lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+import pyarrow as pa
+import torch
+from pyspark import TaskContext
+
+from scgpt_batch.inference.engine import Embedder, load_embedder, opened_embedder
+from scgpt_batch.inference.results import RowReport, RowResult
+from scgpt_batch.io.rows import arrow_rows
+from scgpt_batch.parameters import Parameters
+from scgpt_batch.preprocessing.sample_selection import Decisions
+from scgpt_batch.spark.isolation import Result, isolates, results_alone
+
+Batches = Iterable[pa.RecordBatch]
+
+# What goes from workers to the JVM is told by Arrow schemas; Spark's own are made of them (`from_arrow_schema`).
+VECTOR = pa.list_(pa.field("element", pa.float32(), nullable=False))  # else the JVM asks of each number if it is null
+
+REPORT = pa.struct(
+    [
+        ("status", pa.string()), ("cells", pa.int64()), ("embeddings", pa.int64()), ("genes_in", pa.int32()),
+        ("genes_matched", pa.int32()), ("coverage", pa.float64()), ("warnings", pa.list_(pa.string())),
+        ("error_class", pa.string()), ("error_message", pa.string()),
+    ]
+)  # fmt: skip
+
+# One line an embedding, then one line a row with its report: an embedding is never without the row's report.
+ANSWERS = pa.schema(
+    [
+        ("adata_id", pa.string()), ("content_hash", pa.string()), ("group", pa.string()), ("gene", pa.string()),
+        ("cell_id", pa.string()), ("n_cells", pa.int32()), ("embedding", VECTOR), ("report", REPORT),
+    ]
+)  # fmt: skip
+VECTORS = pa.schema([("gene", pa.string()), ("embedding", VECTOR)])
+
+ROW_KEY = ("adata_id", "content_hash")
+LINES = 4096  # of a batch: 8 MB of vectors at d 512
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """How a worker finds the registered version: its checkpoint's files where it can see them, else through MLflow."""
+
+    checkpoint: str
+    digest: str
+    uri: str
+    tracking_uri: str
+    registry_uri: str
+
+    def load(self, device: str | None = None) -> Embedder:
+        """Load the model in this process, or take it from an earlier task of the process."""
+        _use_own_cores_only()
+        _leave_jars_unread()
+        opened = opened_embedder(self.digest, device)
+        if opened is not None:
+            return opened
+        folder = self.checkpoint if Path(self.checkpoint).is_dir() else self._fetched()
+        return load_embedder(folder, digest=self.digest, device=device)
+
+    def _fetched(self) -> Path:
+        """Return the checkpoint's folder on this machine: one for all of the executor's processes, fetched once.
+
+        It lies where Spark keeps temporary files, which it removes when the executor ends.
+        """
+        # seconds to import, and needed only where the driver's folder cannot be seen
+        import mlflow
+
+        from scgpt_batch.registry.resolve import resolve
+
+        if not self.uri.startswith("models:/"):
+            return resolve(self.uri).checkpoint
+        place = os.environ.get("SPARK_LOCAL_DIRS", "").split(",")[0] or _temporary_folder()
+        folder = Path(place) / f"scgpt_batch-{self.digest}"
+        if not folder.is_dir():
+            mlflow.set_tracking_uri(self.tracking_uri)
+            mlflow.set_registry_uri(self.registry_uri)
+            with tempfile.TemporaryDirectory(dir=place) as fetched:
+                checkpoint = resolve(self.uri, into=fetched).checkpoint
+                try:
+                    checkpoint.rename(folder)
+                except OSError:
+                    if not folder.is_dir():  # else another process was faster
+                        raise
+        return folder
+
+
+@cache
+def _temporary_folder() -> str:
+    """Make a folder that is removed when the process exits."""
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+@dataclass(frozen=True)
+class WorkerTask:
+    """What is done with each row, wherever it is done."""
+
+    model: ModelRef
+    parameters: Parameters
+    row_timeout: float  # seconds without an answer, after which the process is taken for hung
+    sums: bool = False  # contextual sums, to be added up over the rows of a sample
+    isolated: bool = False  # each row in a process of its own, also where tasks cannot find out that they should
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of `Embedder.embed_sample_rows`; static vectors are joined later, from `static_vectors`."""
+        return {"with_vectors": self.parameters.mode != "static", "sums": self.sums}
+
+
+def task_device() -> str | None:
+    """The GPU that Spark's resource scheduling gave this task; None where it gave none: the embedder chooses."""
+    context = TaskContext.get()
+    gpu = context.resources().get("gpu") if context else None
+    return f"cuda:{gpu.addresses[0]}" if gpu and torch.cuda.is_available() else None
+
+
+def _use_own_cores_only() -> None:
+    """Keep numba and torch to the cores that Spark gave the task: workers side by side would fight for them."""
+    cores = int(os.environ.get("OMP_NUM_THREADS", "1"))
+    numba.set_num_threads(min(cores, numba.get_num_threads()))
+    torch.set_num_threads(cores)
+
+
+def _leave_jars_unread() -> None:
+    """Take jars off Python's search path.
+
+    Under spark-submit `spark.jars.packages` (Delta) puts some thirty there, and as soon as one import has looked into
+    them, Spark's worker reads all their tables of contents again before each task: 0.4 s.
+    """
+    sys.path[:] = [path for path in sys.path if not path.endswith(".jar")]
+    for jar in [path for path in sys.path_importer_cache if path.endswith(".jar")]:
+        del sys.path_importer_cache[jar]
+
+
+def embed_rows(work: WorkerTask) -> Callable[[Batches], Batches]:
+    """Return a function for `mapInArrow` that answers each row.
+
+    A row that takes longer than `row_timeout` ends the process with a traceback in the worker's log. The task is then
+    repeated with each row in a process of its own, which it may take down.
+    """
+
+    def run(batches: Batches) -> Batches:
+        keys: deque[dict[str, Any]] = deque()  # rows are read ahead of their answers, in another thread
+        rows, device = _rows(batches, keys), task_device()
+        answers: Iterator[RowResult]
+        if work.isolated or isolates():
+            results = results_alone(rows, partial(_embedding, work, device), work.row_timeout)
+            answers = (r if isinstance(r, RowResult) else RowResult(report=RowReport(), error=r) for r in results)
+        else:
+            embedder = work.model.load(device)
+            answers = watched(
+                embedder.embed_sample_rows(map(with_its_decisions, rows), work.parameters, **work.options),
+                work.row_timeout,
+            )
+        for answer in answers:
+            yield from answer_batches(keys.popleft(), answer)
+
+    return run
+
+
+def _embedding(work: WorkerTask, device: str | None) -> Callable[[dict[str, Any]], RowResult]:
+    embedder = work.model.load(device)
+    return lambda row: next(embedder.embed_sample_rows([with_its_decisions(row)], work.parameters, **work.options))
+
+
+def with_its_decisions(row: dict[str, Any]) -> tuple[dict[str, Any], Decisions | None]:
+    """Pair a row with the decisions of its sample, which it carries as bytes; null: it is a sample by itself."""
+    data = row.get("decisions")
+    return row, None if data is None else _decisions(data)
+
+
+@lru_cache(maxsize=4)  # rows of a sample follow each other
+def _decisions(data: bytes) -> Decisions:
+    return Decisions.from_bytes(data)
+
+
+def _rows(batches: Batches, keys: deque[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for batch in batches:
+        for row in arrow_rows(batch):
+            keys.append({name: row[name] for name in ROW_KEY})
+            yield row
+
+
+def watched(results: Iterable[Result], seconds: float) -> Iterator[Result]:
+    """End the process when a row takes too long; from C, since what hangs may hold Python's lock."""
+    try:
+        faulthandler.dump_traceback_later(seconds, exit=True)
+        for result in results:
+            faulthandler.cancel_dump_traceback_later()
+            yield result
+            faulthandler.dump_traceback_later(seconds, exit=True)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def static_vectors(model: ModelRef) -> Callable[[Batches], Batches]:
+    """Return a function for `mapInArrow` that answers names of the vocabulary with their static vectors."""
+
+    def run(batches: Batches) -> Batches:
+        embedder = model.load()
+        for batch in batches:
+            names = batch.column("gene")
+            tokens = embedder.vocabulary.ids(names.to_numpy(zero_copy_only=False))
+            yield pa.RecordBatch.from_arrays([names, list_array(embedder.gene_table[tokens])], schema=VECTORS)
+
+    return run
+
+
+def answer_batches(key: dict[str, Any], answer: RowResult) -> Batches:
+    """Spell an answer as Arrow batches of `ANSWERS`: its embeddings, then its report; `key` names the row."""
+    vectors = answer.embeddings
+    n_lines = len(answer.genes or answer.cell_ids or ())
+    for first in range(0, n_lines, LINES):
+        part = slice(first, first + LINES)
+        yield _batch(
+            key,
+            group=answer.groups and answer.groups[part],
+            gene=answer.genes and answer.genes[part],
+            cell_id=answer.cell_ids and answer.cell_ids[part],
+            n_cells=None if answer.n_cells is None else answer.n_cells[part],
+            embedding=None if vectors is None else list_array(vectors[part]),
+            lines=len(range(n_lines)[part]),
+        )
+    report = vars(answer.report) | {
+        "status": "failed" if answer.error else "ok",
+        "embeddings": n_lines,
+        "warnings": list(answer.report.warnings),
+        "error_class": type(answer.error).__name__ if answer.error else None,
+        "error_message": str(answer.error) if answer.error else None,
+    }
+    yield _batch(key, report=[report], lines=1)
+
+
+def list_array(vectors: np.ndarray) -> pa.ListArray:
+    """Lay a list array over the rows of a float32 matrix, without copying it."""
+    n, d = vectors.shape
+    flat = pa.array(np.ascontiguousarray(vectors, dtype=np.float32).ravel())
+    return pa.ListArray.from_arrays(np.arange(0, n * d + 1, d, dtype=np.int32), flat, type=VECTOR)
+
+
+def _batch(key: dict[str, Any], *, lines: int, **columns: Any) -> pa.RecordBatch:
+    columns |= {name: pa.repeat(pa.scalar(value, pa.string()), lines) for name, value in key.items()}
+    arrays = []
+    for field in ANSWERS:
+        values = columns.get(field.name)
+        if values is None:
+            values = pa.nulls(lines, field.type)
+        arrays.append(values if isinstance(values, pa.Array) else pa.array(values, field.type))
+    return pa.RecordBatch.from_arrays(arrays, schema=ANSWERS)
