@@ -93,7 +93,7 @@ test: check chromium numbers
 	$(VENV)/bin/pytest
 
 # torch chooses its kernels by CPU: "default" has no vector instructions, "avx2" none of 512 bits.
-NUMBERS := tests/test_model.py tests/test_embedder.py
+NUMBERS := tests/unit/test_model.py tests/unit/test_embedder.py
 numbers: setup
 	ATEN_CPU_CAPABILITY=default $(VENV)/bin/pytest $(NUMBERS)
 	ATEN_CPU_CAPABILITY=avx2 $(VENV)/bin/pytest $(NUMBERS)
@@ -124,7 +124,7 @@ faults: setup
 
 fault-serving: setup
 	SCGPT_BATCH_KILLS=$${SCGPT_BATCH_KILLS:-50} SCGPT_BATCH_FUZZ=$${SCGPT_BATCH_FUZZ:-50000} \
-	  $(VENV)/bin/pytest tests/test_serving.py tests/test_serving_log.py tests/test_serving_limits.py \
+	  $(VENV)/bin/pytest tests/e2e/test_serving.py tests/e2e/test_serving_log.py tests/e2e/test_serving_limits.py \
 	  -k 'kills or no_body or no_bytes'
 
 clean:

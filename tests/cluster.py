@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pyspark
 
-REPO = Path(__file__).parents[1]
+from tests.paths import REPO
+
 SPARK_HOME = Path(pyspark.__file__).parent
 CONF = REPO / "conf/spark-local.conf"
 # JVMs that live for a minute or two: the second compiler would not pay (measured: a start of 19 s instead of 26).

@@ -10,7 +10,7 @@ import anndata as ad
 import pytest
 import torch
 
-DATA = Path(__file__).parent / "data"
+from tests.paths import DATA
 
 # before any Spark session: paths and ports of this machine stay on it
 os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")

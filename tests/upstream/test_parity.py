@@ -1,7 +1,6 @@
 """Side by side with the real scgpt 0.2.4, on cells that the golden files do not hold."""
 
 import json
-from pathlib import Path
 
 import anndata as ad
 import numpy as np
@@ -23,10 +22,10 @@ from scgpt_batch.parameters import Parameters
 from scgpt_batch.preprocessing.binning import bin_range
 from scgpt_batch.preprocessing.pipeline import binned_layer, preprocess
 from tests.helpers import assert_close
+from tests.paths import DATA
 
 pytestmark = pytest.mark.upstream
 
-DATA = Path(__file__).parent.parent / "data"
 CHECKPOINT = DATA / "golden" / "checkpoint_flash"
 UPPER, LOWER = 0.0, 1 - 1e-12  # draws that take upstream to the highest and to the lowest admissible bin
 

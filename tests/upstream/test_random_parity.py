@@ -9,7 +9,6 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import pairwise
 from multiprocessing import get_context
-from pathlib import Path
 from unittest.mock import patch
 
 import anndata as ad
@@ -35,10 +34,10 @@ from scgpt_batch.preprocessing.binning import bin_matrix
 from scgpt_batch.preprocessing.pipeline import binned_layer, preprocess
 from scgpt_batch.preprocessing.tokens import ScgptTokenizer
 from tests.helpers import assert_close
+from tests.paths import DATA
 
 pytestmark = pytest.mark.upstream
 
-DATA = Path(__file__).parent.parent / "data"
 CASES = int(os.environ.get("SCGPT_PARITY_CASES", "60"))
 UPPER, LOWER = 0.0, 1 - 1e-12
 

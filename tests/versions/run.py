@@ -153,7 +153,7 @@ def check(environment: Path, work: Path, names: Sequence[str] = UNIT_TESTS) -> N
     shutil.copyfile(REPO / "pyproject.toml", work / "pyproject.toml")
     python = environment / "bin" / "python"
     command(str(python), "-c", "import scgpt_batch, sys; assert sys.prefix in scgpt_batch.__file__", cwd=work)
-    tests = [f"tests/{name}.py" for name in names]
+    tests = [str(path.relative_to(work)) for name in names for path in work.glob(f"tests/*/{name}.py")]
     command(
         str(python),
         "-m",

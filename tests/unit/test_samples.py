@@ -2,7 +2,6 @@
 
 import itertools
 from functools import cache
-from pathlib import Path
 
 import anndata as ad
 import numpy as np
@@ -22,8 +21,8 @@ from scgpt_batch.preprocessing.sample_selection import Decisions
 from scgpt_batch.preprocessing.sample_statistics import Statistics, decide, exact_sums, merge, passes
 from scgpt_batch.preprocessing.tokens import ScgptTokenizer
 from tests.helpers import assert_close
+from tests.paths import DATA
 
-DATA = Path(__file__).parent / "data"
 FLAVORS = ["cell_ranger", "seurat", "seurat_v3", "seurat_v3_paper"]
 REPLACED = {"result_normed_key": "", "log1p": True, "result_log1p_key": ""}
 

@@ -2,7 +2,6 @@
 
 import json
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -16,8 +15,8 @@ from scgpt_batch.models.scgpt import Vocabulary
 from scgpt_batch.monitoring import queries
 from scgpt_batch.registry.register import register
 from tests.helpers import assert_close, mlflow_store, random_adata, write_rows
+from tests.paths import GOLDEN
 
-GOLDEN = Path(__file__).parent / "data" / "golden"
 # all over the vocabulary: in `trained_on` the later a gene, the farther it moved
 GENES = Vocabulary.from_file(GOLDEN / "checkpoint_flash" / "vocab.json").tokens[::50][:40]
 SINCE = datetime.now(UTC) - timedelta(days=1)

@@ -10,8 +10,7 @@ import pytest
 from scgpt_batch.cli import main as cli
 from scgpt_batch.cli.main import COMMANDS, FAILED, WRONG_USAGE, _fields, _settings, main
 from scgpt_batch.errors import ConfigError
-
-REPO = Path(__file__).parents[1]
+from tests.paths import REPO
 
 
 @pytest.mark.parametrize("name", COMMANDS)

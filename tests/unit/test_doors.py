@@ -25,8 +25,9 @@ from scgpt_batch.models.scgpt import load_checkpoint
 from scgpt_batch.parameters import Parameters
 from scgpt_batch.registry.pyfunc import ScgptModel
 from tests.helpers import assert_close
+from tests.paths import GOLDEN
 
-CHECKPOINT = Path(__file__).parent / "data" / "golden" / "checkpoint_flash"
+CHECKPOINT = GOLDEN / "checkpoint_flash"
 GENES = [name for name in json.loads((CHECKPOINT / "vocab.json").read_text()) if not name.startswith("<")][:200]
 CELLS = {"mode": "cell", "need_preprocess": False, "data_is_raw": True}
 

@@ -23,8 +23,8 @@ from scgpt_batch.serving.inference_log import MAX_PAYLOAD, SCHEMA, Exchange, Inf
 from scgpt_batch.serving.metrics import Metrics
 from tests.endpoint_process import EndpointProcess, payload, wait_until
 from tests.helpers import mlflow_store, random_adata
+from tests.paths import GOLDEN
 
-GOLDEN = Path(__file__).parent / "data" / "golden"
 GENES = Vocabulary.from_file(GOLDEN / "checkpoint_flash" / "vocab.json").tokens[:30]
 NOON = datetime(2026, 11, 22, 12, 30, 15, 250_000, UTC)
 NEVER = 1e6  # seconds: a log that is drained by hand

@@ -7,7 +7,6 @@ import shlex
 import subprocess
 from copy import deepcopy
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import mlflow
 import numpy as np
@@ -19,6 +18,7 @@ from scgpt_batch.io.rows import from_row
 from tests import databricks_workspace, inference_tables
 from tests.databricks_workspace import Fault, Workspace, serve
 from tests.helpers import assert_close, small_rows
+from tests.paths import REPO
 
 MODEL = "main.lab.scgpt"
 TABLE = "main.lab.scgpt_payload"
@@ -417,7 +417,7 @@ def test_status_judges_the_inference_table_and_the_last_run(run, spark, deployed
 
 def sections(*titles):
     """Code blocks of the document's sections: (language, text), in order."""
-    text = (Path(__file__).parents[1] / "docs/databricks.md").read_text()
+    text = (REPO / "docs/databricks.md").read_text()
     chosen = [part for part in re.split(r"^## ", text, flags=re.MULTILINE) if part.split("\n")[0] in titles]
     assert len(chosen) == len(titles)
     return [block for part in chosen for block in re.findall(r"^```(\w+)\n(.*?)^```", part, re.MULTILINE | re.DOTALL)]

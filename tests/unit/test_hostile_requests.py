@@ -2,11 +2,11 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-GOLDEN = Path(__file__).parent / "data" / "golden"
+from tests.paths import GOLDEN
+
 CAP = 2_000_000_000  # bytes of address space on top of what Python, torch and MLflow take
 
 ATTACKS = {

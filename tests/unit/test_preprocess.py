@@ -32,8 +32,8 @@ from scgpt_batch.preprocessing.pipeline import (
 )
 from scgpt_batch.preprocessing.tokens import sample_long_cells, tokenize
 from tests.helpers import assert_close, random_adata
+from tests.paths import DATA, REPO
 
-DATA = Path(__file__).parent / "data"
 PACKAGE = Path(scgpt_batch.__file__).parent
 RAW_V3 = ("raw_v3", "raw_v3_batch")  # scanpy ranks these genes with an unstable sort
 EXACT = ("seed", "seed_batch", "raw_nohvg", "raw_nohvg_cellfilter")
@@ -351,7 +351,7 @@ print(fitted)
 
 def test_no_tiny_or_degenerate_counts_end_the_process():
     # two cells × four genes of 1e-38 once did: their squares are 0 in float32
-    done = subprocess.run([sys.executable, "-c", FUZZ], capture_output=True, text=True, cwd=DATA.parent.parent)
+    done = subprocess.run([sys.executable, "-c", FUZZ], capture_output=True, text=True, cwd=REPO)
     assert done.returncode == 0, done.stderr[-2000:]
     refused, fitted = done.stdout.splitlines()
     assert refused.startswith("0 genes vary between the 2 cells of a batch")

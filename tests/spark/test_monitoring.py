@@ -5,7 +5,6 @@ Asked of generated tables of all three generations, and of the one that our endp
 
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -20,12 +19,12 @@ from scgpt_batch.registry.register import register
 from tests import inference_tables
 from tests.endpoint_process import EndpointProcess, payload
 from tests.helpers import assert_close, mlflow_store, random_adata
+from tests.paths import GOLDEN
 
 UNTIL = datetime(2026, 11, 20, 12, 30, tzinfo=UTC)
 SINCE = UNTIL - timedelta(days=5)
 LINES = inference_tables.requests(2500, until=UNTIL)
 GENERATIONS = list(inference_tables.TABLES)
-GOLDEN = Path(__file__).parent / "data" / "golden"
 GENES = Vocabulary.from_file(GOLDEN / "checkpoint_flash" / "vocab.json").tokens[:40]
 
 

@@ -9,7 +9,6 @@ import operator
 import sys
 import tomllib
 from datetime import UTC, date, datetime, timedelta
-from pathlib import Path
 
 import mlflow
 import pytest
@@ -21,8 +20,8 @@ from scgpt_batch.monitoring.rules import batch_alerts, endpoint_alerts
 from scgpt_batch.settings import MonitorSettings
 from tests import databricks_bundle as bundles
 from tests import inference_tables
+from tests.paths import REPO
 
-REPO = Path(__file__).parents[1]
 CATALOG = "spark_catalog"
 
 

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import anndata as ad
@@ -25,9 +24,8 @@ from scgpt_batch.models.scgpt import Vocabulary
 from scgpt_batch.parameters import Parameters
 from scgpt_batch.registry.register import register
 from tests.helpers import assert_close, mlflow_store, random_adata
+from tests.paths import DATA, GOLDEN
 
-DATA = Path(__file__).parent / "data"
-GOLDEN = DATA / "golden"
 TOKENS = Vocabulary.from_file(GOLDEN / "checkpoint_flash" / "vocab.json").tokens
 GENES = [*TOKENS[:30], "not-a-gene"]
 UNPROCESSED = {"need_preprocess": False}

@@ -32,6 +32,7 @@ from scgpt_batch.spark.pending import key_range_filter, n_tasks, pending_rows, w
 from tests.faults.bench import Bench
 from tests.faults.scenarios import poison
 from tests.helpers import assert_close, small_rows, write_rows
+from tests.paths import DATA
 
 CELLS = ["--mode", "cell", "--need-preprocess", "false", "--data-is-raw", "true"]
 KEY = ("adata_id", "cell_id", "mode", "model_version", "params_hash")
@@ -374,7 +375,7 @@ def test_workers_without_the_package_end_the_run_at_once(spark, run, tmp_path, w
     assert code == WRONG_USAGE and "No module named 'scgpt_batch'" in last and "PYSPARK_PYTHON" in last
     (told,) = spark.table(f"delta.`{tmp_path}/out_runs`").collect()
     assert told["status"] == "failed" and "a Python worker was lost" not in caplog.text
-    cells = Path(__file__).parent / "data" / "pbmc3k.h5ad"
+    cells = DATA / "pbmc3k.h5ad"
     code, _, err = run("ingest", "--input", cells, "--table", f"delta.`{tmp_path}/cells`")
     last = err.strip().splitlines()[-1]
     assert code == WRONG_USAGE and "No module named 'scgpt_batch'" in last and "PYSPARK_PYTHON" in last

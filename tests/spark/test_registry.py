@@ -24,9 +24,8 @@ from scgpt_batch.registry.resolve import load, resolve
 from scgpt_batch.registry.sample_answers import _public_version, code_difference, registered_by, sample_path
 from scgpt_batch.spark.worker import ModelRef
 from tests.helpers import assert_close, mlflow_store
+from tests.paths import GOLDEN, REPO
 
-ROOT = Path(__file__).parent.parent
-GOLDEN = Path(__file__).parent / "data" / "golden"
 DIGEST = checkpoint_digest(GOLDEN / "checkpoint_flash")
 
 
@@ -315,7 +314,7 @@ def lonely(registered, tmp_path_factory):
     folder = tmp_path_factory.mktemp("lonely")
     uv = str(Path(sys.prefix) / "bin" / "uv")
     subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, folder], check=True)
-    needs = ["-r", registered.folder / "requirements.txt", "-c", ROOT / "constraints.txt"]
+    needs = ["-r", registered.folder / "requirements.txt", "-c", REPO / "constraints.txt"]
     subprocess.run([uv, "pip", "install", "--quiet", "--python", folder / "bin" / "python", *needs], check=True)
     return folder / "bin" / "python"
 

@@ -2,7 +2,6 @@
 
 import threading
 import time
-from pathlib import Path
 
 import mlflow
 import numpy as np
@@ -22,9 +21,9 @@ from scgpt_batch.registry.register import register
 from scgpt_batch.spark import register_ai_query
 from tests.endpoint_process import EndpointProcess, payload
 from tests.helpers import assert_close, mlflow_store, random_adata, write_rows
+from tests.paths import GOLDEN, REPO
 
-GOLDEN = Path(__file__).parent / "data" / "golden"
-EXAMPLES = Path(__file__).parents[1] / "examples" / "sql"
+EXAMPLES = REPO / "examples" / "sql"
 GENES = Vocabulary.from_file(GOLDEN / "checkpoint_flash" / "vocab.json").tokens[:40]
 STRUCT = "struct(x_data, x_indices, x_indptr, adata_obs, adata_var, 'cell' as mode, false as need_preprocess)"
 

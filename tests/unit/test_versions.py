@@ -1,12 +1,11 @@
 """The version legs: each is in the workflow, and reads the runtimes' pins as they are published."""
 
-from pathlib import Path
-
 import yaml
 
+from tests.paths import REPO
 from tests.versions import run
 
-WORKFLOW = Path(__file__).parents[1] / ".github" / "workflows" / "test.yml"
+WORKFLOW = REPO / ".github" / "workflows" / "test.yml"
 
 
 def test_workflow_runs_every_version_leg():
@@ -25,4 +24,4 @@ def test_leg_without_its_python_says_so():
 
 
 def test_unit_tests_of_the_legs_exist():
-    assert all((Path(__file__).parent / f"{name}.py").is_file() for name in run.UNIT_TESTS)
+    assert all(len(list(REPO.glob(f"tests/*/{name}.py"))) == 1 for name in run.UNIT_TESTS)

@@ -1,7 +1,6 @@
 """Samples of several rows on Spark: what the rows' tasks and the driver do gives what one AnnData would."""
 
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,8 +21,9 @@ from scgpt_batch.spark.worker import (
     with_its_decisions,
 )
 from tests.helpers import assert_close
+from tests.paths import GOLDEN
 
-CHECKPOINT = Path(__file__).parent / "data/golden/checkpoint_flash"
+CHECKPOINT = GOLDEN / "checkpoint_flash"
 ROWS = "sample_id STRING, adata_id STRING, content_hash STRING, x_data ARRAY<FLOAT>, x_indices ARRAY<INT>, \
 x_indptr ARRAY<BIGINT>, adata_obs STRING, adata_var STRING"
 

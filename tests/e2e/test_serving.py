@@ -7,7 +7,6 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from pathlib import Path
 from threading import Thread
 
 import mlflow
@@ -29,8 +28,8 @@ from scgpt_batch.registry.register import register
 from scgpt_batch.registry.resolve import load
 from tests.endpoint_process import EndpointProcess, payload
 from tests.helpers import assert_close, mlflow_store, random_adata
+from tests.paths import GOLDEN, REPO
 
-GOLDEN = Path(__file__).parent / "data" / "golden"
 GENES = [*Vocabulary.from_file(GOLDEN / "checkpoint_flash" / "vocab.json").tokens[:30], "not-a-gene"]
 UNPROCESSED = {"need_preprocess": False}
 CELLS = {"need_preprocess": False, "mode": "cell"}
@@ -347,7 +346,7 @@ def test_without_the_token_only_health_is_told(guarded):
 
 
 def test_a_crash_in_a_native_fit_costs_one_request(registered, tmp_path):
-    crashing = str(Path(__file__).parent / "faults" / "crashing_fit")  # crashes on fewer than 20 genes
+    crashing = str(REPO / "tests" / "faults" / "crashing_fit")  # crashes on fewer than 20 genes
     fit = {"hvg_flavor": "seurat_v3", "subset_hvg": 5, "filter_gene_by_counts": 0}
     few = to_row(random_adata(6, 12, genes=GENES[:12]))
     with EndpointProcess(registered.uri, tmp_path, path=crashing) as endpoint:

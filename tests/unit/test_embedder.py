@@ -37,9 +37,8 @@ from scgpt_batch.parameters import Parameters
 from scgpt_batch.preprocessing import tokens as tokens_module
 from scgpt_batch.preprocessing.tokens import ScgptTokenizer
 from tests.helpers import assert_close, random_adata
+from tests.paths import DATA, GOLDEN
 
-DATA = Path(__file__).parent / "data"
-GOLDEN = DATA / "golden"
 UNPROCESSED = {"need_preprocess": False}
 CELLS = {"need_preprocess": False, "mode": "cell"}
 BINNED = {"need_preprocess": False, "mode": "contextual", "data_is_binned": True}

@@ -1,7 +1,6 @@
 """The model against the published package's golden outputs, and packing against padding."""
 
 import logging
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +14,7 @@ from scgpt_batch.models.attention import BACKENDS, LONG, Packing, attention, cho
 from scgpt_batch.models.scgpt import build_model, load_checkpoint
 from scgpt_batch.models.scgpt.transformer import SelfAttention, distinct
 from tests.helpers import assert_close
-
-GOLDEN = Path(__file__).parent / "data" / "golden"
+from tests.paths import GOLDEN
 
 
 def golden(name):

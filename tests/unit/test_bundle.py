@@ -2,7 +2,6 @@
 
 import copy
 import tomllib
-from pathlib import Path
 
 import pytest
 import yaml
@@ -18,8 +17,8 @@ from databricks.bundles.volumes import Volume
 from scgpt_batch.cli import main as cli
 from scgpt_batch.databricks import bundle as generator
 from tests import databricks_bundle as bundles
+from tests.paths import REPO
 
-REPO = Path(__file__).parents[1]
 CLASSES = {
     "alerts": Alert,
     "dashboards": Dashboard,

@@ -5,11 +5,12 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+from tests.paths import REPO
+
+BENCHMARKS = REPO / "benchmarks"
 
 KERNEL = """
 import torch

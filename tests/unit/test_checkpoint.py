@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from scgpt_batch.errors import CheckpointError
 from scgpt_batch.models.scgpt import ModelConfig, Vocabulary, build_model, checkpoint_digest, load_checkpoint
 from tests.helpers import assert_close
+from tests.paths import GOLDEN
 
-GOLDEN = Path(__file__).parent / "data" / "golden"
 LAYOUTS = ("flash", "torch")
 EMBEDDING = "encoder.embedding.weight"
 WQKV = "transformer_encoder.layers.1.self_attn.Wqkv.weight"

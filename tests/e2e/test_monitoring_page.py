@@ -2,7 +2,6 @@
 
 import shutil
 from datetime import UTC, datetime
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -12,8 +11,9 @@ from scgpt_batch.cli.main import ALERTS, main
 from scgpt_batch.monitoring import page as pages
 from scgpt_batch.settings import MonitorSettings
 from tests import inference_tables
+from tests.paths import REPO
 
-SCREENSHOTS = Path(__file__).parents[1] / ".cache" / "screenshots"
+SCREENSHOTS = REPO / ".cache" / "screenshots"
 HOSTILE = [
     "<script>window.hacked = 1</script>",
     "</script><img src=x onerror='window.hacked = 1'>",

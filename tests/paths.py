@@ -1,0 +1,7 @@
+"""Where the tests find what they read."""
+
+from pathlib import Path
+
+REPO = Path(__file__).parents[1]
+DATA = REPO / "tests" / "data"
+GOLDEN = DATA / "golden"
