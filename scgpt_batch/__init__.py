@@ -1,6 +1,36 @@
-"""scGPT embeddings for AnnData rows: a Spark batch job, an MLflow model and what they share.
+"""scGPT embeddings of genes and cells: in a notebook, as a Spark batch job, and as an MLflow model.
 
-Nothing is imported here: `scgpt_batch.models` has to run where only torch and numpy are installed.
+    import scgpt_batch as sb
+
+    sb.embed(adata, "scGPT_human")            # adata.obsm["X_scGPT"]
+    sb.gene_embeddings("scGPT_human")         # DataFrame, genes × d
+
+Names are imported when they are first used: `scgpt_batch.models` has to run where only torch and numpy are installed.
 """
 
+from importlib import import_module
+from typing import Any
+
 __version__ = "0.1.0"
+
+_PLACES = {
+    "EmbeddingWarning": "errors",
+    "LoadedModel": "api",
+    "Parameters": "parameters",
+    "embed": "api",
+    "gene_embeddings": "api",
+    "load_model": "api",
+}
+__all__ = ["EmbeddingWarning", "LoadedModel", "Parameters", "embed", "errors", "gene_embeddings", "load_model"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "errors":
+        return import_module("scgpt_batch.errors")
+    if name not in _PLACES:
+        raise AttributeError(f"module 'scgpt_batch' has no attribute {name!r}")
+    return getattr(import_module(f"scgpt_batch.{_PLACES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

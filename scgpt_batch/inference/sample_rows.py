@@ -30,6 +30,20 @@ def statistics(reader: RowReader, row: Row, parameters: Parameters, decisions: D
         return Statistics(left_out=1)
 
 
+def decisions_of_sample(reader: RowReader, rows: Iterable[Row], parameters: Parameters) -> Decisions | None:
+    """Return the decisions of one sample from all of its rows, which are read up to three times.
+
+    Parameters
+    ----------
+    rows
+        The sample's rows; iterated once for each pass.
+    """
+    decisions: Decisions | None = None
+    for _ in range(passes(parameters)):
+        decisions = decide(merge(statistics(reader, row, parameters, decisions) for row in rows), parameters, decisions)
+    return decisions
+
+
 def with_decisions(
     reader: RowReader, rows: Sequence[Row], parameters: Parameters
 ) -> Iterable[tuple[Row, Decisions | None]]:
@@ -45,10 +59,7 @@ def with_decisions(
     for members in samples.values() if parameters.need_preprocess else ():
         if len(members) == 1:
             continue
-        decisions: Decisions | None = None
-        for _ in range(passes(parameters)):
-            parts = [statistics(reader, rows[i], parameters, decisions) for i in members]
-            decisions = decide(merge(parts), parameters, decisions)
+        decisions = decisions_of_sample(reader, [rows[i] for i in members], parameters)
         for i in members:
             decided[i] = decisions
     return zip(rows, decided, strict=True)
