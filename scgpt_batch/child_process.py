@@ -1,6 +1,7 @@
 """A child process that works on one item at a time, so that native code that crashes or hangs costs that item alone."""
 
 import multiprocessing
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -90,6 +91,7 @@ class ChildProcess:
 
 def _serve(pipe: Connection, work: Work) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its children itself
+    _end_with_parent()
     try:
         function = work()
     except Exception as exc:  # sent to the parent, which raises it
@@ -101,6 +103,22 @@ def _serve(pipe: Connection, work: Work) -> None:
             pipe.send(_result(function, pipe.recv()))
         except EOFError:
             return
+
+
+def _end_with_parent() -> None:
+    """Have Linux end this process when its parent dies: a parent that was killed cannot, and native code may never end.
+
+    The end of the pipe that the parent holds closes with it, which sends SIGIO; Python need not run to be ended by it.
+    """
+    parent = multiprocessing.parent_process()
+    if not _LINUX or parent is None:
+        return
+    import fcntl  # Windows has none
+
+    signal.signal(signal.SIGIO, signal.SIG_DFL)
+    pipe = parent.sentinel  # the reading end
+    fcntl.fcntl(pipe, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(pipe, fcntl.F_SETFL, fcntl.fcntl(pipe, fcntl.F_GETFL) | os.O_ASYNC)
 
 
 def _result(function: Callable[[Any], Any], item: Any) -> Any:

@@ -1,0 +1,50 @@
+"""Processes for single items end with the process that started them."""
+
+import ctypes
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.endpoint_process import wait_until
+from tests.paths import REPO
+
+PARENT = """
+import sys
+from scgpt_batch.child_process import ChildProcess
+from tests.unit.test_child_process import hanging
+ChildProcess(hanging).ask(sys.argv[1], 600)
+"""
+
+
+def hanging():
+    """A function that tells its process and then never ends, in native code that keeps Python's lock."""
+
+    def hang(path):
+        Path(path).write_text(str(os.getpid()))
+        ctypes.PyDLL(None).pause()
+
+    return hang
+
+
+def is_running(pid):
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux to end the process")
+def test_a_hanging_process_ends_when_its_parent_is_killed(tmp_path):
+    told = tmp_path / "pid"
+    environment = os.environ | {"PYTHONPATH": str(REPO), "TMPDIR": str(tmp_path)}
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(told)], env=environment)
+    try:
+        wait_until(lambda: told.exists() and told.read_text())
+    finally:
+        parent.kill()
+        parent.wait()
+    wait_until(lambda: not is_running(int(told.read_text())))
