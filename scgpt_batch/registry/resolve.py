@@ -5,11 +5,12 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 import mlflow
 import yaml
 from mlflow.exceptions import MlflowException
-from mlflow.utils.file_utils import get_or_create_nfs_tmp_dir
+from mlflow.utils.file_utils import get_or_create_nfs_tmp_dir, get_or_create_tmp_dir
 from mlflow.utils.nfs_on_spark import get_nfs_cache_root_dir
 
 from scgpt_batch.errors import ConfigError
@@ -63,7 +64,8 @@ def resolve(model_uri: str, *, into: str | None = None) -> ResolvedModel:
     Parameters
     ----------
     into
-        Folder to fetch the files of a registered version into; None: where MLflow keeps them.
+        Folder to fetch the files of a registered version into; None: they are read where MLflow keeps them on this
+        machine, else fetched into a folder that is removed when the process exits.
 
     Raises
     ------
@@ -73,7 +75,7 @@ def resolve(model_uri: str, *, into: str | None = None) -> ResolvedModel:
     try:
         name, version = _name_and_version(model_uri)
         uri = f"models:/{name}/{version}" if version else model_uri
-        folder = Path(_fetched(uri, into) if version else _existing_folder(model_uri))
+        folder = Path(_fetched(name, version, into) if name and version else _existing_folder(model_uri))
         flavor = mlflow.models.Model.load(str(folder)).flavors["python_function"]
         checkpoint = folder / flavor["artifacts"]["checkpoint"]["path"]
         digest = flavor["config"]["checkpoint_digest"]
@@ -86,17 +88,35 @@ def resolve(model_uri: str, *, into: str | None = None) -> ResolvedModel:
     return ResolvedModel(uri, name or folder.name, version or digest[:12], folder, checkpoint, digest)
 
 
-def _fetched(uri: str, into: str | None) -> str:
-    """Fetch a version's files: to the folder that all machines of the cluster share, where there is one.
+def _fetched(name: str, version: str, into: str | None) -> str:
+    """Return the folder with a version's files: MLflow's own if it is on this machine, else one to fetch them into."""
+    in_place = not into and not get_nfs_cache_root_dir() and _is_stored_here(name, version)
+    folder = None if in_place else into or _temporary_folder()
+    return mlflow.artifacts.download_artifacts(f"models:/{name}/{version}", dst_path=folder)
 
-    There `mlflow.pyfunc.spark_udf` puts them too: Databricks has one on each classic cluster, and gives Spark's workers
-    no credentials to fetch for themselves; other clusters name theirs by `spark.mlflow.nfs.rootDir`.
+
+def _is_stored_here(name: str, version: str) -> bool:
+    """Whether MLflow keeps a version's files in a folder of this machine."""
+    if mlflow.get_registry_uri().startswith("databricks"):
+        return False
+    client = mlflow.MlflowClient()
+    place = client.get_model_version_download_uri(name, version)
+    if place.startswith("models:/"):  # the logged model that was registered
+        place = client.get_logged_model(place.removeprefix("models:/")).artifact_location
+    return urlparse(place).scheme in ("", "file")
+
+
+def _temporary_folder() -> str:
+    """Make a folder that MLflow removes when this process exits, or when the Databricks notebook is detached.
+
+    It is in the folder that all machines of the cluster share, if there is one. `mlflow.pyfunc.spark_udf` uses that,
+    too: Databricks has one on each classic cluster, and gives Spark's workers no credentials to fetch for themselves;
+    other clusters name theirs by `spark.mlflow.nfs.rootDir`.
     """
-    if into or not get_nfs_cache_root_dir():
-        return mlflow.artifacts.download_artifacts(uri, dst_path=into)
-    folder = Path(tempfile.mkdtemp(dir=get_or_create_nfs_tmp_dir()))
+    root = get_or_create_nfs_tmp_dir() if get_nfs_cache_root_dir() else get_or_create_tmp_dir()
+    folder = Path(tempfile.mkdtemp(dir=root))
     folder.chmod(0o755)  # workers may be another user
-    return mlflow.artifacts.download_artifacts(uri, dst_path=str(folder))
+    return str(folder)
 
 
 def load(model: ResolvedModel | str) -> Embedder:

@@ -79,10 +79,12 @@ def test_spark_connect_ingests_and_embeds(spark, home, tracking_uri, cells):
     both = (
         f"import sys; from scgpt_batch.cli import main; sys.exit(any(map(main, {[list(map(str, s)) for s in steps]})))"
     )
+    temporary = home / "temporary"
+    temporary.mkdir()
     with connect_server(home) as remote:
-        told = summary(
-            [sys.executable, "-c", both], env=environment(SPARK_REMOTE=remote, PYTHONPATH=str(REPO)), cwd=home
-        )
+        env = environment(SPARK_REMOTE=remote, PYTHONPATH=str(REPO), TMPDIR=str(temporary))
+        told = summary([sys.executable, "-c", both], env=env, cwd=home)
     n_rows = spark.table(rows).count()
     assert (told["rows_ok"], told["rows_failed"], told["cells"]) == (n_rows, 0, 60)
     assert spark.table(out).count() == told["embeddings"] == n_rows * 2200
+    assert not list(temporary.rglob("MLmodel"))  # the files that were fetched from the server
