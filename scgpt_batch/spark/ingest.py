@@ -48,8 +48,26 @@ def ingest(spark: SparkSession, settings: IngestSettings) -> Summary:
     table = tables.table_name(settings.table)
     options = _options(settings)
     sources = find_sources(settings.input)
-    stored = _stored_rows(spark, table)
-    names = name_sources(sources, options.id_from, _names_in_table(stored))
+    while True:
+        stored = _stored_rows(spark, table)
+        names = name_sources(sources, options.id_from, _names_in_table(stored))
+        try:
+            return _ingest_sources(spark, table, sources, names, options, stored)
+        except tables.RowOfAnotherSource:
+            now = name_sources(sources, options.id_from, _names_in_table(_stored_rows(spark, table)))
+            if now == names:
+                raise
+            logger.info("another run has added a file of the same name to %s: reading again under a longer name", table)
+
+
+def _ingest_sources(
+    spark: SparkSession,
+    table: str,
+    sources: Sequence[str],
+    names: Mapping[str, str],
+    options: ReadOptions,
+    stored: Mapping[str, Row],
+) -> Summary:
     states = _states(sources, names, options)
     files_table = tables.beside(table, "_files")
     unchanged = _unchanged(spark, files_table, states, stored)
@@ -237,7 +255,7 @@ def _vanished(spark: SparkSession, table: str, new: DataFrame, sources: Sequence
 
     Raises
     ------
-    ConfigError
+    RowOfAnotherSource
         A new row has the id of another file's row.
     """
     held = tables.read(spark, table, tables.ADATA_ROWS).select("adata_id", F.col("source").alias("held"))
@@ -248,7 +266,7 @@ def _vanished(spark: SparkSession, table: str, new: DataFrame, sources: Sequence
     found = both.collect()
     for row in found:
         if row["source"] is not None:
-            raise ConfigError(
+            raise tables.RowOfAnotherSource(
                 f"{table}: row {row['adata_id']!r} comes from {row['held']}, and {row['source']} would replace it: use "
                 "--id-from path"
             )

@@ -76,6 +76,8 @@ _CHECK = "spark.databricks.delta.replaceWhere.constraintCheck.enabled"
 _CHECK_IS_OURS = Lock()  # runs in threads of one session share its settings
 _VECTOR_LENGTH = "delta.constraints.vector_length"
 
+_ANOTHER_SOURCE = "row of another source"  # raised in SQL, and found in the error's text
+
 COMMIT_TRIES = 12  # over some four minutes
 CREATE_TRIES = 4  # over some seven seconds: another run makes the table at most once
 _NO_TABLE = "holds files that are no Delta table"
@@ -90,6 +92,10 @@ _NO_FOLDER = "No space left, a Read-only file system, no permission, or a file w
 
 _PATH = re.compile(r"delta\.`(?P<path>[^`]+)`")
 _NAME = re.compile(r"(`[^`]+`|\w+)(\.(`[^`]+`|\w+)){0,2}")
+
+
+class RowOfAnotherSource(ConfigError):
+    """A new row has the key of a row that another file gave."""
 
 
 def table_name(given: str) -> str:
@@ -329,6 +335,11 @@ def upsert_rows(spark: SparkSession, table: str, rows: DataFrame, gone: DataFram
     Returns
     -------
     How many rows were inserted or replaced, and how many deleted.
+
+    Raises
+    ------
+    RowOfAnotherSource
+        A row of the table has the `adata_id` of a new one and comes from another `source`; nothing was changed.
     """
     names = rows.columns
     updates, values = ", ".join(f"{n} = s.{n}" for n in names), ", ".join(f"s.{n}" for n in names)
@@ -336,14 +347,18 @@ def upsert_rows(spark: SparkSession, table: str, rows: DataFrame, gone: DataFram
     if gone is not None:
         deleted = gone.select("adata_id", F.lit(True).alias("_gone"))
         source = source.unionByName(deleted, allowMissingColumns=True)
-    merged = _merge(
-        spark, table, source,
-        f"""t.adata_id = s.adata_id
+    clauses = f"""t.adata_id = s.adata_id
         WHEN MATCHED AND s._gone THEN DELETE
+        WHEN MATCHED AND t.source <> s.source THEN UPDATE SET source = raise_error('{_ANOTHER_SOURCE}')
         WHEN MATCHED AND NOT (t.content_hash <=> s.content_hash AND t.sample_id <=> s.sample_id)
         THEN UPDATE SET {updates}
-        WHEN NOT MATCHED AND NOT s._gone THEN INSERT ({", ".join(names)}) VALUES ({values})""",
-    )  # fmt: skip
+        WHEN NOT MATCHED AND NOT s._gone THEN INSERT ({", ".join(names)}) VALUES ({values})"""
+    try:
+        merged = _merge(spark, table, source, clauses)
+    except Exception as exc:  # py4j and Connect have different types for what SQL raises
+        if f"[USER_RAISED_EXCEPTION] {_ANOTHER_SOURCE}" in str(exc):
+            raise RowOfAnotherSource(f"{table}: a new row has the adata_id of a row of another file") from exc
+        raise
     return merged["num_inserted_rows"] + merged["num_updated_rows"], merged["num_deleted_rows"]
 
 
