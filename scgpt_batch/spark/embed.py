@@ -299,7 +299,8 @@ def _counts(job: Job) -> Column:
         return F.col("status") == "ok"
     elsewhere = F.col("error_class").isin(*NOT_THE_ROWS) & ~F.col("environment").eqNullSafe(F.lit(_environment()))
     covered = (F.col("genes_matched") > 0) & (F.col("coverage") >= job.parameters.min_coverage)
-    outdated = elsewhere | ((F.col("error_class") == "LowCoverage") & covered)
+    longer = (F.col("error_class") == "Timeout") & (F.col("row_timeout") < job.settings.row_timeout)
+    outdated = elsewhere | longer | ((F.col("error_class") == "LowCoverage") & covered)
     return (F.col("status") == "ok") | ~F.coalesce(outdated, F.lit(False))
 
 
@@ -509,7 +510,11 @@ def _ledger_lines(job: Job, reports: DataFrame, members: pd.DataFrame) -> DataFr
         reports = reports.join(_of_members(job, members), "adata_id", "left")
         warnings = F.when(F.isnull("warning"), F.col("warnings")).otherwise(F.concat("warnings", F.array("warning")))
         reports = reports.withColumn("warnings", warnings)
-    stamps = _stamps(job) | {"at": F.current_timestamp(), "environment": F.lit(_environment())}
+    stamps = _stamps(job) | {
+        "at": F.current_timestamp(),
+        "environment": F.lit(_environment()),
+        "row_timeout": F.lit(float(job.settings.row_timeout)),
+    }
     return _as_in_table(job, reports.withColumns(stamps), job.ledger).repartition(1)
 
 

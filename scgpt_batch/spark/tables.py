@@ -52,7 +52,7 @@ LEDGER = """
     adata_id STRING, content_hash STRING, mode STRING, model_name STRING, model_version STRING, params_hash STRING,
     status STRING, cells BIGINT, embeddings BIGINT, genes_in INT, genes_matched INT, coverage DOUBLE,
     warnings ARRAY<STRING>, error_class STRING, error_message STRING, run_id STRING, at TIMESTAMP,
-    sample_id STRING, sample_hash STRING, environment STRING
+    sample_id STRING, sample_hash STRING, environment STRING, row_timeout DOUBLE
 """
 RUNS = """
     run_id STRING, started_at TIMESTAMP, finished_at TIMESTAMP, status STRING, mode STRING, model_uri STRING,

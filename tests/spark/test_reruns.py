@@ -1,0 +1,159 @@
+"""What a later run embeds again, and what it removes: end to end, on real Spark, Delta and MLflow."""
+
+import base64
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from scgpt_batch import __version__
+from scgpt_batch.cli.main import OK, WRONG_USAGE
+from scgpt_batch.registry.resolve import resolve
+from scgpt_batch.registry.sample_answers import sample_path
+from tests.helpers import assert_close, small_rows, write_rows
+
+CELL = ["--mode", "cell", "--need-preprocess", "false", "--data-is-raw", "true"]
+CONTEXTUAL = ["--mode", "contextual", "--data-is-raw", "true", "--subset-hvg", "0"]
+
+
+@pytest.fixture
+def table(tmp_path):
+    return f"delta.`{tmp_path}/rows`"
+
+
+@pytest.fixture
+def out(tmp_path):
+    return f"delta.`{tmp_path}/out`"
+
+
+@pytest.fixture
+def embed(run, model, table, out):
+    """Run `embed` over the table; give its exit code, its JSON line and its standard error."""
+
+    def call(*flags, model_uri=model, output=out):
+        words = ["--model-uri", model_uri, "--input-table", table, "--output-table", output]
+        return run("embed", *words, *flags)
+
+    return call
+
+
+def with_samples(golden, samples):
+    """A row of three cells for each name in `samples`, which is the name of its sample, or None."""
+    rows = small_rows(len(samples), golden)
+    return [row | {"sample_id": sample} for row, sample in zip(rows, samples, strict=True)]
+
+
+def ids(spark, table):
+    return {row[0] for row in spark.table(table).select("adata_id").distinct().collect()}
+
+
+def beside(table, name):
+    return f"{table[:-1]}_{name}`"
+
+
+# Failed rows that are tried again
+
+
+@pytest.mark.parametrize(
+    ("failure", "flags", "taken"),
+    [
+        ("error_class = 'Timeout'", ["--row-timeout", "60"], 0),
+        ("error_class = 'Timeout'", ["--row-timeout", "30"], 0),
+        ("error_class = 'Timeout'", ["--row-timeout", "61"], 1),
+        ("error_class = 'Timeout', row_timeout = null", ["--row-timeout", "61"], 0),
+        ("error_class = 'PayloadError'", ["--row-timeout", "61"], 0),
+        ("error_class = 'WorkerCrash'", ["--row-timeout", "61"], 0),
+        ("error_class = 'WorkerCrash', environment = 'torch 1'", [], 1),
+        ("error_class = 'PayloadError', environment = 'torch 1'", [], 0),
+        ("error_class = 'LowCoverage', genes_matched = 4, coverage = 0.15", [], 0),
+        ("error_class = 'LowCoverage', genes_matched = 4, coverage = 0.15", ["--min-coverage", "0.1"], 1),
+    ],
+)
+def test_failed_row_is_tried_again_when_its_reason_is_gone(spark, embed, table, out, golden, failure, flags, taken):
+    write_rows(spark, small_rows(2, golden), table)
+    assert embed(*CELL, "--row-timeout", "60")[1]["rows_ok"] == 2
+    spark.sql(f"UPDATE {beside(out, 'ledger')} SET status = 'failed', {failure} WHERE adata_id = 'good-000'")
+    told = embed(*CELL, *flags)[1]
+    assert (told["rows_ok"], told["rows_skipped"]) == (taken, 2 - taken)
+
+
+# Rows that are gone
+
+
+def test_embed_removes_what_the_tables_hold_of_deleted_rows(spark, embed, table, out, golden):
+    write_rows(spark, small_rows(3, golden), table)
+    assert embed(*CELL)[1]["rows_removed"] == 0
+    spark.sql(f"DELETE FROM {table} WHERE adata_id = 'good-001'")
+    told = embed(*CELL)[1]
+    assert [told[key] for key in ("rows_in", "rows_ok", "rows_skipped", "rows_removed")] == [2, 0, 2, 1]
+    assert ids(spark, out) == ids(spark, beside(out, "ledger")) == {"good-000", "good-002"}
+    assert embed(*CELL)[1]["rows_removed"] == 0
+    runs = spark.table(beside(out, "runs")).orderBy("started_at").collect()
+    assert [row["rows_removed"] for row in runs] == [0, 1, 0]
+
+
+def test_means_follow_the_rows_that_are_deleted_from_a_sample(spark, embed, table, out, golden, tmp_path):
+    write_rows(spark, with_samples(golden, ["s", "s", "t", "t"]), table)
+    assert embed(*CONTEXTUAL)[1]["rows_ok"] == 4
+    spark.sql(f"DELETE FROM {table} WHERE adata_id = 'good-001' OR sample_id = 't'")
+    told = embed(*CONTEXTUAL)[1]
+    assert [told[key] for key in ("rows_ok", "rows_skipped", "rows_removed")] == [1, 0, 3]
+    assert ids(spark, out) == {"s"} and ids(spark, beside(out, "ledger")) == {"good-000"}
+    assert_same_means(spark, embed, out, f"delta.`{tmp_path}/anew`")
+
+
+def assert_same_means(spark, embed, out, anew):
+    """Embed the table into an empty output; its lines are those of `out`."""
+    assert embed(*CONTEXTUAL, output=anew)[0] == OK
+    found, wanted = (spark.table(name).orderBy("adata_id", "gene").toPandas() for name in (out, anew))
+    names = ["adata_id", "gene", "n_cells"]
+    assert found[names].to_dict("list") == wanted[names].to_dict("list")
+    assert_close(np.stack(found["embedding"]), np.stack(wanted["embedding"]), atol=1e-6)
+
+
+# A stream
+
+
+def test_stream_embeds_the_whole_sample_of_a_new_row(spark, embed, table, out, golden, tmp_path):
+    stream = ["--trigger", "available-now", "--checkpoint-location", str(tmp_path / "checkpoint")]
+    rows = with_samples(golden, ["s", "s", "s", "t"])
+    write_rows(spark, [rows[0], rows[1], rows[3]], table)
+    assert embed(*CONTEXTUAL, *stream)[1]["rows_ok"] == 3
+    write_rows(spark, [rows[2]], table)
+    told = embed(*CONTEXTUAL, *stream)[1]
+    assert (told["rows_ok"], told["rows_skipped"]) == (3, 1)
+    assert_same_means(spark, embed, out, f"delta.`{tmp_path}/anew`")
+
+
+# Other code than that of the registration
+
+
+@pytest.fixture
+def other_model(model, tmp_path):
+    """The registered version as other code left it: its source differs, and one number of its stored answers."""
+    folder = tmp_path / "model"
+    shutil.copytree(resolve(model).folder, folder)
+    (folder / "code" / "scgpt_batch" / "errors.py").write_text("# older")
+    path = sample_path(resolve(str(folder)))
+    sample = json.loads(path.read_text())
+    answer = sample["cases"][0]["answers"][0]
+    vectors = np.frombuffer(base64.b64decode(answer["embeddings_base64"]), "<f4") + np.float32(1e-3)
+    answer["embeddings_base64"] = base64.b64encode(vectors.tobytes()).decode()
+    path.write_text(json.dumps(sample))
+    return str(folder)
+
+
+def test_other_code_ends_the_run_before_anything_is_written(spark, embed, table, out, golden, other_model, tmp_path):
+    write_rows(spark, small_rows(2, golden), table)
+    code, _, err = embed(*CELL, model_uri=other_model)
+    assert code == WRONG_USAGE and "--allow-other-code" in err.strip().splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_code_that_is_allowed_is_stamped(spark, embed, table, out, golden, other_model):
+    write_rows(spark, small_rows(2, golden), table)
+    assert embed(*CELL, "--allow-other-code", "true", model_uri=other_model)[0] == OK
+    for name in (out, beside(out, "runs")):
+        stamps = {row[0] for row in spark.table(name).select("package_version").collect()}
+        assert stamps == {f"{__version__}+other-code"}
