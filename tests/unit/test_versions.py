@@ -1,5 +1,6 @@
 """The version legs: each is in the workflow, and reads the runtimes' pins as they are published."""
 
+import pytest
 import yaml
 
 from tests.paths import REPO
@@ -25,3 +26,10 @@ def test_leg_without_its_python_says_so():
 
 def test_unit_tests_of_the_legs_exist():
     assert all(len(list(REPO.glob(f"tests/*/{name}.py"))) == 1 for name in run.UNIT_TESTS)
+
+
+@pytest.mark.parametrize(
+    ("other", "same"), [("2", True), ("2.0", True), ("2.0.0", True), ("2.1", False), ("20", False)]
+)
+def test_trailing_zeros_do_not_make_another_version(other, same):
+    assert run.same_version("2.0", other) is same

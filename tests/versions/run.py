@@ -7,6 +7,7 @@ Without a leg all run. Each leg ends with a line of its own; a leg whose Python 
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -54,6 +55,7 @@ class Leg:
 
 LEGS = (
     Leg("pins-3.11", "3.11", ("-c", str(REPO / "constraints.txt"))),
+    Leg("newest-3.11", "3.11"),
     Leg("newest-3.12", "3.12"),
     Leg("newest-3.13", "3.13"),
     Leg("lowest-3.11", "3.11", ("--resolution", "lowest-direct")),
@@ -119,7 +121,7 @@ def run_runtime(name: str, wheel: Path, folder: Path) -> None:
     pins = RUNTIME_LEGS[name]
     resolved = after_install(pins, wheel, folder / f"{name}.txt")
     before = versions(pins.read_text())
-    replaced = {package: v for package, v in resolved.items() if package in before and before[package] != v}
+    replaced = {name: v for name, v in resolved.items() if name in before and not same_version(before[name], v)}
     lines = [f"{package} {before[package]} -> {version}" for package, version in sorted(replaced.items())]
     print(f"{name}: the install replaces {len(lines)} of {len(before)}: {', '.join(lines) or 'nothing'}", flush=True)
     kept = [f"{package}=={version}" for package, version in resolved.items() if not package.startswith(TORCH)]
@@ -142,6 +144,12 @@ def versions(text: str) -> dict[str, str]:
     """Read `name==version` lines."""
     lines = (line.split("#")[0].split(";")[0].strip() for line in text.splitlines())
     return {name.lower(): version for name, _, version in (line.partition("==") for line in lines) if version}
+
+
+def same_version(one: str, other: str) -> bool:
+    """Whether two spellings are one version: 0.108 is 0.108.0."""
+    shortest = [re.sub(r"(\.0)+$", "", version) for version in (one, other)]
+    return shortest[0] == shortest[1]
 
 
 def check(environment: Path, work: Path, names: Sequence[str] = UNIT_TESTS) -> None:
