@@ -4,6 +4,7 @@
 
     sb.embed(adata, "scGPT_human")            # adata.obsm["X_scGPT"]
     sb.gene_embeddings("scGPT_human")         # DataFrame, genes × d
+    sb.read_embeddings("/data/cell_embeddings", adata=adata)
 
 Names are imported when they are first used: `scgpt_batch.models` has to run where only torch and numpy are installed.
 """
@@ -20,8 +21,20 @@ _PLACES = {
     "embed": "api",
     "gene_embeddings": "api",
     "load_model": "api",
+    "read_embeddings": "embedding_tables",
+    "similar_genes": "embedding_tables",
 }
-__all__ = ["EmbeddingWarning", "LoadedModel", "Parameters", "embed", "errors", "gene_embeddings", "load_model"]
+__all__ = [
+    "EmbeddingWarning",
+    "LoadedModel",
+    "Parameters",
+    "embed",
+    "errors",
+    "gene_embeddings",
+    "load_model",
+    "read_embeddings",
+    "similar_genes",
+]
 
 
 def __getattr__(name: str) -> Any:

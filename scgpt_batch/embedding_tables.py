@@ -1,0 +1,346 @@
+"""Embedding tables in AnnData, pandas, polars or Arrow, without Spark: Delta is read by delta-rs.
+
+Vectors of different models, versions or parameters are not comparable, so one reading never mixes them.
+"""
+
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from scgpt_batch.errors import ConfigError, EmbeddingWarning
+from scgpt_batch.io.rows import unique_cell_names
+
+MODEL = ("mode", "model_name", "model_version", "params_hash")  # columns that tell one model's vectors from another's
+_PATH = re.compile(r"delta\.`(?P<path>[^`]+)`")
+
+Form = Literal["anndata", "pandas", "polars", "arrow"]
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Lines of an embedding table, of one model per mode.
+
+    Attributes
+    ----------
+    table
+        The table's columns; each key (adata_id and cell_id, or adata_id, group and gene) once per mode.
+    source
+        The table as it was named.
+    """
+
+    table: pa.Table
+    source: str
+
+    @property
+    def are_cells(self) -> bool:
+        """Whether the vectors are of cells, not of genes."""
+        return "cell_id" in self.table.column_names
+
+    @property
+    def vectors(self) -> np.ndarray:
+        """The embeddings: float32, (lines, d)."""
+        column = self.table["embedding"].combine_chunks()
+        return column.flatten().to_numpy(zero_copy_only=False).astype(np.float32).reshape(len(column), -1)
+
+    def frame(self) -> pd.DataFrame:
+        """Return the columns without the vectors."""
+        return self.table.drop_columns(["embedding"]).to_pandas()
+
+    def record(self) -> dict[str, Any]:
+        """Say in `uns["scgpt"]` what the vectors are of."""
+        first = self.table.select(list(MODEL)).slice(0, 1).to_pylist()[0]
+        return {"model": first["model_name"], "version": first["model_version"], "mode": first["mode"],
+                "params_hash": first["params_hash"], "table": self.source}  # fmt: skip
+
+
+def read_embeddings(
+    table: str | Path,
+    *,
+    adata: ad.AnnData | None = None,
+    mode: str | None = None,
+    model_version: str | None = None,
+    run_id: str | None = None,
+    to: Form = "anndata",
+    key_added: str = "X_scGPT",
+) -> Any:
+    """Read an embedding table that `scgpt-batch embed` wrote. No Spark is needed for a table at a path.
+
+    Parameters
+    ----------
+    table
+        A path, ``delta.`path` `` or, inside a Spark session, a name `catalog.schema.table`.
+    adata
+        Put the vectors into this AnnData: those of cells by `obs_names`, those of genes by `var_names`.
+    mode, model_version, run_id
+        Keep the lines with this value. By default the model that wrote last is read, for each mode.
+    to
+        "anndata", "pandas", "polars" or "arrow". The last three return all columns of the table.
+    key_added
+        Key in `obsm` or `varm`.
+
+    Returns
+    -------
+    With `to` "anndata": `adata` with `obsm[key_added]` or `varm[key_added]` (NaN where the table has no vector), or
+    without `adata` a new AnnData whose obs (var) are the table's cells (genes).
+
+    Raises
+    ------
+    ConfigError
+        There is no such table, or no line is left; for "anndata" also: several modes, several vectors of one gene
+        (contextual vectors of several samples or groups), repeated cell names, or no name in common with `adata`.
+
+    Examples
+    --------
+    >>> adata = sb.read_embeddings("/data/cell_embeddings", adata=adata)  # doctest: +SKIP
+    >>> frame = sb.read_embeddings("/data/gene_embeddings", mode="static", to="pandas")  # doctest: +SKIP
+    """
+    if to not in ("anndata", "pandas", "polars", "arrow"):
+        raise ConfigError(f"to {to!r} is not one of 'anndata', 'pandas', 'polars', 'arrow'")
+    found = load_embeddings(table, mode=mode, model_version=model_version, run_id=run_id)
+    if to == "arrow":
+        return found.table
+    if to == "pandas":
+        frame = found.table.to_pandas()
+        frame["embedding"] = list(found.vectors)
+        return frame
+    if to == "polars":
+        return _polars().from_arrow(found.table)
+    return _cells_to_anndata(found, adata, key_added) if found.are_cells else _genes_to_anndata(found, adata, key_added)
+
+
+def similar_genes(model_or_table: Any, genes: str | Sequence[str], k: int = 10) -> pd.DataFrame:
+    """Return the genes whose static vectors have the largest cosine similarity to those of `genes`.
+
+    Parameters
+    ----------
+    model_or_table
+        As for `load_model`, or a table of static gene embeddings as for `read_embeddings`.
+    genes
+        Names of genes.
+    k
+        Neighbours of each; the gene itself is not among them.
+
+    Returns
+    -------
+    One row per gene and neighbour, nearest first: gene, rank (from 1), neighbour, similarity.
+
+    Raises
+    ------
+    ConfigError
+        A gene has no vector; the message names it.
+
+    Examples
+    --------
+    >>> sb.similar_genes("scGPT_human", "CD3D", k=3)  # doctest: +SKIP
+    """
+    names, vectors = _static_vectors(model_or_table)
+    return nearest(names, vectors, [genes] if isinstance(genes, str) else list(genes), k)
+
+
+def nearest(names: pd.Index, vectors: np.ndarray, genes: Sequence[str], k: int) -> pd.DataFrame:
+    """Return the k nearest genes of each by cosine similarity; see `similar_genes`."""
+    place = names.get_indexer(genes)
+    if missing := [gene for gene, at in zip(genes, place, strict=True) if at < 0]:
+        raise ConfigError(f"no static vector for {', '.join(missing[:20])}: not among the {len(names):,} genes")
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    similarity = unit[place] @ unit.T  # (asked, genes)
+    similarity[np.arange(len(place)), place] = -np.inf
+    k = min(k, len(names) - 1)
+    top = np.argpartition(-similarity, k - 1, axis=1)[:, :k] if k else np.zeros((len(place), 0), int)
+    rows = np.arange(len(place))[:, None]
+    top = top[rows, np.argsort(-similarity[rows, top], axis=1, kind="stable")]
+    columns = {
+        "gene": np.repeat(np.array(genes, dtype=object), k),
+        "rank": np.tile(np.arange(1, k + 1), len(place)),
+        "neighbour": names.to_numpy(dtype=object)[top].ravel(),
+        "similarity": similarity[rows, top].ravel(),
+    }
+    return pd.DataFrame(columns)
+
+
+def load_embeddings(
+    table: str | Path,
+    *,
+    mode: str | None = None,
+    model_version: str | None = None,
+    run_id: str | None = None,
+) -> Embeddings:
+    """Read the lines of the model that wrote last, for each mode; see `read_embeddings`.
+
+    Warns
+    -----
+    EmbeddingWarning
+        Some cells or genes have vectors of an older model alone; they are left out.
+    """
+    lines = _scan(str(table), {"mode": mode, "model_version": model_version, "run_id": run_id})
+    keys = ["adata_id", "cell_id"] if "cell_id" in lines.column_names else ["adata_id", "group", "gene"]
+    stamps = lines.select([*MODEL, *keys, "embedded_at"]).to_pandas()
+    if not len(stamps):
+        asked = [f"{n} {v!r}" for n, v in (("mode", mode), ("model_version", model_version), ("run_id", run_id)) if v]
+        raise ConfigError(f"{table} has no embeddings" + (f" of {', '.join(asked)}" if asked else ""))
+    newest = stamps.groupby([*MODEL], dropna=False)["embedded_at"].max().reset_index()
+    newest = newest.sort_values("embedded_at").drop_duplicates("mode", keep="last")
+    wanted = pd.MultiIndex.from_frame(newest[[*MODEL]])
+    is_newest = pd.MultiIndex.from_frame(stamps[[*MODEL]]).isin(wanted)
+    kept = stamps[is_newest].sort_values("embedded_at", kind="stable").drop_duplicates(["mode", *keys], keep="last")
+    older = stamps[~is_newest].drop_duplicates(["mode", *keys])
+    left_out = len(older) - older.merge(kept, on=["mode", *keys]).shape[0]
+    if left_out:
+        warnings.warn(
+            f"{table}: {left_out:,} vectors exist only of an older model or of other parameters and are left out; "
+            "embed them again, or name model_version or run_id",
+            EmbeddingWarning,
+            stacklevel=3,
+        )
+    return Embeddings(lines.take(pa.array(np.sort(kept.index.to_numpy()))), str(table))
+
+
+def _scan(table: str, wanted: dict[str, str | None]) -> pa.Table:
+    match = _PATH.fullmatch(table.strip())
+    path = match["path"] if match else table
+    is_path = bool(match) or "/" in path or Path(path).is_dir()
+    conditions = [pc.field(name) == value for name, value in wanted.items() if value is not None]
+    condition = None
+    for one in conditions:
+        condition = one if condition is None else condition & one
+    found = _scan_path(path, condition) if is_path else _scan_name(table, condition)
+    missing = {"adata_id", "embedding", "embedded_at", *MODEL} - set(found.column_names)
+    if missing:
+        raise ConfigError(f"{table} is not an embedding table: it lacks the columns {', '.join(sorted(missing))}")
+    return found
+
+
+def _scan_path(path: str, condition: Any) -> pa.Table:
+    try:
+        from deltalake import DeltaTable
+        from deltalake.exceptions import DeltaError, TableNotFoundError
+    except ModuleNotFoundError as exc:
+        raise ConfigError(f"reading Delta without Spark needs {exc.name}: pip install deltalake") from exc
+    try:
+        dataset = DeltaTable(path).to_pyarrow_dataset()
+    except TableNotFoundError as exc:
+        raise ConfigError(f"no Delta table at {path}") from exc
+    except (DeltaError, OSError) as exc:
+        raise ConfigError(f"{path} cannot be read without Spark: {str(exc).splitlines()[0]}") from exc
+    usable = condition if condition is None or "mode" in dataset.schema.names else None
+    return dataset.to_table(filter=usable)
+
+
+def _scan_name(table: str, condition: Any) -> pa.Table:
+    """Read a named table through the Spark session that is there: names are known to its catalog alone."""
+    try:
+        from pyspark.sql import SparkSession
+    except ModuleNotFoundError:
+        session = None
+    else:
+        session = SparkSession.getActiveSession()
+    if session is None:
+        raise ConfigError(f"{table!r} is a table's name, which only a Spark session knows: give its path")
+    found = session.read.table(table).toArrow()
+    return found if condition is None else found.filter(condition)
+
+
+def _cells_to_anndata(found: Embeddings, adata: ad.AnnData | None, key: str) -> ad.AnnData:
+    _one_mode(found)
+    frame, vectors = found.frame(), found.vectors
+    if adata is None:
+        obs = frame[["adata_id", "cell_id"]]
+        names = obs["cell_id"] if obs["cell_id"].is_unique else obs["adata_id"] + ":" + obs["cell_id"]
+        new = ad.AnnData(obs=obs.set_axis(pd.Index(names.to_numpy(dtype=object), name=None)))
+        new.obsm[key], new.uns["scgpt"] = vectors, found.record()
+        return new
+    names, _ = unique_cell_names(adata.obs_names)  # as ingest names repeated cells
+    here = frame["cell_id"].isin(names)
+    repeated = frame[here & frame["cell_id"].duplicated(keep=False)]
+    if len(repeated):
+        first = repeated["cell_id"].iloc[0]
+        rows = sorted(set(repeated.loc[repeated["cell_id"] == first, "adata_id"]))
+        raise ConfigError(
+            f"{found.source} has several cells named {first!r} (rows {', '.join(rows[:3])}): cell names must be unique "
+            "to find an AnnData's cells; read without adata, and choose by adata_id"
+        )
+    place = pd.Index(frame["cell_id"]).get_indexer(names)
+    adata.obsm[key] = _placed(vectors, place, found, "cells", "obs_names", adata.obs_names)
+    adata.uns["scgpt"] = found.record()
+    return adata
+
+
+def _genes_to_anndata(found: Embeddings, adata: ad.AnnData | None, key: str) -> ad.AnnData:
+    _one_mode(found)
+    names, vectors = _one_vector_a_gene(found)
+    if adata is None:
+        new = ad.AnnData(var=pd.DataFrame(index=names))
+        new.varm[key], new.uns["scgpt"] = vectors, found.record()
+        return new
+    adata.varm[key] = _placed(vectors, names.get_indexer(adata.var_names), found, "genes", "var_names", adata.var_names)
+    adata.uns["scgpt"] = found.record()
+    return adata
+
+
+def _placed(
+    vectors: np.ndarray, place: np.ndarray, found: Embeddings, what: str, names: str, given: pd.Index
+) -> np.ndarray:
+    """Lay vectors in an AnnData's order; NaN where there is none."""
+    missing = int((place < 0).sum())
+    if missing == len(place):
+        raise ConfigError(
+            f"{found.source} has none of the AnnData's {len(place):,} {what} (first: {given[0]!r}): are its {names} "
+            "those of the ingested file?"
+        )
+    if missing and what == "cells":  # most genes have no vector: they did not survive preprocessing
+        message = f"{missing:,} of {len(place):,} cells have no vector in {found.source}: NaN"
+        warnings.warn(message, EmbeddingWarning, stacklevel=4)
+    laid = np.full((len(place), vectors.shape[1]), np.nan, np.float32)
+    laid[place >= 0] = vectors[place[place >= 0]]
+    return laid
+
+
+def _one_mode(found: Embeddings) -> None:
+    modes = pc.unique(found.table["mode"]).to_pylist()
+    if len(modes) > 1:
+        raise ConfigError(f"{found.source} has vectors of the modes {', '.join(map(repr, sorted(modes)))}: give mode")
+
+
+def _one_vector_a_gene(found: Embeddings) -> tuple[pd.Index, np.ndarray]:
+    """Return each gene's vector; static vectors are the same in every row."""
+    frame = found.frame()
+    first = ~frame["gene"].duplicated().to_numpy()
+    if frame["mode"].iloc[0] != "static" and not first.all():
+        gene = frame.loc[~first, "gene"].iloc[0]
+        lines = frame[frame["gene"] == gene]
+        places = ", ".join(
+            f"{row.adata_id}/{row.group}" if row.group else row.adata_id for row in lines[:3].itertuples()
+        )
+        raise ConfigError(
+            f"{found.source} has {len(lines)} contextual vectors of {gene} ({places}): use to='pandas' and choose the "
+            "sample and group"
+        )
+    return pd.Index(frame.loc[first, "gene"].to_numpy(dtype=object)), found.vectors[first]
+
+
+def _static_vectors(model_or_table: Any) -> tuple[pd.Index, np.ndarray]:
+    if isinstance(model_or_table, str | Path):
+        text = str(model_or_table)
+        if _PATH.fullmatch(text.strip()) or (Path(text) / "_delta_log").is_dir():
+            return _one_vector_a_gene(load_embeddings(text, mode="static"))
+    from scgpt_batch.api import gene_embeddings  # torch, which tables are read without
+
+    table = gene_embeddings(model_or_table)
+    return table.index, table.to_numpy()
+
+
+def _polars() -> Any:
+    try:
+        import polars
+    except ModuleNotFoundError as exc:
+        raise ConfigError("to 'polars' needs polars: pip install polars") from exc
+    return polars
