@@ -1,0 +1,92 @@
+"""The documents list what the code has (errors, exit codes, columns), and their links lead somewhere."""
+
+import re
+
+import pytest
+
+from scgpt_batch import errors
+from scgpt_batch.cli.main import ALERTS, FAILED, OK, TOO_MANY_FAILED_ROWS, WRONG_USAGE
+from scgpt_batch.spark import tables
+from tests.paths import REPO
+
+DOCUMENTS = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "benchmarks/README.md",
+    *sorted(f"docs/{p.name}" for p in (REPO / "docs").glob("*.md")),
+]
+CLASSES = [name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, Exception)]
+CODES = (OK, FAILED, WRONG_USAGE, TOO_MANY_FAILED_ROWS, ALERTS)
+
+
+def read(document):
+    return (REPO / document).read_text(encoding="utf-8")
+
+
+def first_cells(document):
+    """The first cell of each table row, without backticks."""
+    return [line.split("|")[1].strip().strip("`") for line in read(document).splitlines() if line.startswith("|")]
+
+
+@pytest.mark.parametrize("name", [name for name in CLASSES if name != "EmbeddingWarning"])
+def test_every_error_class_has_a_cause_and_a_remedy(name):
+    rows = [line for line in read("docs/errors.md").splitlines() if line.startswith(f"| `{name}` |")]
+    assert len(rows) == 1
+    assert all(cell.strip() for cell in rows[0].strip("|").split("|"))
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_every_exit_code_is_explained(code):
+    assert first_cells("docs/errors.md").count(str(code)) == 1
+
+
+@pytest.mark.parametrize("title", ["adata_rows", "files", "gene_embeddings", "cell_embeddings", "ledger", "runs"])
+def test_every_column_of_a_table_is_described(title):
+    section = read("docs/tables.md").split(f"\n## {title}\n")[1].split("\n## ")[0]
+    if title == "cell_embeddings":  # refers to the last columns of gene_embeddings
+        section += read("docs/tables.md").split("\n## gene_embeddings\n")[1].split("\n## ")[0]
+    described = {name for line in section.splitlines() if line.startswith("|") for name in named(line.split("|")[1])}
+    columns = re.findall(r"(?:^|,)\s*`?(\w+)`? [A-Z]", getattr(tables, title.upper()))
+    assert columns and set(columns) <= described
+
+
+def named(cell):
+    return re.findall(r"`(\w+)`", cell)
+
+
+@pytest.mark.parametrize("row", first_cells("CONTRIBUTING.md")[2:])
+def test_private_names_of_other_libraries_are_still_in_use(row):
+    (line,) = [line for line in read("CONTRIBUTING.md").splitlines() if line.startswith("| ") and row in line]
+    _, name, places, _, tests, _ = line.split("|")
+    for place in named_paths(places):
+        source = (REPO / "scgpt_batch" / place).read_text(encoding="utf-8")
+        for used in re.findall(r"`([\w.]+)", name):
+            assert used.rpartition(".")[2] in source, place
+    assert all((REPO / test).exists() for test in named_paths(tests))
+
+
+def named_paths(cell):
+    return re.findall(r"`([\w/]+\.py)`", cell)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_between_documents_lead_somewhere(document):
+    folder = (REPO / document).parent
+    for target in re.findall(r"\]\(([^)\s]+)\)", read(document)):
+        path, _, anchor = target.partition("#")
+        if "://" in path:
+            continue
+        file = folder / path if path else REPO / document
+        assert file.exists(), target
+        if anchor:
+            assert anchor in anchors(file.read_text(encoding="utf-8")), target
+
+
+def anchors(text):
+    """The anchors that GitHub makes of a document's headings."""
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_readme_fits_on_150_lines():
+    assert len(read("README.md").splitlines()) <= 150
