@@ -1,15 +1,15 @@
-# make demo    sets everything up, runs the main job on real cells, shows the result
-# make test    sets everything up, passes checks and tests
-# make numbers       the tests of numbers again, with the kernels of two kinds of older CPUs
-# make test-versions installs the wheel with each Python and set of versions that is supported, and tests it there
-# make check   lint, format, types, import direction
-# make bundle  writes the dashboard and alerts of conf/databricks anew, from the SQL and conf/monitor.yml
-# make parity  compares live with the real scgpt 0.2.4, in an environment of its own
-# make bench   every benchmark against upstream and the machine's limit
-# make faults  break the nightly run for real, and count what is lost or doubled
-# make bench-blog   the blog's wrapper against this job, side by side
-# make bench-serving  the blog's wrapper under mlflow models serve against scgpt-batch serve; 20,000 requests; 10,000 rows
-# make fault-serving  the endpoint killed 50 times under load, 50,000 hostile bodies and 50,000 times random bytes (an hour)
+# make demo    install everything, embed real cells, show the result
+# make test    install everything, run checks and tests
+# make check   lint, format, types, direction of imports
+# make numbers         numerical tests again, with the kernels of two kinds of older CPUs
+# make test-versions   install the wheel with each supported Python and set of versions, and test it there
+# make parity  compare live with the real scgpt 0.2.4, in its own environment
+# make bundle  write the dashboard and alerts of conf/databricks from the SQL and conf/monitor.yml
+# make bench   every benchmark, against scgpt and the machine's limit
+# make bench-blog      the usual Spark wrapper against this job, side by side
+# make bench-serving   the usual wrapper under mlflow models serve against scgpt-batch serve; 20,000 requests; 10,000 rows
+# make faults          break the nightly run for real, and count lost and duplicated rows
+# make fault-serving   kill the endpoint 50 times under load; 50,000 hostile bodies, 50,000 times random bytes (an hour)
 
 PYTHON ?= python3
 VENV := .venv
@@ -21,7 +21,7 @@ export PYTHONUNBUFFERED = 1
 
 setup: $(VENV)/.ready java
 
-# A stamp inside the environment: it is built again when the pins or the project's needs change.
+# A stamp inside the environment: it is rebuilt when the pins or the project's requirements change.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; call make with PYTHON=python3.11")'
 	$(PYTHON) -m venv --clear $(VENV)
@@ -34,7 +34,7 @@ $(UPSTREAM)/.ready: pyproject.toml constraints-upstream.txt $(VENV)/.ready
 	$(VENV)/bin/uv pip install --quiet --compile-bytecode --python $(UPSTREAM)/bin/python -c constraints-upstream.txt -e '.[local,upstream]' pytest
 	touch $@
 
-# Spark needs Java 17 or 21: taken as it is, installed where that needs no question, else asked for.
+# Spark needs Java 17 or 21: used if present, installed if that needs no confirmation, else the user is asked to.
 java:
 	@if ! command -v java >/dev/null && [ -z "$$JAVA_HOME" ]; then \
 	  if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
@@ -45,7 +45,7 @@ java:
 	  fi; \
 	fi
 
-# The test of the monitoring page looks at it in a real browser.
+# A test opens the monitoring report in a real browser.
 chromium:
 	@if ! command -v chromium >/dev/null; then \
 	  if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
@@ -59,12 +59,12 @@ chromium:
 DEMO := $(VENV)/bin/scgpt-batch
 CONF := --config conf/local.yml
 
-# Each step leaves its result in .demo and is not repeated; embed looks for itself what is new.
+# Each step leaves its result in .demo and is not repeated; embed itself finds new rows.
 demo: setup .demo/registered .demo/ingested
 	@echo; echo '--- embed: spark-submit, Delta to Delta'
 	@PYSPARK_PYTHON=$(CURDIR)/$(VENV)/bin/python PATH="$(CURDIR)/$(VENV)/bin:$$PATH" \
 	  $(VENV)/bin/spark-submit --properties-file conf/spark-local.conf jobs/embed_genes.py $(CONF) 2>>.demo/log
-	@echo; echo '--- what came of it'
+	@echo; echo '--- the result'
 	@$(DEMO) summary $(CONF) 2>>.demo/log | sed '$$d'
 	@echo; echo 'The demo checkpoint is made from these cells; it is NOT the published scGPT weights (see README.md).'
 
@@ -92,13 +92,13 @@ check: setup
 test: check chromium numbers
 	$(VENV)/bin/pytest
 
-# torch chooses its kernels by CPU: "default" has no vector instructions, "avx2" none of 512 bits.
+# torch selects its kernels by CPU: "default" has no vector instructions, "avx2" none of 512 bits.
 NUMBERS := tests/unit/test_model.py tests/unit/test_embedder.py
 numbers: setup
 	ATEN_CPU_CAPABILITY=default $(VENV)/bin/pytest $(NUMBERS)
 	ATEN_CPU_CAPABILITY=avx2 $(VENV)/bin/pytest $(NUMBERS)
 
-# LEGS="newest-3.12 lowest-3.11": only these
+# LEGS="newest-3.12 lowest-3.11" runs only these
 test-versions: setup
 	$(VENV)/bin/python -m tests.versions.run $(LEGS)
 

@@ -12,8 +12,13 @@ import umap
 from deltalake import DeltaTable
 
 REPO = Path(__file__).parents[2]
-MARKERS = {"CD3D": "T cells", "MS4A1": "B cells", "LYZ": "monocytes", "NKG7": "NK cells"}
-COLOURS = ("#1f77b4", "#d62728", "#ff7f0e", "#2ca02c")
+# marker -> its cells, its colour, and the side of its genes on which their names have room
+MARKERS = {
+    "CD3D": ("T cells", "#1f77b4", "left"),
+    "MS4A1": ("B cells", "#d62728", "left"),
+    "LYZ": ("monocytes", "#ff7f0e", "right"),
+    "NKG7": ("NK cells", "#2ca02c", "left"),
+}
 NEIGHBOURS, NAMED = 40, 5
 
 
@@ -28,17 +33,16 @@ def main() -> None:
 
     figure, axes = plt.subplots(figsize=(8, 5.2), dpi=110)
     axes.scatter(*places.T, s=3, color="#d0d0d0", linewidths=0)
-    for (marker, cells), colour in zip(MARKERS.items(), COLOURS, strict=True):
+    for marker, (cells, colour, side) in MARKERS.items():
         nearest = np.argsort(-(vectors @ vectors[genes == marker][0]))[: NEIGHBOURS + 1]
         axes.scatter(*places[nearest].T, s=14, color=colour, linewidths=0)
-        left, right = places[nearest, 0].min(), places[nearest, 0].max()
-        on_the_left = (left + right) / 2 < places[:, 0].mean()  # the names stand on the inner side
+        edge = places[nearest, 0].min() if side == "left" else places[nearest, 0].max()
         axes.annotate(
             "\n".join([f"{marker}: {cells}", *genes[nearest[1 : NAMED + 1]]]),
-            (right if on_the_left else left, np.median(places[nearest, 1])),
-            xytext=(6 if on_the_left else -6, 0),
+            (edge, np.median(places[nearest, 1])),
+            xytext=(-6 if side == "left" else 6, 0),
             textcoords="offset points",
-            ha="left" if on_the_left else "right",
+            ha="right" if side == "left" else "left",
             va="center",
             fontsize=9,
             color=colour,

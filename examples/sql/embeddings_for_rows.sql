@@ -1,4 +1,4 @@
--- What are the gene vectors of these rows?  One row for each gene of each row of :table, from the endpoint.
+-- What are the gene vectors of these rows?  One row per gene and row of :table, from the endpoint.
 -- Parameters of the model are columns of the struct. Runs on Databricks, and locally after
 -- scgpt_batch.spark.register_ai_query(spark, endpoints={"scgpt": "http://127.0.0.1:5001"}).
 with answers as (

@@ -1,6 +1,6 @@
--- Which rows of :table does the model refuse, and why?  One row for each that has no answer.
--- Two kinds of error: of a row (with on_error 'record' the model says it in `error`, and answers the other rows of the
--- request), and of a request (failOnError => false: `errorMessage`, where there was no answer at all).
+-- Which rows of :table fail, and why?  One line per row without a result.
+-- An error of a row is in `error` (with on_error 'record'; the other rows of the request get results). An error of a
+-- whole request is in `errorMessage` (with failOnError => false).
 -- Runs on Databricks, and locally after scgpt_batch.spark.register_ai_query (see embeddings_for_rows.sql).
 with answers as (
     select

@@ -1,4 +1,4 @@
--- Which genes lie nearest to :gene?  The :limit nearest among the genes of the rows of :table, by cosine similarity.
+-- Which genes are nearest to :gene?  The :limit nearest among the genes of the rows of :table, by cosine similarity.
 -- Runs on Databricks, and locally after scgpt_batch.spark.register_ai_query (see embeddings_for_rows.sql).
 with answers as (
     select
@@ -13,7 +13,7 @@ vectors as (
     from answers
 ),
 genes as (
-    -- a static vector is the same in every row: one of each gene
+    -- a static vector is the same in every row: keep one per gene
     select found.genes as gene, any_value(found.gene_embeddings) as vector
     from vectors
     group by found.genes

@@ -458,7 +458,7 @@ def test_every_way_to_ask_gives_the_same_answer(deploy, deployed, workspace, mod
     monkeypatch.chdir(tmp_path)
     names = {"adata": from_row(next(small_rows(1, golden)))}
     answers = []
-    for language, text in sections("Ways to ask"):
+    for language, text in sections("Ways to send a request"):
         if language == "python":
             exec(text, names)
             answers.append(names.pop("answer", None))
