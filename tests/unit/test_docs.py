@@ -69,6 +69,11 @@ def named_paths(cell):
     return re.findall(r"`([\w/]+\.py)`", cell)
 
 
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"[\w/]+\.(?:py|sql)\b", read("docs/architecture.md")))))
+def test_files_of_the_architecture_exist(path):
+    assert (REPO / "scgpt_batch" / path).is_file()
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_between_documents_lead_somewhere(document):
     folder = (REPO / document).parent
