@@ -1,5 +1,5 @@
 """The command line: `scgpt-batch COMMAND`, and the same commands as jobs for spark-submit."""
 
-from scgpt_batch.cli.main import entry_point, job, main
+from scgpt_batch.cli.main import entry_point, job
 
-__all__ = ["entry_point", "job", "main"]
+__all__ = ["entry_point", "job"]

@@ -76,9 +76,8 @@ def test_spark_connect_ingests_and_embeds(spark, home, tracking_uri, cells):
         ["embed", "--model-uri", "models:/scgpt/1", "--tracking-uri", tracking_uri, "--input-table", rows,
          "--output-table", out, *BINS_ONLY],
     ]  # fmt: skip
-    both = (
-        f"import sys; from scgpt_batch.cli import main; sys.exit(any(map(main, {[list(map(str, s)) for s in steps]})))"
-    )
+    words = [list(map(str, step)) for step in steps]
+    both = f"import sys; from scgpt_batch.cli.main import main; sys.exit(any(map(main, {words})))"
     temporary = home / "temporary"
     temporary.mkdir()
     with connect_server(home) as remote:
