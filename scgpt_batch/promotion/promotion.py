@@ -197,7 +197,7 @@ def _answers(model: ResolvedModel, questions: Sequence[dict[str, Any]]) -> list[
         asked, told = Path(folder) / "questions.json", Path(folder) / "answers.json"
         asked.write_text(json.dumps(questions), encoding="utf-8")
         # -P: without it this package's folder, with modules named `model` and `samples`, would be on the path
-        command = [sys.executable, "-P", str(Path(__file__).with_name("ask_version.py"))]
+        command = [sys.executable, "-P", str(Path(__file__).with_name("run_version.py"))]
         try:
             done = subprocess.run([*command, str(model.folder.absolute()), asked, told], cwd=folder, check=False,
                                   capture_output=True, text=True, timeout=PROCESS_SECONDS)  # fmt: skip

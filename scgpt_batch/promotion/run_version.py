@@ -1,6 +1,6 @@
 """Run by itself in a fresh process: load one registered version with the code that it carries, and let it answer.
 
-`python -P ask_version.py MODEL_FOLDER QUESTIONS ANSWERS`. Nothing of the installed package is imported here, so that
+`python -P run_version.py MODEL_FOLDER QUESTIONS ANSWERS`. Nothing of the installed package is imported here, so that
 the version's own code answers, as at an endpoint. QUESTIONS and ANSWERS are JSON files:
 [{"rows", "params", "repeats"}] and [{"answers", "seconds"}].
 """

@@ -114,7 +114,7 @@ def broken_copy(model, tmp_path, file, old, new):
 
 
 def test_the_code_that_the_version_carries_is_what_answers(run, model, tmp_path):
-    broken_copy(model, tmp_path, "pyfunc.py", "answer.base64(", "answer.base64and_more(")
+    broken_copy(model, tmp_path, "code/scgpt_batch/registry/signature.py", "answer.base64(", "answer.base64and_more(")
     code, told, _ = run("promote", "--name", model)
     assert (code, told["refused"], alias(model)) == (FAILED, ["parity"], "1")
     assert "base64and_more" in checks(told)["parity"]["message"]

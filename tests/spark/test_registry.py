@@ -137,7 +137,7 @@ def test_nothing_in_the_model_is_a_pickle_that_can_run_code(registered):
     assert [path for path in files if path.suffix == ".pt"] == [registered.checkpoint / "best_model.pt"]
     assert torch.load(registered.checkpoint / "best_model.pt", weights_only=True)
     flavor = mlflow.models.Model.load(str(registered.folder)).flavors["python_function"]
-    assert Path(flavor["model_code_path"]).name == "pyfunc.py" and "python_model" not in flavor
+    assert Path(flavor["model_code_path"]).name == "model_file.py" and "python_model" not in flavor
 
 
 def test_the_model_carries_its_code_and_its_checkpoint_unchanged(registered):
