@@ -65,12 +65,12 @@ def _metrics(workspace: WorkspaceClient, name: str) -> dict[str, dict[str, float
 
 
 def _health(settings: StatusSettings) -> dict[str, Any]:
-    from scgpt_batch.monitoring.monitor import Findings, judge  # Spark, which the rest of `status` does without
+    from scgpt_batch.monitoring.monitor import HealthCheck, check  # needs Spark, the rest of `status` does not
     from scgpt_batch.spark.session import get_spark
 
     named = settings.model_dump(include={"inference_table", "output_table", "runs_table"})
     asked = MonitorSettings.model_validate(named)
-    return judge(Findings(get_spark(settings.spark_conf), asked, datetime.now(UTC)))
+    return check(HealthCheck(get_spark(settings.spark_conf), asked, datetime.now(UTC)))
 
 
 def _tell(told: Summary) -> None:

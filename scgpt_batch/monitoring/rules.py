@@ -1,20 +1,31 @@
-"""The rules of health, over what the SQL found; thresholds are `MonitorSettings`."""
+"""The health rules, each written once: `scgpt-batch monitor` and the SQL alerts of the Databricks bundle use them.
 
-from collections.abc import Iterable, Mapping, Sequence
+A rule reads the result of one query of `sql/` in SQL and compares its `value` with a setting of `MonitorSettings`.
+"""
+
+import operator
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, Literal
 
+from pyspark.sql import DataFrame
+
+from scgpt_batch.monitoring import queries
 from scgpt_batch.settings import MonitorSettings
 
 Severity = Literal["warning", "critical"]
 SEVERITIES: tuple[Severity, ...] = ("warning", "critical")
-Row = Mapping[str, Any]
+
+# Names as in Databricks' SQL alerts.
+OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
+    "GREATER_THAN": operator.gt, "LESS_THAN": operator.lt, "EQUAL": operator.eq, "NOT_EQUAL": operator.ne,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Alert:
-    """One broken rule: what was found, and beyond which threshold."""
+    """A rule that fired: the value found, and the threshold it passed."""
 
     rule: str
     severity: Severity
@@ -23,111 +34,163 @@ class Alert:
     threshold: float | None = None
 
 
+@dataclass(frozen=True)
+class Rule:
+    """A health rule.
+
+    Attributes
+    ----------
+    title
+        What is wrong when it fires; part of the SQL alert's name.
+    queries
+        The queries whose result it can check. The SQL alert runs the first.
+    sql
+        Reads the query's result, named `result`. One row, or several ordered by the worst first: `value`, and what
+        `message` shows. Parameters are settings, `:now`, and `:overdue_since` (`max_run_age_hours` before now).
+    threshold
+        Name of the setting that `value` is compared with, or a fixed value.
+    message
+        Template of the alert's message: columns of `sql`, settings, and `threshold`.
+    missing
+        Template of the message when `sql` returns no row; without it, the rule does not fire then.
+    implied_by
+        `monitor` leaves this rule out when the rule of that name has fired.
+    """
+
+    name: str
+    severity: Severity
+    title: str
+    queries: tuple[str, ...]
+    sql: str
+    operator: str
+    threshold: str | float
+    message: str
+    missing: str = ""
+    implied_by: str = ""
+
+    def limit(self, settings: MonitorSettings) -> float | str:
+        """Return the value of the threshold."""
+        if isinstance(self.threshold, str) and self.threshold in MonitorSettings.model_fields:
+            return getattr(settings, self.threshold)
+        return self.threshold
+
+    def alerts(self, result: DataFrame, settings: MonitorSettings, now: datetime) -> list[Alert]:
+        """Check a query's result; return an alert for each row beyond the threshold."""
+        values = settings.model_dump() | {"now": now, "overdue_since": overdue_since(settings, now)}
+        rows = queries.collect(queries.run_over(result, self.sql, values))
+        if not rows and self.missing:
+            return [self._alert(settings, self.missing, {"value": None})]
+        fires, limit = OPERATORS[self.operator], self.limit(settings)
+        return [self._alert(settings, self.message, row) for row in rows if fires(row["value"], limit)]
+
+    def _alert(self, settings: MonitorSettings, template: str, row: Mapping[str, Any]) -> Alert:
+        limit = self.limit(settings)
+        message = template.format_map({**settings.model_dump(), "threshold": limit, **row})
+        is_bound = self.operator in ("GREATER_THAN", "LESS_THAN")
+        bound = limit if is_bound and not isinstance(limit, str) else None
+        return Alert(self.name, self.severity, message, row["value"], bound)
+
+
+def overdue_since(settings: MonitorSettings, now: datetime) -> datetime:
+    """Return the time by which the last run of the batch job must have started."""
+    return now - timedelta(hours=settings.max_run_age_hours)
+
+
+_ERROR_SHARE = "select {0}_errors / requests as value, requests from result where {0}_errors >= :min_errors"
+_ERRORS = (
+    "{{value:.1%}} of {{requests:.0f}} requests in the last {{hours:g}} h ended in a {0} error, above {{threshold:.1%}}"
+)
+_NO_REQUESTS = "no requests in the last {hours:g} h"
+
+RULES = (
+    Rule(
+        "no_requests", "critical", "no requests", ("endpoint_health",), "select requests as value from result",
+        "EQUAL", 0, message=_NO_REQUESTS, missing=_NO_REQUESTS,
+    ),
+    Rule(
+        "error_rate", "critical", "server errors", ("endpoint_health",), _ERROR_SHARE.format("server"),
+        "GREATER_THAN", "max_error_rate", message=_ERRORS.format("server"),
+    ),
+    Rule(
+        "client_error_rate", "warning", "client errors", ("endpoint_health",), _ERROR_SHARE.format("client"),
+        "GREATER_THAN", "max_client_error_rate", message=_ERRORS.format("client"),
+    ),
+    Rule(
+        "p95", "warning", "slow requests", ("endpoint_health",),
+        "select p95_ms as value from result where p95_ms is not null",
+        "GREATER_THAN", "max_p95_ms",
+        message="95th percentile of the duration is {value:,.0f} ms in the last {hours:g} h, above {threshold:,.0f} ms",
+    ),
+    Rule(
+        "versions", "warning", "several versions answered", ("endpoint_health",),
+        "select size(versions) as value, array_join(versions, ', ') as names from result",
+        "GREATER_THAN", 1,
+        message="{value} versions answered in the last {hours:g} h: {names}",
+    ),
+    Rule(
+        "volume", "warning", "request volume below baseline", ("traffic",),
+        "select share_of_usual as value, requests, usual, hour\n"
+        "from result\n"
+        "where\n"
+        "    hour = (select max(hour) from result)\n"
+        "    and usual >= :min_usual_requests\n"
+        "    and share_of_usual is not null",
+        "LESS_THAN", "min_volume",
+        message="{requests:.0f} requests in the hour from {hour:%Y-%m-%d %H:%M}, {value:.0%} of the usual {usual:.0f}",
+        implied_by="no_requests",
+    ),
+    Rule(
+        "run_late", "warning", "no run finished in time", ("last_runs",),
+        "select timestampdiff(second, max(finished_at), :now) / 3600 as value\n"
+        "from result where status = 'finished' having max(finished_at) is not null",
+        "GREATER_THAN", "max_run_age_hours",
+        message="the last finished run ended {value:.0f} h ago, more than {threshold:g} h",
+        missing="no run of the batch job has finished",
+    ),
+    Rule(
+        # a run that still says 'running' after this time was killed
+        "run_failed", "critical", "the last run failed", ("last_runs",),
+        "select status as value, run_id\n"
+        "from result where status <> 'running' or started_at < :overdue_since\n"
+        "order by started_at desc limit 1",
+        "NOT_EQUAL", "finished",
+        message="the last run, {run_id}, ended with status {value!r}",
+    ),
+    Rule(
+        # the newest run of each mode that had rows to embed: a later run without any mended nothing
+        "rows_failed", "critical", "many rows failed", ("last_runs",),
+        "select rows_failed / (rows_ok + rows_failed) as value, rows_failed, run_id, mode\n"
+        "from (\n"
+        "    select *, row_number() over (partition by mode order by started_at desc) as age\n"
+        "    from result where status = 'finished' and rows_ok + rows_failed > 0\n"
+        ") where age = 1 and finished_at >= :overdue_since\n"
+        "order by value desc",
+        "GREATER_THAN", "max_failed_fraction",
+        message="run {run_id} ({mode}): {value:.0%} of its rows failed ({rows_failed})",
+    ),
+    Rule(
+        "collapse", "critical", "all vectors of a run are alike", ("collapse_genes", "collapse_cells"),
+        "select if(distinct_vectors = 1, 1.0, mean_cosine) as value, run_id, sampled, distinct_vectors, mean_cosine\n"
+        "from result where sampled >= 2 and mean_cosine is not null\n"
+        "order by value desc",
+        "GREATER_THAN", "max_cosine",
+        message="run {run_id}: all its vectors are alike ({distinct_vectors} distinct of {sampled} compared, mean "
+        "cosine {mean_cosine:.5f})",
+    ),
+)  # fmt: skip
+
+
+def check(results: Mapping[str, DataFrame], settings: MonitorSettings, now: datetime) -> list[Alert]:
+    """Check the rules whose query has a result; return the alerts."""
+    found: list[Alert] = []
+    for rule in RULES:
+        result = next((results[name] for name in rule.queries if name in results), None)
+        if result is not None and rule.implied_by not in {alert.rule for alert in found}:
+            found += rule.alerts(result, settings, now)
+    return found
+
+
 def status(alerts: Iterable[Alert]) -> str:
     """Return the worst severity, `ok` without any alert."""
     found = {alert.severity for alert in alerts}
     return next((severity for severity in reversed(SEVERITIES) if severity in found), "ok")
-
-
-def endpoint_alerts(health: Row, last_hour: Row, limits: MonitorSettings) -> list[Alert]:
-    """Judge the endpoint by the answers of `endpoint_health` and the newest hour of `traffic`."""
-    within = f"in the last {limits.hours:g} h"
-    if not health["requests"]:
-        return [Alert("no_requests", "critical", f"no requests {within}", 0)]
-    alerts = _errors(health, limits, within)
-    if (p95 := health["p95_ms"]) is not None and p95 > limits.max_p95_ms:
-        told = f"one request in twenty took {p95:,.0f} ms or more {within}, above {limits.max_p95_ms:,.0f} ms"
-        alerts.append(Alert("p95", "warning", told, p95, limits.max_p95_ms))
-    if len(versions := list(health["versions"])) > 1:
-        told = f"{len(versions)} versions answered {within}: {', '.join(versions)}"
-        alerts.append(Alert("versions", "warning", told, len(versions), 1))
-    return alerts + _volume(last_hour, limits)
-
-
-def _errors(health: Row, limits: MonitorSettings, within: str) -> list[Alert]:
-    """Judge server errors and client errors (status 4xx) apart; a few errors say nothing about a share."""
-    alerts = []
-    kinds: tuple[tuple[str, Severity, str, float], ...] = (
-        ("error_rate", "critical", "server", limits.max_error_rate),
-        ("client_error_rate", "warning", "client", limits.max_client_error_rate),
-    )
-    for rule, severity, kind, limit in kinds:
-        errors = health[f"{kind}_errors"]
-        rate = errors / health["requests"]
-        if errors >= limits.min_errors and rate > limit:
-            told = (
-                f"{rate:.1%} of {health['requests']:.0f} requests ended in a {kind} error {within}, above {limit:.1%}"
-            )
-            alerts.append(Alert(rule, severity, told, rate, limit))
-    return alerts
-
-
-def _volume(last_hour: Row, limits: MonitorSettings) -> list[Alert]:
-    usual, share = last_hour["usual"], last_hour["share_of_usual"]
-    if usual is None or usual < limits.min_usual_requests or share >= limits.min_volume:
-        return []
-    told = (
-        f"{last_hour['requests']:.0f} requests in the hour from {last_hour['hour']:%Y-%m-%d %H:%M}, "
-        f"{share:.0%} of the usual {usual:.0f}"
-    )
-    return [Alert("volume", "warning", told, share, limits.min_volume)]
-
-
-def batch_alerts(runs: Sequence[Row], collapse: Iterable[Row], limits: MonitorSettings, now: datetime) -> list[Alert]:
-    """Judge the batch job by the answers of `last_runs` (newest first) and `collapse_cells` or `collapse_genes`."""
-    alerts = _late(runs, limits, now)
-    ended = [run for run in runs if not _at_work(run, limits, now)]
-    if ended and ended[0]["status"] != "finished":
-        told = f"the last run, {ended[0]['run_id']}, ended as {ended[0]['status']!r}"
-        alerts.append(Alert("run_failed", "critical", told, ended[0]["status"]))
-    alerts += _failed_rows(runs, limits, now)
-    for run in collapse:
-        if _collapsed(run, limits):
-            told = (
-                f"run {run['run_id']}: its vectors are all alike ({run['distinct_vectors']} distinct of "
-                f"{run['sampled']} compared, mean cosine {run['mean_cosine']:.5f})"
-            )
-            alerts.append(Alert("collapse", "critical", told, run["mean_cosine"], limits.max_cosine))
-    return alerts
-
-
-def _late(runs: Sequence[Row], limits: MonitorSettings, now: datetime) -> list[Alert]:
-    finished = [run["finished_at"] for run in runs if run["status"] == "finished"]
-    if not finished:
-        return [Alert("run_late", "warning", "no run of the batch job has finished", None, limits.max_run_age_hours)]
-    age = _hours(max(finished), now)
-    if age <= limits.max_run_age_hours:
-        return []
-    told = f"the last run that finished did so {age:.0f} h ago, more than {limits.max_run_age_hours:g} h"
-    return [Alert("run_late", "warning", told, age, limits.max_run_age_hours)]
-
-
-def _at_work(run: Row, limits: MonitorSettings, now: datetime) -> bool:
-    """Tell whether a run is not over; one that began longer ago than runs are apart was killed."""
-    return run["status"] == "running" and _hours(run["started_at"], now) <= limits.max_run_age_hours
-
-
-def _failed_rows(runs: Sequence[Row], limits: MonitorSettings, now: datetime) -> list[Alert]:
-    """Judge the newest run of each mode that had rows to embed; a run after it that had none mended nothing."""
-    newest: dict[str, Row] = {}
-    for run in runs:
-        if run["status"] == "finished" and run["rows_ok"] + run["rows_failed"] > 0:
-            newest.setdefault(run["mode"], run)
-    alerts = []
-    for run in newest.values():
-        failed = run["rows_failed"] / (run["rows_ok"] + run["rows_failed"])
-        if failed > limits.max_failed_fraction and _hours(run["finished_at"], now) <= limits.max_run_age_hours:
-            told = f"run {run['run_id']} ({run['mode']}): {failed:.0%} of its rows failed ({run['rows_failed']})"
-            alerts.append(Alert("rows_failed", "critical", told, failed, limits.max_failed_fraction))
-    return alerts
-
-
-def _hours(since: datetime, now: datetime) -> float:
-    return (now - since).total_seconds() / 3600
-
-
-def _collapsed(run: Row, limits: MonitorSettings) -> bool:
-    """Tell whether a run's vectors are all alike; one vector alone tells nothing."""
-    if run["sampled"] < 2 or run["mean_cosine"] is None:
-        return False
-    return run["distinct_vectors"] == 1 or run["mean_cosine"] > limits.max_cosine

@@ -15,8 +15,8 @@ import pytest
 from pyspark.sql import functions as F
 
 from scgpt_batch.cli.main import main
-from scgpt_batch.monitoring.monitor import SAMPLE, SHOWN, Findings
-from scgpt_batch.monitoring.rules import batch_alerts, endpoint_alerts
+from scgpt_batch.monitoring import rules
+from scgpt_batch.monitoring.monitor import SAMPLE, TABLE_ROWS, HealthCheck
 from scgpt_batch.settings import MonitorSettings
 from tests import databricks_bundle as bundles
 from tests import inference_tables
@@ -173,18 +173,16 @@ def firing(spark, schema):
     return fired
 
 
-def broken_rules(spark, schema):
-    """The names of the rules that `monitor` finds broken."""
-    limits, now = MonitorSettings(), datetime.now(UTC)
-    found, requests = Findings(spark, limits, now), f"{schema}.requests"
-    (window,) = found.ask("endpoint_health", requests=requests, since=found.window)
-    arrived = now - timedelta(minutes=limits.delay_minutes)
-    traffic = found.ask("traffic", requests=requests, since=found.history, until=arrived)
-    runs = found.ask("last_runs", runs=f"{schema}.gene_embeddings_runs", limit=SHOWN)
-    vectors = {"embeddings": f"{schema}.gene_embeddings", "since": found.history, "sample": SAMPLE}
-    collapse = found.ask("collapse_genes", **vectors)
-    alerts = [*endpoint_alerts(window, traffic[-1], limits), *batch_alerts(runs, collapse, limits, now)]
-    return {alert.rule for alert in alerts}
+def fired_rules(spark, schema):
+    """The names of the rules that fire in `monitor`."""
+    settings, now = MonitorSettings(), datetime.now(UTC)
+    health, requests = HealthCheck(spark, settings, now), f"{schema}.requests"
+    health.run("endpoint_health", requests=requests, since=health.window)
+    arrived = now - timedelta(minutes=settings.delay_minutes)
+    health.run("traffic", requests=requests, since=health.history, until=arrived)
+    health.run("last_runs", runs=f"{schema}.gene_embeddings_runs", limit=TABLE_ROWS)
+    health.run("collapse_genes", embeddings=f"{schema}.gene_embeddings", since=health.history, sample=SAMPLE)
+    return {alert.rule for alert in rules.check(health.results, settings, now)}
 
 
 IN_NINE = "pmod(xxhash64(request_id), 9) = 0"
@@ -227,10 +225,10 @@ STATES = {
 
 
 @pytest.mark.parametrize("state", STATES)
-def test_the_alerts_fire_when_the_rules_of_monitor_are_broken(spark, hour, state):
+def test_sql_alerts_fire_with_the_rules_of_monitor(spark, hour, state):
     changes, broken = STATES[state]
     spark.sql(f"create schema {state}")
     for table in ("requests", "gene_embeddings_runs", "gene_embeddings"):
         spark.sql(f"create view {state}.{table} as {changes.get(table, f'select * from scgpt.{table}')}")
     assert firing(spark, state) == broken
-    assert broken_rules(spark, state) == broken
+    assert fired_rules(spark, state) == broken

@@ -69,7 +69,7 @@ def views(spark, tmp_path_factory, loaded):
 
 
 def asked(spark, name, **parameters):
-    return queries.ask(spark, name, **parameters).toPandas()
+    return queries.run(spark, name, **parameters).toPandas()
 
 
 def since(lines, start):
@@ -261,7 +261,7 @@ def test_a_time_may_also_be_given_as_text(spark, views):
 
 
 def test_a_day_of_requests_reads_only_that_day(spark, views):
-    plan = queries.ask(spark, "recent_requests", requests=views["gateway"], since=SINCE, limit=5)
+    plan = queries.run(spark, "recent_requests", requests=views["gateway"], since=SINCE, limit=5)
     told = plan._jdf.queryExecution().executedPlan().toString()
     assert "GreaterThanOrEqual(request_date,2026-11-14)" in told
     assert "client_request_id" not in told.split("ReadSchema")[-1]

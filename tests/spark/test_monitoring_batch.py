@@ -67,7 +67,7 @@ def trained_on(folder):
 
 
 def asked(spark, name, **parameters):
-    return queries.ask(spark, name, **parameters).toPandas()
+    return queries.run(spark, name, **parameters).toPandas()
 
 
 def table(spark, name):

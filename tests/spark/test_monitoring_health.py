@@ -8,8 +8,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from scgpt_batch.cli.main import ALERTS, OK, WRONG_USAGE, main
+from scgpt_batch.monitoring import rules as health_rules
 from scgpt_batch.monitoring.monitor import monitor
-from scgpt_batch.monitoring.rules import batch_alerts, endpoint_alerts
 from scgpt_batch.settings import MonitorSettings
 from tests import inference_tables
 
@@ -76,7 +76,7 @@ ONE_IN = "pmod(xxhash64(databricks_request_id), {}) = 0"
          "a new version", "a quarter", "four fifths", "an empty hour", "little traffic", "late rows", "no late rows",
          "yesterday", "empty table"],
 )  # fmt: skip
-def test_each_rule_of_the_endpoint_fires_and_does_not(judged, fault, rules):
+def test_each_endpoint_rule_fires_and_does_not(judged, fault, rules):
     assert judged(**fault) == rules
 
 
@@ -92,22 +92,29 @@ def test_each_rule_of_the_endpoint_fires_and_does_not(judged, fault, rules):
         (100, 25, 5, []),
     ],
 )
-def test_errors_are_judged_by_kind_and_from_a_minimum_on(requests, client_errors, server_errors, rules):
-    health = {"requests": requests, "client_errors": client_errors, "server_errors": server_errors,
-              "p95_ms": 1.0, "versions": ["1"]}  # fmt: skip
-    hour = {"usual": None, "share_of_usual": None}
-    assert [alert.rule for alert in endpoint_alerts(health, hour, MonitorSettings())] == rules
+def test_error_rules_need_a_minimum_of_their_kind(spark, requests, client_errors, server_errors, rules):
+    health = spark.createDataFrame(
+        [(float(requests), float(client_errors), float(server_errors), 1.0, ["1"])],
+        "requests double, client_errors double, server_errors double, p95_ms double, versions array<string>",
+    )
+    assert [alert.rule for alert in health_rules.check({"endpoint_health": health}, MonitorSettings(), NOW)] == rules
 
 
 def run(hours_ago, status="finished", ok=9, failed=1, mode="static"):
     """A run that took an hour."""
     ended = NOW - timedelta(hours=hours_ago)
-    return {"run_id": "r", "mode": mode, "status": status, "started_at": ended - timedelta(hours=1),
-            "finished_at": None if status == "running" else ended, "rows_ok": ok, "rows_failed": failed}  # fmt: skip
+    return ("r", mode, status, ended - timedelta(hours=1), None if status == "running" else ended, ok, failed)
+
+
+RUNS = """run_id string, mode string, status string, started_at timestamp, finished_at timestamp, rows_ok bigint,
+          rows_failed bigint"""
 
 
 def vectors(sampled, distinct, cosine):
-    return {"run_id": "r", "sampled": sampled, "distinct_vectors": distinct, "mean_cosine": cosine}
+    return ("r", sampled, distinct, cosine)
+
+
+VECTORS = "run_id string, sampled bigint, distinct_vectors bigint, mean_cosine double"
 
 
 @pytest.mark.parametrize(
@@ -133,8 +140,12 @@ def vectors(sampled, distinct, cosine):
         ([run(1)], [vectors(1, 1, None)], []),
     ],
 )
-def test_each_rule_of_the_batch_job_fires_and_does_not(runs, collapse, rules):
-    assert [alert.rule for alert in batch_alerts(runs, collapse, MonitorSettings(), NOW)] == rules
+def test_each_batch_rule_fires_and_does_not(spark, runs, collapse, rules):
+    results = {
+        "last_runs": spark.createDataFrame(runs, RUNS),
+        "collapse_cells": spark.createDataFrame(collapse, VECTORS),
+    }
+    assert [alert.rule for alert in health_rules.check(results, MonitorSettings(), NOW)] == rules
 
 
 @pytest.fixture(scope="module")
