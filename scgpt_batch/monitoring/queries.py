@@ -16,6 +16,7 @@ from pyspark.sql import DataFrame, SparkSession
 
 from scgpt_batch.errors import ConfigError
 from scgpt_batch.spark import tables
+from scgpt_batch.spark.errors import is_unbound_parameter
 
 REQUESTS, RESULT = "scgpt_requests", "scgpt_query_result"  # temporary views
 
@@ -92,7 +93,7 @@ def _bound(spark: SparkSession, sql: str, parameters: Mapping[str, Any]) -> Data
     try:
         return spark.sql(sql, args=dict(parameters))
     except AnalysisException as exc:
-        if exc.getCondition() not in ("UNBOUND_SQL_PARAMETER", "NOT_A_CONSTANT_STRING.NOT_CONSTANT"):
+        if not is_unbound_parameter(exc):
             raise
         # Delta's parser hides the parameters from Spark 4.1; see spark-local.conf
         raise ConfigError(f"this Spark session cannot bind SQL parameters: set {CONSTANTS_ONLY} to true") from exc

@@ -31,6 +31,7 @@ from pyspark.sql.types import (
 
 from scgpt_batch.errors import ConfigError, ScgptBatchError, in_one_line
 from scgpt_batch.io.rows import PAYLOAD_COLUMNS
+from scgpt_batch.spark.errors import is_conflict, is_folder_refused, is_location_taken
 
 logger = logging.getLogger(__name__)
 
@@ -80,15 +81,14 @@ _ANOTHER_SOURCE = "row of another source"  # raised in SQL, and found in the err
 
 COMMIT_TRIES = 12  # over some four minutes
 CREATE_TRIES = 4  # over some seven seconds: another run makes the table at most once
-_NO_TABLE = "holds files that are no Delta table"
-# how Delta says that another writer was faster, also in making the table; and how we say that it may be making it
-_CONFLICTS = (
-    "DELTA_CONCURRENT", "DELTA_METADATA_CHANGED", "DELTA_PROTOCOL_CHANGED", "ALREADY_EXISTS", "FileAlreadyExists",
-    "DELTA_TABLE_ID_MISMATCH", _NO_TABLE,
-)  # fmt: skip
 
 # what may be in the way; Hadoop's file systems keep the reason to themselves
 _NO_FOLDER = "No space left, a Read-only file system, no permission, or a file where a folder should be"
+
+
+class FolderTaken(ConfigError):
+    """A table's folder holds files that are not a Delta table; another run may be creating the table."""
+
 
 _PATH = re.compile(r"delta\.`(?P<path>[^`]+)`")
 _NAME = re.compile(r"(`[^`]+`|\w+)(\.(`[^`]+`|\w+)){0,2}")
@@ -205,14 +205,14 @@ def _make(spark: SparkSession, table: str, statement: str) -> None:
     try:
         spark.sql(statement)
     except Exception as exc:  # an error of Java's file systems has no class of its own here
-        if "DELTA_CANNOT_CREATE_LOG_PATH" in str(exc):
+        if is_folder_refused(exc):
             raise ScgptBatchError(f"cannot make the folder of {table}: {_NO_FOLDER}") from exc
-        if "NON_EMPTY_LOCATION" not in str(exc):
+        if not is_location_taken(exc):
             raise
     if not exists(spark, table):
-        raise ConfigError(
-            f"the folder of {table} {_NO_TABLE}: name another table, or, where a run was killed while it made this "
-            "one, remove it"
+        raise FolderTaken(
+            f"cannot create table {table}: its folder holds files that are not a Delta table. Name another table; if a "
+            "run was killed while it created this one, remove the folder"
         )
 
 
@@ -314,7 +314,7 @@ def _retried(table: str, write: Callable[[], Written], *, tries: int = COMMIT_TR
         try:
             return write()
         except Exception as exc:  # py4j and Connect have different types for Delta's refusals
-            if attempt + 1 == tries or not any(sign in str(exc) for sign in _CONFLICTS):
+            if attempt + 1 == tries or not (is_conflict(exc) or isinstance(exc, FolderTaken)):
                 raise
             seconds = random.uniform(0.5, 1.5) * 2 ** min(attempt, 5)
             logger.info("%s: another writer was faster; again in %.0f s", table, seconds)

@@ -11,6 +11,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.utils import is_remote
 
 from scgpt_batch.errors import ConfigError, in_one_line
+from scgpt_batch.spark.errors import is_lost_worker
 from scgpt_batch.spark.isolation import ISOLATED
 
 logger = logging.getLogger(__name__)
@@ -18,8 +19,6 @@ logger = logging.getLogger(__name__)
 Used = TypeVar("Used")
 
 TRIES = 3  # the first as fast as possible, the others with each row in a process of its own
-# how Spark says that Python, not a table or the cluster, is at fault
-_LOST_WORKER = ("Python worker", "PythonException", "PYTHON_EXCEPTION", "ExecutorLostFailure")
 
 _WRONG = (
     re.compile(r"(?:ModuleNotFoundError|ImportError): ([^\n]+)"),
@@ -66,7 +65,7 @@ def computed(
                 with _isolation(spark, on=attempt > 0):
                     return use(frames[-1])
             except Exception as exc:  # py4j and Connect have different types for one fact
-                lost = any(sign in str(exc) for sign in _LOST_WORKER) and worker_setup_error(exc) is None
+                lost = is_lost_worker(exc) and worker_setup_error(exc) is None
                 if attempt + 1 == TRIES or not lost:
                     raise
                 logger.warning(

@@ -197,7 +197,7 @@ def test_a_folder_of_other_files_is_refused(spark, table, tmp_path, monkeypatch)
     monkeypatch.setattr(tables, "CREATE_TRIES", 2)
     (tmp_path / "table").mkdir()
     (tmp_path / "table" / "notes.txt").write_text("mine")
-    with pytest.raises(ConfigError, match=r"the folder of delta.* holds files that are no Delta table"):
+    with pytest.raises(ConfigError, match=r"table delta.*: its folder holds files that are not a Delta table"):
         tables.create(spark, table, tables.LEDGER)
     assert [file.name for file in (tmp_path / "table").iterdir()] == ["notes.txt"]
 
