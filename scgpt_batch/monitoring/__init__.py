@@ -1,1 +1,1 @@
-"""Is the endpoint healthy, did the batch job run, are its vectors sound?  SQL, rules over it, a page."""
+"""Monitoring of the endpoint and the batch job: SQL queries, health rules, and an HTML page."""

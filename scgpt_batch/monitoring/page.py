@@ -1,7 +1,7 @@
-"""The page of `monitor --report`: one HTML file that needs no network, readable by eye, keyboard and screen reader.
+"""The page of `monitor --report`: one HTML file that works offline, with a keyboard and with a screen reader.
 
-Each chart stands beside a table of its numbers. Everything that comes from a table is escaped: requesters, error
-texts and ids are what clients sent.
+Each chart is followed by a table of its numbers. Every value from a table is escaped, because clients choose the
+requester, error messages and ids.
 """
 
 import html
@@ -19,49 +19,50 @@ from scgpt_batch.monitoring import queries
 from scgpt_batch.monitoring.rules import Alert, status
 from scgpt_batch.settings import MonitorSettings
 
-# Seen on white and on near-black alike, and told apart by the colour-blind (Okabe and Ito).
+# Readable on white and on near-black, and distinct for colour-blind readers (Okabe and Ito).
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
 
-# Question -> its heading, and the columns of its chart (x first) where it has one.
+# Query -> heading, and the columns of its chart (x first), if it has one.
 SECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "traffic": ("Traffic by hour", ("hour", "requests", "usual", "errors")),
     "daily_performance": ("Latency by day, ms", ("day", "p50_ms", "p95_ms", "p99_ms")),
     "errors": ("Errors by status", ("status_code", "errors")),
-    "versions": ("Versions", ("served_entity", "requests")),
+    "versions": ("Model versions", ("served_entity", "requests")),
     "slow_requests": ("Slowest requests", ()),
     "requesters": ("Requesters", ()),
-    "payloads": ("Payloads by day", ()),
-    "recent_requests": ("Newest requests", ()),
+    "payloads": ("Payload sizes by day", ()),
+    "recent_requests": ("Latest requests", ()),
     "last_runs": ("Batch runs", ()),
-    "cells_per_second": ("Cells a second, by run", ("started_at", "cells_per_second")),
+    "cells_per_second": ("Cells per second by run", ("started_at", "cells_per_second")),
     "failed_rows": ("Failed rows", ()),
-    "coverage": ("Coverage of the vocabulary", ()),
-    "collapse_cells": ("Are cells told apart?", ()),
-    "collapse_genes": ("Are genes told apart?", ()),
+    "coverage": ("Vocabulary coverage by sample", ()),
+    "collapse_cells": ("Cell embedding collapse", ()),
+    "collapse_genes": ("Gene embedding collapse", ()),
 }
-CATEGORIES = ("errors", "versions")  # bars; the others are lines over time
+CATEGORIES = ("errors", "versions")  # drawn as bars; other charts are lines over time
 
 
 def check(report: str) -> None:
-    """Raise ConfigError when a page is wanted and cannot be made."""
+    """Raise ConfigError if a page is requested and cannot be written."""
     if not report:
         return
     lacking = [name for name in ("jinja2", "plotly") if find_spec(name) is None]
     if lacking:
-        raise ConfigError(f"--report needs {' and '.join(lacking)}: pip install 'scgpt_batch[report]'")
+        raise ConfigError(f"--report needs {' and '.join(lacking)}: run pip install 'scgpt_batch[report]'")
     if not Path(report).absolute().parent.is_dir():
-        raise ConfigError(f"cannot write --report {report}: no folder {Path(report).absolute().parent}")
+        folder = Path(report).absolute().parent
+        raise ConfigError(f"cannot write --report {report}: folder {folder} does not exist; create it")
 
 
 def write(
-    settings: MonitorSettings, answers: Mapping[str, pd.DataFrame], alerts: Sequence[Alert], at: datetime
+    settings: MonitorSettings, results: Mapping[str, pd.DataFrame], alerts: Sequence[Alert], at: datetime
 ) -> None:
-    """Write the page of the answers; those that are not there have no section."""
-    Path(settings.report).write_text(render(settings, answers, alerts, at), encoding="utf-8")
+    """Write the page, with a section for each query that has a result."""
+    Path(settings.report).write_text(render(settings, results, alerts, at), encoding="utf-8")
 
 
 def render(
-    settings: MonitorSettings, answers: Mapping[str, pd.DataFrame], alerts: Sequence[Alert], at: datetime
+    settings: MonitorSettings, results: Mapping[str, pd.DataFrame], alerts: Sequence[Alert], at: datetime
 ) -> str:
     """Return the page as text."""
     from jinja2 import Environment, StrictUndefined
@@ -70,20 +71,20 @@ def render(
 
     template = resources.files("scgpt_batch.monitoring").joinpath("page.html.j2").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["spell"] = spell
+    environment.filters["readable"] = readable
     return environment.from_string(template).render(
         settings=settings,
         status=status(alerts),
         alerts=alerts,
         at=at,
-        health=answers["endpoint_health"].iloc[0].to_dict() if "endpoint_health" in answers else None,
-        sections=[_section(name, answers[name]) for name in SECTIONS if name in answers],
+        health=results["endpoint_health"].iloc[0].to_dict() if "endpoint_health" in results else None,
+        sections=[_section(name, results[name]) for name in SECTIONS if name in results],
         plotly=Markup(get_plotlyjs()),
     )
 
 
-def spell(value: Any) -> str:
-    """Write a table's value for people: short numbers, times in UTC, nothing for null."""
+def readable(value: Any) -> str:
+    """Return a table's value as text for people: short numbers, times in UTC, nothing for null."""
     if value is None or value is pd.NaT or (isinstance(value, float) and pd.isna(value)):
         return ""
     if isinstance(value, datetime):
@@ -95,29 +96,29 @@ def spell(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _section(name: str, answer: pd.DataFrame) -> dict[str, Any]:
+def _section(name: str, result: pd.DataFrame) -> dict[str, Any]:
     heading, charted = SECTIONS[name]
     return {
         "id": name,
         "heading": heading,
         "question": queries.question(name),
-        "columns": list(answer.columns),
-        "rows": answer.to_numpy(dtype=object).tolist(),
-        "chart": _chart(name, answer[list(charted)]) if charted and len(answer) else None,
+        "columns": list(result.columns),
+        "rows": result.to_numpy(dtype=object).tolist(),
+        "chart": _chart(name, result[list(charted)]) if charted and len(result) else None,
         "charted": ", ".join(charted[1:]),
     }
 
 
-def _chart(name: str, answer: pd.DataFrame) -> Any:
-    """Draw the columns over the first; return a piece of HTML that needs plotly.js on the page."""
+def _chart(name: str, data: pd.DataFrame) -> Any:
+    """Plot the columns over the first one; return HTML that needs plotly.js on the page."""
     import plotly.graph_objects as go
     from markupsafe import Markup
 
-    # plotly reads tags in labels: what clients sent must not become a link
-    x = [html.escape(spell(value)) for value in answer.iloc[:, 0]]
+    # plotly interprets tags in labels: values that clients chose must not become links
+    x = [html.escape(readable(value)) for value in data.iloc[:, 0]]
     figure = go.Figure()
-    for column, colour in zip(answer.columns[1:], COLOURS, strict=False):
-        y = [None if pd.isna(value) else float(value) for value in answer[column]]
+    for column, colour in zip(data.columns[1:], COLOURS, strict=False):
+        y = [None if pd.isna(value) else float(value) for value in data[column]]
         if name in CATEGORIES:
             figure.add_bar(x=x, y=y, name=column, marker_color=colour)
         else:

@@ -1,4 +1,4 @@
-"""The page of `monitor --report` in a real headless Chromium, with what hostile clients send in the table."""
+"""The page of `monitor --report` in headless Chromium, with values that hostile clients chose."""
 
 import shutil
 from datetime import UTC, datetime
@@ -25,7 +25,7 @@ CHARTS = ["traffic", "daily_performance", "errors", "versions"]
 
 @pytest.fixture(scope="module")
 def page_file(spark, tmp_path_factory):
-    """The page of an endpoint of which a third fails, with markup in every text that a client chooses."""
+    """The page of an endpoint with many failures and markup in every text that a client chooses."""
     lines = inference_tables.requests(1500, until=datetime.now(UTC), days=6)
     for column in ("requester", "served_entity_id", "response", "databricks_request_id"):
         lines[column] = [f"{text} {i}" if column == "databricks_request_id" else text
@@ -39,9 +39,9 @@ def page_file(spark, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def chromium():
-    """The system's Chromium, without its own calls home."""
+    """The system's Chromium, without its background requests."""
     found = shutil.which("chromium")
-    assert found, "no chromium on the PATH: run `make chromium`"
+    assert found, "chromium is not on the PATH: run `make chromium`"
     with sync_playwright() as playwright:
         arguments = ["--no-sandbox", "--disable-background-networking"]
         browser = playwright.chromium.launch(executable_path=found, args=arguments)
@@ -51,7 +51,7 @@ def chromium():
 
 @pytest.fixture(params=["light", "dark"])
 def opened(chromium, page_file, request):
-    """The page in a browser tab, and what the console said and the network was asked for meanwhile."""
+    """The page in a browser tab, with its console messages and network requests."""
     tab = chromium.new_page(color_scheme=request.param, viewport={"width": 1200, "height": 900})
     console, asked = [], []
     tab.on("console", lambda message: console.append(message.text))
@@ -75,7 +75,7 @@ def contrast(front, back):
     return (lighter + 0.05) / (darker + 0.05)
 
 
-def test_charts_are_drawn_the_alert_is_seen_and_nothing_is_fetched_or_run(opened, page_file):
+def test_charts_and_alerts_show_without_network(opened, page_file):
     tab, console, asked, scheme = opened
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     tab.screenshot(path=SCREENSHOTS / f"monitor-{scheme}.png", full_page=True)
@@ -91,7 +91,7 @@ def test_charts_are_drawn_the_alert_is_seen_and_nothing_is_fetched_or_run(opened
     assert tab.locator("td", has_text=HOSTILE[0]).count() > 0
 
 
-def test_text_can_be_read_in_light_and_dark(opened):
+def test_text_has_contrast_in_light_and_dark(opened):
     tab, _, _, scheme = opened
     colours = """selector => [getComputedStyle(document.querySelector(selector)).color,
                               getComputedStyle(document.body).backgroundColor]"""
@@ -106,7 +106,7 @@ def focused(tab):
     return tab.evaluate("[document.activeElement.tagName, document.activeElement.textContent.trim().slice(0, 60)]")
 
 
-def test_everything_is_reached_by_keyboard(opened):
+def test_page_works_by_keyboard(opened):
     tab, *_ = opened
     tab.keyboard.press("Tab")
     assert focused(tab) == ["A", "Skip to the alerts"]
@@ -123,7 +123,7 @@ def test_everything_is_reached_by_keyboard(opened):
     assert sum(tag == "DIV" for tag, _ in visited) == tab.locator("table").count() == 8
 
 
-def test_a_screen_reader_finds_names_and_structure(opened):
+def test_page_has_names_for_screen_readers(opened):
     tab, *_ = opened
     tree = tab.locator("body").aria_snapshot()
     assert 'heading "scgpt_batch health: critical" [level=1]' in tree
@@ -133,9 +133,9 @@ def test_a_screen_reader_finds_names_and_structure(opened):
     assert tab.locator("th:not([scope])").count() == 0 and tab.locator("table:not(:has(caption))").count() == 0
 
 
-def test_without_alerts_and_requests_the_page_says_so():
+def test_page_without_alerts_and_rows():
     answers = {"endpoint_health": pd.DataFrame([{"requests": 0.0, "error_rate": None, "p95_ms": None, "versions": []}],
                                                dtype=object),
                "errors": pd.DataFrame(columns=["status_code", "errors"])}  # fmt: skip
     text = pages.render(MonitorSettings(inference_table="t"), answers, [], datetime.now(UTC))
-    assert "None: all rules are kept." in text and "Nothing to show." in text and "chart-errors" not in text
+    assert "No alerts" in text and "No rows." in text and "chart-errors" not in text

@@ -1,6 +1,6 @@
-"""What Workflows and a SQL warehouse would run, run from the bundle's own files: the jobs, the dashboard, the alerts.
+"""The bundle's jobs, dashboard queries and alerts, run from its own files as Workflows and a SQL warehouse would.
 
-The stand-in for Unity Catalog is Spark's own catalog (`spark_catalog.schema.table`) and MLflow on sqlite.
+Unity Catalog is replaced by Spark's own catalog (`spark_catalog.schema.table`) and MLflow on sqlite.
 """
 
 import importlib
@@ -26,7 +26,7 @@ CATALOG = "spark_catalog"
 
 
 def run_job(job, **parameters):
-    """Run a job's wheel tasks in their order, each through its entry point; give each one's summary."""
+    """Run a job's wheel tasks in order, each through its entry point; return each task's summary."""
     scripts = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["scripts"]
     told = {}
     for task in bundles.in_order(job):
@@ -62,17 +62,17 @@ def workspace(spark, home, golden, pbmc3k):
 
 @pytest.fixture(scope="module")
 def night(workspace, home):
-    """What each task of the nightly job said, in its order."""
+    """The summaries of the nightly job's tasks."""
     return run_job(workspace["jobs"]["nightly"], input=str(home / "*.h5ad"))
 
 
 @pytest.fixture(scope="module")
 def hour(workspace, night):
-    """What the hourly job said, after the night."""
+    """The summaries of the hourly job, run after the nightly job."""
     return run_job(workspace["jobs"]["monitor"])
 
 
-def test_the_nightly_job_goes_from_files_to_judged_embeddings(spark, night):
+def test_nightly_job_embeds_and_monitors(spark, night):
     assert (night["ingest"]["rows"], night["ingest"]["cells"]) == (2, 400)
     for mode in ("static", "contextual"):
         told = night[f"embed_{mode}"]
@@ -85,7 +85,7 @@ def test_the_nightly_job_goes_from_files_to_judged_embeddings(spark, night):
     assert detail["clusteringColumns"] == ["gene"]
 
 
-def test_the_hourly_job_judges_both_and_makes_the_view_that_others_read(spark, hour):
+def test_hourly_job_monitors_and_creates_the_view(spark, hour):
     assert hour["monitor"]["status"] == "ok" and hour["monitor"]["requests"] > 500
     assert hour["monitor"]["last_run_status"] == "finished"
     payload = spark.table("scgpt.scgpt_payload").select("databricks_request_id").distinct().count()
@@ -99,7 +99,7 @@ WIDGETS = [placed["widget"] for page in DASHBOARD["pages"] for placed in page["l
 
 
 def chosen(parameter):
-    """The value that Lakeview passes by default."""
+    """The value that the dashboard passes by default."""
     (one,) = parameter["defaultSelection"]["values"]["values"]
     if parameter["dataType"] == "INTEGER":
         return int(one["value"])
@@ -111,14 +111,14 @@ def chosen(parameter):
 
 @pytest.fixture
 def in_schema(spark):
-    """Names without a schema are looked up in the dashboard's."""
+    """Make the dashboard's schema the current one."""
     spark.sql("use scgpt")
     yield
     spark.sql("use default")
 
 
 @pytest.mark.parametrize("dataset", DASHBOARD["datasets"], ids=lambda one: one["name"])
-def test_a_data_set_answers_in_the_columns_that_its_widgets_show(spark, hour, in_schema, dataset):
+def test_data_set_has_the_columns_of_its_widgets(spark, hour, in_schema, dataset):
     values = {one["keyword"]: chosen(one) for one in dataset["parameters"]}
     answer = spark.sql("".join(dataset["queryLines"]), args=values)
     queries = [query["query"] for widget in WIDGETS for query in widget["queries"]]
@@ -127,13 +127,13 @@ def test_a_data_set_answers_in_the_columns_that_its_widgets_show(spark, hour, in
     ]
     assert fields and {field["name"] for field in fields} <= set(answer.columns)
     assert all(field["expression"] == f"`{field['name']}`" for field in fields)
-    silent = {"errors", "slow_requests", "failed_rows", "gene_drift"}  # all is well, and there is one version
-    assert answer.isEmpty() == (dataset["name"] in silent)
+    empty = {"errors", "slow_requests", "failed_rows", "gene_drift"}  # nothing failed, and there is one version
+    assert answer.isEmpty() == (dataset["name"] in empty)
 
 
 @pytest.mark.parametrize("widget", WIDGETS, ids=lambda one: one["name"])
-def test_a_widget_shows_what_it_asks_for(widget):
-    """Every field of its encodings stands in its query, or is a parameter of the data set."""
+def test_widget_shows_the_fields_it_queries(widget):
+    """Each field of its encodings is in its query, or is a parameter of the data set."""
     parameters = {one["name"]: {p["keyword"] for p in one["parameters"]} for one in DASHBOARD["datasets"]}
     shown = set(names_of("fieldName", widget["spec"]["encodings"]))
     asked = [query["query"] for query in widget["queries"]]
@@ -144,7 +144,7 @@ def test_a_widget_shows_what_it_asks_for(widget):
 
 
 def names_of(key, node):
-    """Every value of a key, however deep."""
+    """Every value of a key, at any depth."""
     if isinstance(node, list):
         return [name for one in node for name in names_of(key, one)]
     if not isinstance(node, dict):
@@ -188,9 +188,9 @@ def fired_rules(spark, schema):
 IN_NINE = "pmod(xxhash64(request_id), 9) = 0"
 EARLIER = f"request_time < timestamp '{datetime.now(UTC) - timedelta(hours=3):%Y-%m-%d %H:%M:%S}'"
 RUNS = "from scgpt.gene_embeddings_runs"
-# What is changed in the healthy tables, and which rules that breaks.
+# Changes to the healthy tables, and the rules that then fire.
 STATES = {
-    "healthy": (  # while a run is at work
+    "healthy": (  # while a run is going on
         {"gene_embeddings_runs": f"select * except (status), if(mode = 'static', status, 'running') as status {RUNS}"},
         set(),
     ),
@@ -225,7 +225,7 @@ STATES = {
 
 
 @pytest.mark.parametrize("state", STATES)
-def test_sql_alerts_fire_with_the_rules_of_monitor(spark, hour, state):
+def test_sql_alerts_fire_like_monitor(spark, hour, state):
     changes, broken = STATES[state]
     spark.sql(f"create schema {state}")
     for table in ("requests", "gene_embeddings_runs", "gene_embeddings"):

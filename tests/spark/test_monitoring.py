@@ -1,6 +1,6 @@
-"""The monitoring SQL: each question's answer equals a pandas computation of the same.
+"""The monitoring SQL: each query's result equals a pandas computation.
 
-Asked of generated tables of all three generations, and of the one that our endpoint writes under load.
+Run on generated tables of all three generations, and on the table that our endpoint writes under load.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +30,7 @@ GENES = Vocabulary.from_file(GOLDEN / "checkpoint_flash" / "vocab.json").tokens[
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
-    """The folder of the inference table that an endpoint wrote: eight clients, answers, refusals, large requests."""
+    """The inference table of an endpoint with eight clients: answered, rejected and large requests."""
     folder = tmp_path_factory.mktemp("load")
     one = payload(to_row(random_adata(3, len(GENES), genes=GENES)))
     large = {**one, "adata_obs": one["adata_obs"] + " " * 1_100_000}
@@ -47,7 +47,7 @@ def loaded(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loaded_lines(loaded):
-    """What that table holds, read by another reader."""
+    """The rows of that table, read by delta-rs."""
     lines = DeltaTable(loaded).to_pandas().sort_values("databricks_request_id", ignore_index=True)
     lines["logging_error_codes"] = [list(codes) for codes in lines["logging_error_codes"]]
     return lines.astype(object).where(lines.notna(), None)
@@ -55,7 +55,7 @@ def loaded_lines(loaded):
 
 @pytest.fixture(scope="module")
 def views(spark, tmp_path_factory, loaded):
-    """Table -> the normalising view of it; in the generated ones many requests came twice."""
+    """Table -> its normalised view; the generated tables have many requests twice."""
     folder, made = tmp_path_factory.mktemp("inference"), {}
     for generation in GENERATIONS:
         table = f"delta.`{folder}/{generation}`"
@@ -73,14 +73,14 @@ def asked(spark, name, **parameters):
 
 
 def since(lines, start):
-    """The lines since then, with the weight of each and whether it failed."""
+    """The rows from a time on, with their weight and whether they failed."""
     lines = lines[lines["request_time"] >= start]
     fraction = lines["sampling_fraction"].astype(float).fillna(1)
     return lines.assign(weight=1 / fraction, failed=lines["status_code"] >= 400)
 
 
 def weighted_percentile(lines, q):
-    """The percentile when each request is written as often as it stands for (in hundredths)."""
+    """The percentile with each request repeated by its weight (in hundredths)."""
     known = lines[lines["execution_duration_ms"].notna()]
     values = known["execution_duration_ms"].astype(float)
     return np.percentile(np.repeat(values, np.round(100 * known["weight"]).astype(int)), 100 * q)
@@ -141,7 +141,7 @@ def lines(all_lines, start):
     return since(all_lines, start)
 
 
-def test_each_request_is_there_once_with_all_its_columns(spark, view, all_lines):
+def test_view_has_each_request_once(spark, view, all_lines):
     found = spark.table(view).orderBy("request_id").toPandas()
     wanted = all_lines
     assert found["request_id"].tolist() == wanted["databricks_request_id"].tolist()
@@ -209,7 +209,7 @@ def test_errors(spark, view, start, lines, generation):
             newest["databricks_request_id"], newest["response"])  # fmt: skip
 
 
-def test_traffic_beside_the_same_hour_of_earlier_days(spark, view, all_lines, until):
+def test_traffic_is_compared_with_earlier_days(spark, view, all_lines, until):
     found = asked(spark, "traffic", requests=view, since=until - timedelta(days=5), until=until)
     start = (until - timedelta(days=5)).replace(minute=0, second=0, microsecond=0)
     counted = since(all_lines, start)
@@ -254,20 +254,20 @@ def test_versions_and_requesters(spark, view, start, lines, name, key, column):
             groups[who]["request_time"].min(), groups[who]["request_time"].max()]  # fmt: skip
 
 
-def test_a_time_may_also_be_given_as_text(spark, views):
+def test_times_can_be_text(spark, views):
     by_time = asked(spark, "daily_performance", requests=views["gateway"], since=SINCE)
     by_text = asked(spark, "daily_performance", requests=views["gateway"], since="2026-11-15 12:30:00")
     pd.testing.assert_frame_equal(by_time, by_text)
 
 
-def test_a_day_of_requests_reads_only_that_day(spark, views):
+def test_only_files_of_the_days_are_read(spark, views):
     plan = queries.run(spark, "recent_requests", requests=views["gateway"], since=SINCE, limit=5)
     told = plan._jdf.queryExecution().executedPlan().toString()
     assert "GreaterThanOrEqual(request_date,2026-11-14)" in told
     assert "client_request_id" not in told.split("ReadSchema")[-1]
 
 
-def test_what_is_no_inference_table_is_refused(spark, tmp_path):
+def test_other_tables_are_rejected(spark, tmp_path):
     spark.range(3).write.format("delta").save(str(tmp_path / "other"))
     with pytest.raises(ConfigError, match="request_time"):
         queries.requests_view(spark, f"delta.`{tmp_path}/other`")
@@ -275,7 +275,7 @@ def test_what_is_no_inference_table_is_refused(spark, tmp_path):
         queries.requests_view(spark, f"delta.`{tmp_path}/nothing`")
 
 
-def test_an_analyst_makes_the_view_with_sql_alone(spark, views, tmp_path):
+def test_view_can_be_created_with_sql_alone(spark, views, tmp_path):
     table = inference_tables.write(spark, LINES.head(50), "payload_by_name")
     body = queries.text("requests_gateway").replace("identifier(:inference_table)", table)
     spark.sql(f"create or replace view my_requests as {body}")
@@ -283,6 +283,6 @@ def test_an_analyst_makes_the_view_with_sql_alone(spark, views, tmp_path):
 
 
 @pytest.mark.parametrize("name", queries.names())
-def test_each_file_asks_a_question_in_its_first_line(name):
+def test_first_line_is_a_question(name):
     first = queries.text(name).splitlines()[0]
     assert first.startswith("-- ") and "?" in first

@@ -147,7 +147,7 @@ def pairwise(vectors):
 
 
 @pytest.mark.parametrize("kind", ["cells", "genes"])
-def test_the_canary_compares_the_vectors_of_each_run(spark, runs, kind):
+def test_collapse_compares_vectors_within_each_run(spark, runs, kind):
     lines = table(spark, f"batch_{kind}")
     found = asked(spark, f"collapse_{kind}", embeddings=f"batch_{kind}", since=SINCE, sample=1000).set_index("run_id")
     for run_id, of_run in lines.groupby("run_id"):
@@ -167,7 +167,7 @@ def call(capfd, *argv):
     return code, json.loads(capfd.readouterr().out.strip().splitlines()[-1])
 
 
-def test_monitor_finds_real_runs_healthy_and_shows_them(runs, capfd, tmp_path):
+def test_monitor_reports_healthy_runs(runs, capfd, tmp_path):
     page = tmp_path / "page.html"
     code, told = call(capfd, "--output-table", "batch_genes", "--report", str(page))
     assert (code, told["status"], told["alerts"], told["last_run_status"]) == (OK, "ok", [], "finished")
@@ -181,7 +181,7 @@ def test_monitor_finds_real_runs_healthy_and_shows_them(runs, capfd, tmp_path):
 
 
 @pytest.mark.parametrize("noise", [0.0, 1e-3], ids=["equal", "all but equal"])
-def test_monitor_raises_the_alarm_when_all_cells_are_alike(spark, runs, capfd, noise):
+def test_collapsed_cells_raise_an_alert(spark, runs, capfd, noise):
     one = spark.table("batch_cells").first()["embedding"]
     alike = F.transform(F.array(*map(F.lit, one)), lambda x: (x + noise * (F.rand(1) - 0.5)).cast("float"))
     collapsed = spark.table("batch_cells").withColumns({"embedding": alike, "run_id": F.lit("collapsed")})
@@ -193,7 +193,7 @@ def test_monitor_raises_the_alarm_when_all_cells_are_alike(spark, runs, capfd, n
     assert "collapsed" in told["alerts"][0]["message"]
 
 
-def test_monitor_tells_of_a_failed_and_of_a_late_run(spark, runs, capfd):
+def test_failed_and_late_runs_raise_alerts(spark, runs, capfd):
     last = spark.table("batch_cells_runs")
     last.withColumn("status", F.lit("failed")).createOrReplaceTempView("failed_runs")
     code, told = call(capfd, "--runs-table", "failed_runs")

@@ -1,4 +1,4 @@
-"""`scgpt-batch monitor` and `maintain` as commands: each rule fires and does not, exit codes, webhook, retention."""
+"""The commands `monitor` and `maintain`: health rules, exit codes, webhook, retention."""
 
 import json
 import threading
@@ -26,7 +26,7 @@ def healthy(spark):
 
 @pytest.fixture
 def judged(spark, healthy):
-    """Judge the healthy table after a change to its columns or rows; give the rules that fired."""
+    """Monitor the healthy table after a change to its columns or rows; return the rules that fired."""
 
     def judge(change="1 = 1", *, where="true", **settings):
         name, _, value = change.partition(" = ")
@@ -65,7 +65,7 @@ ONE_IN = "pmod(xxhash64(databricks_request_id), {}) = 0"
         ({"where": f"not ({LAST_HOUR}) or not {ONE_IN.format(5)}"}, {}),
         ({"where": f"not ({LAST_HOUR})"}, {"volume": "warning"}),
         ({"where": f"not ({LAST_HOUR})", "min_usual_requests": 1000}, {}),
-        # the hour that rows may still come for is not judged
+        # an hour whose rows may still arrive is not compared
         ({"where": "request_time < '2026-11-20 11:00:00'"}, {}),
         ({"where": "request_time < '2026-11-20 11:00:00'", "delay_minutes": 0}, {"volume": "warning"}),
         ({"where": "request_time < '2026-11-19 12:00:00'"}, {"no_requests": "critical"}),
@@ -128,10 +128,10 @@ VECTORS = "run_id string, sampled bigint, distinct_vectors bigint, mean_cosine d
         ([run(1, "failed"), run(30)], [], ["run_late", "run_failed"]),
         ([run(0, "running"), run(20)], [], []),
         ([run(0, "running"), run(1, "failed"), run(20)], [], ["run_failed"]),
-        ([run(27, "running"), run(20)], [], ["run_failed"]),  # it was killed
+        ([run(27, "running"), run(20)], [], ["run_failed"]),  # a killed run
         ([run(1, ok=8, failed=2)], [], ["rows_failed"]),
         ([run(1, ok=8, failed=2), run(2, mode="cell"), run(3)], [], ["rows_failed"]),
-        ([run(1, ok=0, failed=0), run(2, ok=0, failed=3)], [], ["rows_failed"]),  # tried again, with nothing to do
+        ([run(1, ok=0, failed=0), run(2, ok=0, failed=3)], [], ["rows_failed"]),  # the retry had no rows to embed
         ([run(1, ok=3, failed=0), run(2, ok=0, failed=3)], [], []),
         ([run(1, mode="cell"), run(30, ok=0, failed=3)], [], []),
         ([run(1)], [vectors(1000, 1, 1.0)], ["collapse"]),
@@ -150,7 +150,7 @@ def test_each_batch_rule_fires_and_does_not(spark, runs, collapse, rules):
 
 @pytest.fixture(scope="module")
 def of_now(spark):
-    """Tables whose last request came just now: a healthy one, one of which two versions answered."""
+    """Tables with recent requests: all well, answered by two versions, and all failed."""
     lines = inference_tables.requests(300, until=datetime.now(UTC), days=2)
     lines["status_code"], lines["execution_duration_ms"], lines["served_entity_id"] = 200, 100, "scgpt-3"
     inference_tables.write(spark, lines, "payload_of_now")
@@ -162,7 +162,7 @@ def of_now(spark):
 
 @pytest.fixture
 def call(capfd):
-    """Run a command; give its exit code, the last line as JSON, and standard error."""
+    """Run a command; return its exit code, its JSON line and standard error."""
 
     def run(*argv):
         capfd.readouterr()
@@ -183,7 +183,7 @@ def call(capfd):
         ("payload_of_errors", "warning", ALERTS, "critical"),
     ],
 )
-def test_the_exit_code_says_whether_an_alert_reaches_fail_on(call, of_now, table, fail_on, code, status):
+def test_exit_code_depends_on_fail_on(call, of_now, table, fail_on, code, status):
     found, told, _ = call("monitor", "--inference-table", table, "--fail-on", fail_on)
     assert (found, told["status"]) == (code, status)
     assert {alert["severity"] for alert in told["alerts"]} <= {"warning", "critical"}
@@ -200,14 +200,14 @@ def test_the_exit_code_says_whether_an_alert_reaches_fail_on(call, of_now, table
         (["--inference-table", "healthy_payload", "--days", "1"], "days"),
     ],
 )
-def test_a_wrong_call_of_monitor_ends_with_one_line(call, healthy, argv, wanted):
+def test_wrong_usage_of_monitor_is_one_line(call, healthy, argv, wanted):
     code, _, err = call("monitor", *argv)
     assert code == WRONG_USAGE and wanted in err.strip().splitlines()[-1]
 
 
 @pytest.fixture
 def webhook():
-    """A place to post to, on this machine: its URL and what came; it answers with the status set."""
+    """A local HTTP server: its URL, the posts it received, and the status it responds with."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
@@ -228,7 +228,7 @@ def webhook():
     server.server_close()
 
 
-def test_alerts_are_posted_as_slack_takes_them(call, of_now, webhook, monkeypatch):
+def test_alerts_are_posted_in_slack_format(call, of_now, webhook, monkeypatch):
     url, came, _ = webhook
     monkeypatch.setenv("SCGPT_BATCH_WEBHOOK_URL", url)
     _, told, _ = call("monitor", "--inference-table", "payload_of_two")
@@ -240,9 +240,7 @@ def test_alerts_are_posted_as_slack_takes_them(call, of_now, webhook, monkeypatc
 
 
 @pytest.mark.parametrize("fault", ["status", "address"])
-def test_alerts_that_cannot_be_posted_are_an_alert_and_the_address_stays_secret(
-    call, of_now, webhook, monkeypatch, fault
-):
+def test_failed_post_is_an_alert_without_the_url(call, of_now, webhook, monkeypatch, fault):
     url, _, state = webhook
     state["status"] = 500
     monkeypatch.setenv("SCGPT_BATCH_WEBHOOK_URL", url if fault == "status" else "http://127.0.0.1:9/secret-path")
@@ -258,7 +256,7 @@ def files(folder):
     return len(list(folder.rglob("*.parquet")))
 
 
-def test_maintain_deletes_old_rows_for_good_and_removes_their_files(spark, call, tmp_path):
+def test_maintain_deletes_old_rows_and_their_files(spark, call, tmp_path):
     folder, today = tmp_path / "payload", datetime.now(UTC)
     table = f"delta.`{folder}`"
     lines = inference_tables.requests(400, until=today, days=200)
@@ -271,17 +269,17 @@ def test_maintain_deletes_old_rows_for_good_and_removes_their_files(spark, call,
     assert sorted(row[0] for row in spark.table(table).select("request_date").collect()) == sorted(kept)
     old = "request_date < date_sub(current_date(), 90)"
     left = spark.read.parquet(*(str(file) for file in folder.glob("*.parquet")))
-    assert left.where(old).count() == 0  # not only hidden by a deletion vector
+    assert left.where(old).count() == 0  # deletion vectors alone would keep them
 
 
-def test_maintain_compacts_and_by_default_deletes_nothing(spark, call, tmp_path):
+def test_maintain_compacts_and_deletes_no_rows(spark, call, tmp_path):
     table = f"delta.`{tmp_path}/small`"
     spark.range(40, numPartitions=8).selectExpr("id", "current_date() as day").write.format("delta").save(
         str(tmp_path / "small")
     )
     code, told, _ = call("maintain", "--table", table)
     assert code == OK and (told["rows_deleted"], told["files_compacted"], told["files_written"]) == (0, 8, 1)
-    assert told["files_vacuumed"] == 0 and files(tmp_path) == 9  # a week's versions can still be read
+    assert told["files_vacuumed"] == 0 and files(tmp_path) == 9  # the last week's versions can still be read
     code, told, _ = call("maintain", "--table", table, "--vacuum-hours", 0, "--force")
     assert (told["files_vacuumed"], files(tmp_path)) == (8, 1)
     assert spark.table(table).count() == 40
@@ -298,7 +296,7 @@ def test_maintain_compacts_and_by_default_deletes_nothing(spark, call, tmp_path)
         (["--table", "not_there"], "not_there"),
     ],
 )
-def test_a_wrong_call_of_maintain_changes_nothing(spark, call, healthy, argv, wanted):
+def test_wrong_usage_of_maintain_changes_nothing(spark, call, healthy, argv, wanted):
     before = spark.sql(f"describe history {healthy}").count()
     code, _, err = call("maintain", "--table", healthy, *argv)
     assert code == WRONG_USAGE and wanted in err.strip().splitlines()[-1]

@@ -36,12 +36,12 @@ TASKS = [(name, task["task_key"]) for name, job in AS_WRITTEN["resources"]["jobs
 
 @pytest.mark.parametrize("form", ["written", "dev", "prod"])
 @pytest.mark.parametrize(("kind", "key"), RESOURCES)
-def test_each_resource_is_one_that_databricks_knows(kind, key, form):
+def test_resource_matches_databricks_class(kind, key, form):
     found = AS_WRITTEN["resources"] if form == "written" else bundles.resolved(form)
     assert CLASSES[kind].from_dict(found[kind][key]).as_dict() == found[kind][key]
 
 
-def test_a_misspelt_field_is_no_resource():
+def test_misspelt_resource_field_is_rejected():
     job = copy.deepcopy(AS_WRITTEN["resources"]["jobs"]["nightly"])
     job["tasks"][0]["python_whel_task"] = job["tasks"][0].pop("python_wheel_task")
     with pytest.raises(ValueError, match="python_whel_task"):
@@ -49,23 +49,23 @@ def test_a_misspelt_field_is_no_resource():
 
 
 @pytest.mark.parametrize("target", AS_WRITTEN["targets"])
-def test_every_reference_leads_somewhere(target):
+def test_references_are_resolved(target):
     assert "${" not in yaml.safe_dump(bundles.resolved(target))
 
 
-def test_a_reference_to_nothing_is_named(monkeypatch):
+def test_unknown_reference_is_named(monkeypatch):
     monkeypatch.delitem(bundles.GIVEN, "notify")
     with pytest.raises(KeyError, match=r"var\.notify"):
         bundles.resolved("prod")
 
 
-def test_every_variable_is_described_and_used():
+def test_variables_are_described_and_used():
     text = "".join(path.read_text() for path in bundles.BUNDLE.rglob("*.yml"))
     for name, variable in AS_WRITTEN["variables"].items():
         assert variable["description"] and f"${{var.{name}}}" in text, name
 
 
-def test_what_files_name_is_there():
+def test_referenced_files_exist():
     (dashboard,) = AS_WRITTEN["resources"]["dashboards"].values()
     assert (bundles.BUNDLE / "resources" / dashboard["file_path"]).is_file()
     wheel = AS_WRITTEN["artifacts"]["wheel"]
@@ -78,7 +78,7 @@ def test_what_files_name_is_there():
 
 
 @pytest.mark.parametrize(("job", "task"), TASKS)
-def test_a_task_runs_a_command_of_the_wheel_that_takes_its_words(job, task):
+def test_task_parameters_are_valid_for_its_command(job, task):
     found = bundles.resolved("prod")["jobs"][job]
     (task,) = (one for one in found["tasks"] if one["task_key"] == task)
     project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
@@ -93,26 +93,26 @@ def test_a_task_runs_a_command_of_the_wheel_that_takes_its_words(job, task):
     assert tables and all(table.startswith("main.scgpt.") for table in tables)
 
 
-def test_the_night_goes_from_files_to_health():
+def test_nightly_tasks_run_in_order():
     tasks = bundles.in_order(AS_WRITTEN["resources"]["jobs"]["nightly"])
     wanted = ["ingest", "embed_static", "embed_contextual", "maintain", "monitor"]
     assert [task["task_key"] for task in tasks] == wanted
 
 
-def test_dashboard_and_alerts_are_what_the_sql_and_the_thresholds_say():
+def test_generated_files_are_up_to_date():
     made = generator.files(bundles.CONF)
     assert [str(path) for path, text in made.items() if path.read_text() != text] == []  # else: make bundle
     assert {path for path in made if path.suffix == ".yml"} == set(bundles.BUNDLE.glob("resources/*.alert.yml"))
 
 
-def test_a_changed_threshold_changes_its_alert(tmp_path):
+def test_threshold_is_written_to_its_alert(tmp_path):
     (tmp_path / "monitor.yml").write_text("monitor: {max_error_rate: 0.25, hours: 2}")
     made = {path.name: text for path, text in generator.files(tmp_path).items()}
     assert "double_value: 0.25" in made["error_rate.alert.yml"] and "120 minutes" in made["error_rate.alert.yml"]
 
 
 @pytest.mark.parametrize("target", AS_WRITTEN["targets"])
-def test_account_users_is_never_given_as_a_workspace_group(target):
+def test_account_users_is_not_a_workspace_group(target):
     permissions = [
         p for kind in bundles.resolved(target).values() for r in kind.values() for p in r.get("permissions", [])
     ]
@@ -120,6 +120,6 @@ def test_account_users_is_never_given_as_a_workspace_group(target):
     assert "users" in groups and "account users" not in groups
 
 
-def test_curators_may_register_models_in_the_schema():
+def test_curators_can_register_models():
     grants = bundles.resolved("prod")["schemas"]["scgpt"]["grants"]
     assert "CREATE_MODEL" in next(grant["privileges"] for grant in grants if grant["principal"] == "curators")

@@ -1,5 +1,6 @@
--- Are all cells of a run alike?  One row for each run since :since; a mean cosine near 1 says that its vectors tell
--- nothing. Of a run, about :sample cells drawn by hash are compared, each pair of them:
+-- Do the cells of a run have distinct embeddings?  One row per run since :since.
+-- A mean cosine near 1 means that the embeddings have collapsed: all cells have nearly the same vector.
+-- About :sample cells per run, drawn by hash, are compared pairwise:
 -- mean cosine = (|sum of unit vectors|² - n) / (n (n - 1)).
 with lines as (
     select run_id, embedding, xxhash64(adata_id, cell_id) as draw

@@ -1,6 +1,7 @@
--- Are all genes of a run alike?  One row for each run since :since; a mean cosine near 1 says that its vectors tell
--- nothing. Of a run, about :sample vectors drawn by hash are compared, as in collapse_cells.sql; a vector that a gene
--- has in many rows (static mode) counts once.
+-- Do the genes of a run have distinct embeddings?  One row per run since :since.
+-- A mean cosine near 1 means that the embeddings have collapsed: all genes have nearly the same vector.
+-- About :sample vectors per run, drawn by hash, are compared as in collapse_cells.sql. A vector that a gene has in many
+-- rows (static mode) counts once.
 with lines as (
     select run_id, gene, embedding, xxhash64(gene, embedding) as draw
     from identifier(:embeddings)

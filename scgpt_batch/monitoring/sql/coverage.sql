@@ -1,5 +1,6 @@
--- How much of each sample does the model know?  One row for each sample and version since :since, the worst first.
--- Coverage is the share of a row's counts that lies in genes of the vocabulary. A row without sample_id is a sample.
+-- What share of each sample is in genes that the model knows?  One row per sample and version since :since, lowest
+-- first.
+-- Coverage is the share of a row's counts in genes of the vocabulary. A row without sample_id is its own sample.
 with lines as (
     select
         *,

@@ -1,5 +1,5 @@
--- How much, how fast, how often wrong?  One row a day (UTC) since :since.
--- Where only a fraction is logged, counts, averages and percentiles are estimates for all requests.
+-- How many requests were there, how fast and how many failed?  One row per day (UTC) since :since.
+-- Where only a fraction of the requests is logged, all numbers are estimates for all requests.
 select
     request_date as day,
     sum(weight) as requests,

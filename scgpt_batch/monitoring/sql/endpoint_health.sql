@@ -1,4 +1,4 @@
--- How does the endpoint do?  One row for the time since :since; what the health rules judge.
+-- How is the endpoint doing?  One row for the time since :since, which the health rules check.
 select
     coalesce(sum(weight), 0) as requests,
     try_divide(sum(if(failed, weight, 0)), sum(weight)) as error_rate,

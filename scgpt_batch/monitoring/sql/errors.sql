@@ -1,4 +1,4 @@
--- What goes wrong?  One row for each failing status since :since, with the newest answer as a sample.
+-- Which errors occurred?  One row per failing status since :since, with its latest response as a sample.
 with failures as (
     select
         status_code,

@@ -1,5 +1,5 @@
--- Which rows have no embeddings, and why?  One row for each class of error, mode and version since :since.
--- A row counts by its newest line in the ledger: one that failed and then passed is not told of.
+-- Which rows have no embeddings, and why?  One row per error class, mode and model version since :since.
+-- Only the latest ledger line of a row counts: a row that failed and later succeeded is not listed.
 with lines as (
     select
         *,

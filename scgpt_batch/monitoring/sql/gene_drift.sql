@@ -1,6 +1,6 @@
--- Which genes moved between two versions of the model?  The :limit farthest, from :old_version to :new_version.
--- Cosine of the vectors of the same gene, row, content and parameters; 1 says that the gene did not move. It tells
--- something where one version was trained on from the other; two trainings from scratch have unrelated axes.
+-- Which genes moved between two model versions?  The :limit that moved farthest from :old_version to :new_version.
+-- Compared is the cosine of a gene's vectors for the same row, content and parameters; 1 means that it did not move.
+-- Use it where one version was fine-tuned from the other; models trained independently have unrelated axes.
 with vectors as (
     select
         *,

@@ -1,4 +1,4 @@
--- How did the last runs of the batch job end?  The newest :limit.
+-- How did the latest runs of the batch job end?  The newest :limit.
 select
     started_at,
     finished_at,

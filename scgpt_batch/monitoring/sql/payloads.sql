@@ -1,6 +1,6 @@
--- How large are requests and answers, and what was too large to be logged?  One row a day (UTC) since :since.
--- Payloads over 1 MiB are null in the table: sizes are those of the logged ones, and questions about the content of
--- embeddings are for the embedding tables.
+-- How large are requests and responses, and which were too large to log?  One row per day (UTC) since :since.
+-- Payloads over 1 MiB are null in the table, so sizes cover logged payloads only. To query embeddings, use the
+-- embedding tables.
 select
     request_date as day,
     sum(weight) as requests,

@@ -1,4 +1,4 @@
--- What came in last?  The newest :limit requests since :since.
+-- Which requests came last?  The newest :limit since :since.
 select
     request_time,
     request_id,

@@ -1,4 +1,4 @@
--- Who asks?  One row for each requester since :since, the busiest first.
+-- Who sends requests?  One row per requester since :since, the busiest first.
 -- (Route-optimized endpoints do not log the requester.)
 select
     requester,

@@ -1,6 +1,7 @@
--- What requests does an AI Gateway inference table hold?  (It has request_time and execution_duration_ms.)
--- The normalising view: all questions read it as identifier(:requests). Each request once, in the columns of all
--- generations of inference tables; `weight` is how many requests a row stands for where only a fraction is logged.
+-- Which requests are in an AI Gateway inference table?  (It has request_time and execution_duration_ms.)
+-- The normalised view: all queries read it as identifier(:requests). It has each request once, in the same columns for
+-- every generation of inference tables. `weight` is the number of requests that a row represents, where only a
+-- fraction is logged.
 with deliveries as (
     select *, row_number() over (partition by request_date, databricks_request_id order by request_time) as delivery
     from identifier(:inference_table)

@@ -1,6 +1,6 @@
--- What requests does a legacy inference table hold?  (It has timestamp_ms and execution_time_ms.)
--- The normalising view of requests_gateway.sql for tables of auto_capture_config. They do not tell the requester, nor
--- why a payload is missing; the version comes from request_metadata.
+-- Which requests are in a legacy inference table?  (It has timestamp_ms and execution_time_ms.)
+-- The normalised view of requests_gateway.sql for tables of auto_capture_config. They have neither the requester nor
+-- the reason for a missing payload; the version comes from request_metadata.
 with deliveries as (
     select *, row_number() over (partition by date, databricks_request_id order by timestamp_ms) as delivery
     from identifier(:inference_table)

@@ -1,6 +1,6 @@
--- What requests does a Unity AI Gateway inference table hold?  (It has event_time and latency_ms.)
--- The normalising view of requests_gateway.sql for the newest generation, from the columns that are known of it: no
--- fraction is sampled, and neither version nor requester is told.
+-- Which requests are in a Unity AI Gateway inference table?  (It has event_time and latency_ms.)
+-- The normalised view of requests_gateway.sql for the newest generation, from its documented columns. It logs every
+-- request; versions and requesters are not available.
 with deliveries as (
     select
         *,

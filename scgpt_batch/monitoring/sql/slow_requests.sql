@@ -1,4 +1,4 @@
--- Which requests were slow?  The :limit slowest since :since that took :slow_ms milliseconds or more.
+-- Which requests were slow?  The :limit slowest since :since that took at least :slow_ms milliseconds.
 select
     duration_ms,
     request_time,

@@ -1,5 +1,5 @@
--- Is traffic what it usually is?  One row for each full hour from :since to :until, beside the same hour of the
--- earlier days in that time (`usual`, their average; null on the first day).
+-- Is the request volume as usual?  One row per full hour from :since to :until, next to the same hour of the earlier
+-- days in that time (`usual` is their mean; null on the first day).
 with hours as (
     select explode(sequence(
         date_trunc('hour', cast(:since as timestamp)),

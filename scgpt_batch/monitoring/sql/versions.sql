@@ -1,5 +1,5 @@
--- Which versions answer?  One row for each served entity since :since.
--- (On Databricks, system.serving.served_entities gives the names of the ids.)
+-- Which model versions answered?  One row per served entity since :since.
+-- (On Databricks, system.serving.served_entities maps ids to names.)
 select
     served_entity,
     sum(weight) as requests,
