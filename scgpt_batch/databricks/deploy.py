@@ -1,7 +1,7 @@
-"""The command `scgpt-batch deploy`: a Databricks serving endpoint becomes what the settings say.
+"""The command `scgpt-batch deploy`: bring a Databricks serving endpoint to the state that the settings describe.
 
-The endpoint is read, compared and changed where it differs, so that a second run changes nothing and a run after any
-failure does the rest. Databricks keeps serving the old version until the new one is ready.
+Idempotent: only what differs from the endpoint's current state is changed, and a run after a failure completes the
+update. Databricks keeps serving the old version until the new one is ready.
 """
 
 import logging
@@ -38,55 +38,55 @@ from scgpt_batch.settings import DeploySettings, Summary
 logger = logging.getLogger(__name__)
 
 MODEL_URI = re.compile(r"models:/(?P<name>[^./@\s]+\.[^./@\s]+\.[^./@\s]+)(/(?P<version>\d+)|@(?P<alias>[^/@\s]+))")
-PREVIOUS = "scgpt_batch_previous_version"  # tag of the endpoint, for --rollback
+PREVIOUS = "scgpt_batch_previous_version"  # a tag of the endpoint, read by --rollback
 MANAGE = "CAN MANAGE on the endpoint"
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What the endpoint shall be."""
+    """The target state of the endpoint."""
 
     model: str
     version: str  # the new one
-    old: str | None  # the version that served before it, where there is one
+    old: str | None  # the version that served before, if any
     entities: list[ServedEntityInput]
     traffic: dict[str, int]
-    table: str | None  # inference table; None: no requests are kept
+    table: str | None  # inference table; None: requests are not logged
 
 
 @dataclass(frozen=True)
 class Change:
-    """One step from what the endpoint is to the goal."""
+    """One step from the endpoint's current state to the goal."""
 
-    told: str
-    make: Callable[[], Any]
+    description: str
+    apply: Callable[[], Any]
 
 
 def deploy(settings: DeploySettings) -> Summary:
-    """Create the endpoint or update it, and wait until it serves what was asked for; `plan` only says what changes.
+    """Create or update the endpoint and wait until it serves the requested version; with `plan`, only list changes.
 
     Raises
     ------
     ConfigError
-        A name, version or right is missing; nothing was changed, or what is named was not.
+        A name, version or permission is missing. What the message names was not changed.
     ScgptBatchError
-        Databricks could not do it; the old version goes on serving, and the same command tries again.
+        Databricks could not apply the update. The old version keeps serving; run the same command again.
     """
     started = time.monotonic()
     workspace = ws.connect(settings.retry_seconds)
     endpoint = ws.find_endpoint(workspace, settings.endpoint)
     if endpoint and ws.is_updating(endpoint) and not settings.plan:
-        logger.info("endpoint %s is being updated already: waiting for that first", settings.endpoint)
-        endpoint = _waited(workspace, settings, lambda now: not ws.is_updating(now))
+        logger.info("endpoint %s has another update in progress: waiting for it to end", settings.endpoint)
+        endpoint = _wait(workspace, settings, lambda now: not ws.is_updating(now))
     goal = _goal(workspace, settings, endpoint)
     changes = _changes(workspace, settings, endpoint, goal)
-    made = [change.told for change in changes]
-    for told in made:
-        logger.info("%s: %s", "would change" if settings.plan else "changing", told)
+    descriptions = [change.description for change in changes]
+    for description in descriptions:
+        logger.info("%s: %s", "would change" if settings.plan else "changing", description)
     if not settings.plan:
         for change in changes:
-            change.make()
-        endpoint = _serving(workspace, settings, goal)
+            change.apply()
+        endpoint = _wait_until_serving(workspace, settings, goal)
     return {
         "endpoint": settings.endpoint,
         "state": ws.state(endpoint) if endpoint else "NOT_THERE",
@@ -95,7 +95,7 @@ def deploy(settings: DeploySettings) -> Summary:
         "traffic": goal.traffic,
         "inference_table": goal.table,
         "url": f"{workspace.config.host}/serving-endpoints/{settings.endpoint}/invocations",
-        "changes": made,
+        "changes": descriptions,
         "plan": settings.plan,
         "seconds": round(time.monotonic() - started, 1),
     }
@@ -105,45 +105,46 @@ def deploy(settings: DeploySettings) -> Summary:
 
 
 def _goal(workspace: WorkspaceClient, settings: DeploySettings, endpoint: ServingEndpointDetailed | None) -> Goal:
-    model, version = _rolled_back(settings, endpoint) if settings.rollback else _asked_for(workspace, settings)
+    model, version = _rolled_back(settings, endpoint) if settings.rollback else _requested(workspace, settings)
     _check_version(workspace, model, version)
     _check_model(settings.endpoint, endpoint, model)
     outputs = ws.entities(endpoint) if endpoint else []
     served = {entity.entity_version: ServedEntityInput.from_dict(entity.as_dict()) for entity in outputs}
-    old = _before(endpoint, version)
+    old = _previous_version(endpoint, version)
     new = served.get(version) or replace(
-        served.get(old) or ServedEntityInput(),  # what others set on it, such as environment variables, stays
+        served.get(old) or ServedEntityInput(),  # keeps what others set on it, such as environment variables
         name=_entity_name(model, version),
         entity_name=model,
         entity_version=version,
     )
-    if not (settings.rollback and served):  # a roll-back keeps the compute that is there
-        new = _sized(new, settings)
+    if not (settings.rollback and served):  # a roll-back keeps the current compute
+        new = _with_compute(new, settings)
     entities, traffic = [new], {new.name or "": 100}
     if settings.traffic:
         kept = served.get(old)
         if kept is None:
             raise ConfigError(
-                f"endpoint {settings.endpoint!r} serves no other version than {version}: no --traffic yet"
+                f"--traffic cannot split requests: endpoint {settings.endpoint!r} serves no other version than "
+                f"{version}; deploy without --traffic"
             )
         entities = [kept, new]
         traffic = {kept.name or "": 100 - settings.new_share, new.name or "": settings.new_share}
     return Goal(model, version, old, entities, traffic, _table(workspace, settings, endpoint, model))
 
 
-def _asked_for(workspace: WorkspaceClient, settings: DeploySettings) -> tuple[str, str]:
-    """Read the model URI; an alias becomes the version it stands for now, because endpoints take no alias."""
+def _requested(workspace: WorkspaceClient, settings: DeploySettings) -> tuple[str, str]:
+    """Return model and version of the URI. An alias is resolved to its version: endpoints do not accept aliases."""
     match = MODEL_URI.fullmatch(settings.model_uri)
     if match is None:
         raise ConfigError(
-            f"{settings.model_uri!r} cannot be served: endpoints serve models of Unity Catalog, "
+            f"cannot deploy {settings.model_uri!r}: endpoints serve models of Unity Catalog. Use "
             "models:/catalog.schema.name@alias or models:/catalog.schema.name/version"
         )
     if match["version"]:
         return match["name"], match["version"]
     found = _found(
         lambda: workspace.model_versions.get_by_alias(match["name"], match["alias"]),
-        f"Unity Catalog has no model {match['name']} with an alias {match['alias']!r}: register with --alias",
+        f"Unity Catalog has no model {match['name']} with alias {match['alias']!r}: run register with --alias",
     )
     logger.info("%s is version %s", settings.model_uri, found.version)
     return match["name"], str(found.version)
@@ -153,8 +154,8 @@ def _rolled_back(settings: DeploySettings, endpoint: ServingEndpointDetailed | N
     tags = {tag.key: tag.value for tag in (endpoint.tags or [])} if endpoint else {}
     if endpoint is None or not ws.entities(endpoint) or not tags.get(PREVIOUS):
         raise ConfigError(
-            f"endpoint {settings.endpoint!r} remembers no earlier version: deploy the one you want, "
-            "--model-uri models:/catalog.schema.name/version"
+            f"cannot roll back: endpoint {settings.endpoint!r} has no record of an earlier version. Deploy the version "
+            "you want with --model-uri models:/catalog.schema.name/version"
         )
     return str(ws.entities(endpoint)[0].entity_name), str(tags[PREVIOUS])
 
@@ -162,14 +163,16 @@ def _rolled_back(settings: DeploySettings, endpoint: ServingEndpointDetailed | N
 def _check_version(workspace: WorkspaceClient, model: str, version: str) -> None:
     found = _found(
         lambda: workspace.model_versions.get(model, int(version)),
-        f"Unity Catalog has no version {version} of model {model}",
+        f"Unity Catalog has no version {version} of model {model}: check --model-uri",
     )
     if found.status not in (None, ModelVersionInfoStatus.READY):
-        raise ConfigError(f"version {version} of {model} is not ready to be served: {found.status.value}")
+        raise ConfigError(
+            f"version {version} of {model} is not ready to serve ({found.status.value}): register it again"
+        )
 
 
 def _found(read: Callable[[], ModelVersionInfo], missing: str) -> ModelVersionInfo:
-    with explained("read the model", right="EXECUTE on the model, USE CATALOG and USE SCHEMA above it"):
+    with explained("read the model", permission="EXECUTE on the model, USE CATALOG and USE SCHEMA above it"):
         try:
             return read()
         except NotFound as exc:
@@ -177,15 +180,17 @@ def _found(read: Callable[[], ModelVersionInfo], missing: str) -> ModelVersionIn
 
 
 def _check_model(name: str, endpoint: ServingEndpointDetailed | None, model: str) -> None:
-    """Refuse to take an endpoint away from another model."""
+    """Raise ConfigError if the endpoint serves another model."""
     for line in [*ws.served(endpoint), *ws.pending(endpoint)] if endpoint else []:
         if line["model"] != model:
             other = line["model"] or line["name"]
-            raise ConfigError(f"endpoint {name!r} serves {other}, not {model}: name another --endpoint, or delete it")
+            raise ConfigError(
+                f"endpoint {name!r} serves {other}, not {model}: use another --endpoint, or delete this one"
+            )
 
 
-def _before(endpoint: ServingEndpointDetailed | None, version: str) -> str | None:
-    """Return the version, other than the new one, that has the most traffic now."""
+def _previous_version(endpoint: ServingEndpointDetailed | None, version: str) -> str | None:
+    """Return the version, other than the new one, that gets most of the traffic now."""
     others = [line for line in ws.served(endpoint) if line["version"] != version] if endpoint else []
     return max(others, key=lambda line: line["traffic"])["version"] if others else None
 
@@ -199,16 +204,16 @@ def _workload_type(name: str) -> ServingModelWorkloadType:
         return ServingModelWorkloadType(name)
     except ValueError as exc:
         known = ", ".join(kind.value for kind in ServingModelWorkloadType)
-        raise ConfigError(f"no workload type {name!r}: {known}") from exc
+        raise ConfigError(f"unknown --workload-type {name!r}: use one of {known}") from exc
 
 
-def _sized(entity: ServedEntityInput, settings: DeploySettings) -> ServedEntityInput:
+def _with_compute(entity: ServedEntityInput, settings: DeploySettings) -> ServedEntityInput:
     return replace(
         entity,
         workload_type=_workload_type(settings.workload_type),
         workload_size=settings.workload_size,
         scale_to_zero_enabled=settings.scale_to_zero,
-        min_provisioned_concurrency=None,  # the API takes these or a size
+        min_provisioned_concurrency=None,  # the API accepts either these or a size
         max_provisioned_concurrency=None,
     )
 
@@ -216,7 +221,7 @@ def _sized(entity: ServedEntityInput, settings: DeploySettings) -> ServedEntityI
 def _table(
     workspace: WorkspaceClient, settings: DeploySettings, endpoint: ServingEndpointDetailed | None, model: str
 ) -> str | None:
-    """Name the inference table: the endpoint's own, else one that is not there yet, for Databricks makes it itself."""
+    """Return the inference table: the endpoint's own, else a new name, because Databricks creates the table itself."""
     given, has = settings.inference_table, ws.gateway_table(endpoint)
     if given == "none":
         return None
@@ -225,26 +230,26 @@ def _table(
     beside = f"{model.rpartition('.')[0]}.{settings.endpoint}".replace("-", "_")
     candidates = [given] if given else [f"{beside}_payload", f"{beside}_gateway_payload"]
     for table in candidates:
-        with explained(f"look for table {table}", right="USE CATALOG and USE SCHEMA on its schema"):
+        with explained(f"look up table {table}", permission="USE CATALOG and USE SCHEMA on its schema"):
             if not workspace.tables.exists(table).table_exists:
                 return table
     raise ConfigError(
-        f"table {candidates[-1]} exists, and Databricks logs to tables that it makes itself: name another one with "
-        "--inference-table catalog.schema.NAME_payload"
+        f"table {candidates[-1]} exists, but Databricks logs only to tables that it creates itself: name a new "
+        "one with --inference-table catalog.schema.NAME_payload"
     )
 
 
-# The way there
+# The changes
 
 
 def _changes(
     workspace: WorkspaceClient, settings: DeploySettings, endpoint: ServingEndpointDetailed | None, goal: Goal
 ) -> list[Change]:
     if endpoint is None:
-        told = [f"create endpoint {settings.endpoint}", *_told(goal, None)]
+        described = [f"create endpoint {settings.endpoint}", *_differences(goal, None)]
         if goal.table:
-            told.append(f"log requests and answers to {goal.table}")
-        changes = [Change("; ".join(told), lambda: _create(workspace, settings, goal))]
+            described.append(f"log requests and responses to {goal.table}")
+        changes = [Change("; ".join(described), lambda: _create(workspace, settings, goal))]
     else:
         changes = _updates(workspace, settings, endpoint, goal)
     return changes + _grants(workspace, settings, endpoint)
@@ -265,11 +270,11 @@ def _create(workspace: WorkspaceClient, settings: DeploySettings, goal: Goal) ->
     core = EndpointCoreConfigInput(
         name=settings.endpoint, served_entities=goal.entities, traffic_config=_routes(goal.traffic)
     )
-    right = (
+    permission = (
         "the entitlement to create serving endpoints, EXECUTE on the model, "
         "and CREATE TABLE on the schema of the inference table"
     )
-    with explained(f"create endpoint {settings.endpoint!r}", right=right):
+    with explained(f"create endpoint {settings.endpoint!r}", permission=permission):
         try:
             workspace.serving_endpoints.create(
                 settings.endpoint,
@@ -278,15 +283,15 @@ def _create(workspace: WorkspaceClient, settings: DeploySettings, goal: Goal) ->
                 if table or tracking
                 else None,
             )
-        except ResourceConflict as exc:  # an answer was lost and the call repeated, or somebody was faster
+        except ResourceConflict as exc:  # a lost response made the SDK repeat the call, or somebody else created it
             if ws.find_endpoint(workspace, settings.endpoint) is None:
                 raise
-            logger.info("endpoint %s is there meanwhile: %s", settings.endpoint, exc)
-            endpoint = _waited(workspace, settings, lambda now: not ws.is_updating(now))
+            logger.info("endpoint %s exists meanwhile: %s", settings.endpoint, exc)
+            endpoint = _wait(workspace, settings, lambda now: not ws.is_updating(now))
             _check_model(settings.endpoint, endpoint, goal.model)
             for change in _updates(workspace, settings, endpoint, goal):
-                change.make()
-    _serving(workspace, settings, goal)
+                change.apply()
+    _wait_until_serving(workspace, settings, goal)
 
 
 def _config_change(
@@ -294,7 +299,7 @@ def _config_change(
 ) -> list[Change]:
     legacy = endpoint.config.auto_capture_config if endpoint.config else None
     switch_off = None
-    told = _told(goal, endpoint)
+    described = _differences(goal, endpoint)
     if legacy and legacy.enabled:
         switch_off = AutoCaptureConfigInput(
             catalog_name=legacy.catalog_name,
@@ -302,18 +307,18 @@ def _config_change(
             table_name_prefix=legacy.table_name_prefix,
             enabled=False,
         )
-        told.append(
+        described.append(
             f"switch off the legacy inference table {legacy.catalog_name}.{legacy.schema_name}."
-            f"{legacy.table_name_prefix}_payload, which Databricks supports no more (it stays, and `monitor` reads it)"
+            f"{legacy.table_name_prefix}_payload, which Databricks no longer supports (it stays; `monitor` can read it)"
         )
-    if not told and ws.has_failed(endpoint):
-        told.append(f"ask again for what is served, because the last update is {ws.state(endpoint)}")
-    if not told:
+    if not described and ws.has_failed(endpoint):
+        described.append(f"request the served versions again, because the last update is {ws.state(endpoint)}")
+    if not described:
         return []
 
-    def make() -> None:
-        with explained(f"update endpoint {settings.endpoint!r}", right=f"{MANAGE}, EXECUTE on the model"):
-            if goal.old and not settings.rollback:  # first, so that a roll-back knows the way whatever comes next
+    def apply() -> None:
+        with explained(f"update endpoint {settings.endpoint!r}", permission=f"{MANAGE}, EXECUTE on the model"):
+            if goal.old and not settings.rollback:  # before the update, so that a roll-back works if it fails
                 workspace.serving_endpoints.patch(settings.endpoint, add_tags=[EndpointTag(PREVIOUS, goal.old)])
             workspace.serving_endpoints.update_config(
                 settings.endpoint,
@@ -321,27 +326,27 @@ def _config_change(
                 traffic_config=_routes(goal.traffic),
                 auto_capture_config=switch_off,
             )
-        _serving(workspace, settings, goal)
+        _wait_until_serving(workspace, settings, goal)
 
-    return [Change("; ".join(told), make)]
+    return [Change("; ".join(described), apply)]
 
 
-def _told(goal: Goal, endpoint: ServingEndpointDetailed | None) -> list[str]:
-    """Say how the goal's versions and traffic differ from the endpoint's."""
-    has = {entity.name: ServedEntityInput.from_dict(entity.as_dict()) for entity in ws.entities(endpoint)} if (
+def _differences(goal: Goal, endpoint: ServingEndpointDetailed | None) -> list[str]:
+    """Describe how the goal's versions and traffic differ from the endpoint's."""
+    current = {entity.name: ServedEntityInput.from_dict(entity.as_dict()) for entity in ws.entities(endpoint)} if (
         endpoint) else {}  # fmt: skip
-    told = []
+    described = []
     for entity in goal.entities:
         wanted = _compute(entity)
-        if entity.name not in has or has[entity.name].entity_version != entity.entity_version:
-            told.append(f"serve {entity.name}: version {entity.entity_version} of {goal.model} on {wanted}")
-        elif (now := _compute(has[entity.name])) != wanted:
-            told.append(f"serve {entity.name} on {wanted} instead of {now}")
-    told += [f"stop serving {name}" for name in has if name not in goal.traffic]
+        if entity.name not in current or current[entity.name].entity_version != entity.entity_version:
+            described.append(f"serve {entity.name}: version {entity.entity_version} of {goal.model} on {wanted}")
+        elif (now := _compute(current[entity.name])) != wanted:
+            described.append(f"serve {entity.name} on {wanted} instead of {now}")
+    described += [f"stop serving {name}" for name in current if name not in goal.traffic]
     shares = ws.traffic(endpoint) if endpoint else {}
     if {n: s for n, s in shares.items() if s} != {n: s for n, s in goal.traffic.items() if s}:
-        told.append("traffic " + ", ".join(f"{name} {share} %" for name, share in goal.traffic.items()))
-    return told
+        described.append("traffic " + ", ".join(f"{name} {share} %" for name, share in goal.traffic.items()))
+    return described
 
 
 def _compute(entity: ServedEntityInput) -> str:
@@ -353,15 +358,15 @@ def _compute(entity: ServedEntityInput) -> str:
 def _gateway_changes(
     workspace: WorkspaceClient, settings: DeploySettings, endpoint: ServingEndpointDetailed, goal: Goal
 ) -> list[Change]:
-    has, kept = ws.gateway_table(endpoint), endpoint.ai_gateway or AiGatewayConfig()
+    current, kept = ws.gateway_table(endpoint), endpoint.ai_gateway or AiGatewayConfig()
     tracked = bool(kept.usage_tracking_config and kept.usage_tracking_config.enabled)
-    told = []
-    if has != goal.table:
-        told += [f"log no more requests to {has} (it stays)"] if has else []
-        told += [f"log requests and answers to {goal.table}"] if goal.table else []
+    described = []
+    if current != goal.table:
+        described += [f"stop logging requests to {current} (the table stays)"] if current else []
+        described += [f"log requests and responses to {goal.table}"] if goal.table else []
     if settings.usage_tracking and not tracked:
-        told.append("track usage")
-    if not told:
+        described.append("track usage")
+    if not described:
         return []
 
     def put(table: AiGatewayInferenceTableConfig | None) -> None:
@@ -375,15 +380,15 @@ def _gateway_changes(
             fallback_config=kept.fallback_config,
         )
 
-    def make() -> None:
+    def apply() -> None:
         with explained(f"set the inference table of {settings.endpoint!r}",
-                       right=f"{MANAGE}, and CREATE TABLE on the schema of the inference table"):  # fmt: skip
-            if has and has != goal.table:  # another name is taken only when the table is off
-                put(_table_config(has, enabled=False))
-            if goal.table or not has:
+                       permission=f"{MANAGE}, and CREATE TABLE on the schema of the inference table"):  # fmt: skip
+            if current and current != goal.table:  # a new name is accepted only while logging is off
+                put(_table_config(current, enabled=False))
+            if goal.table or not current:
                 put(_table_config(goal.table, enabled=True) if goal.table else None)
 
-    return [Change("; ".join(told), make)]
+    return [Change("; ".join(described), apply)]
 
 
 def _table_config(table: str, *, enabled: bool) -> AiGatewayInferenceTableConfig:
@@ -400,30 +405,30 @@ def _routes(traffic: dict[str, int]) -> TrafficConfig:
 def _grants(
     workspace: WorkspaceClient, settings: DeploySettings, endpoint: ServingEndpointDetailed | None
 ) -> list[Change]:
-    """Let the named ask the endpoint; nobody loses a right."""
+    """Grant CAN QUERY to the named principals; existing permissions stay."""
     names = list(settings.can_query)
     if names and endpoint:
-        with explained(f"read who may ask {settings.endpoint!r}", right=MANAGE):
-            held = workspace.serving_endpoints.get_permissions(str(endpoint.id)).access_control_list or []
-        may = {
-            line.group_name or line.user_name or line.service_principal_name for line in held if line.all_permissions
+        with explained(f"read the permissions of endpoint {settings.endpoint!r}", permission=MANAGE):
+            granted = workspace.serving_endpoints.get_permissions(str(endpoint.id)).access_control_list or []
+        known = {
+            line.group_name or line.user_name or line.service_principal_name for line in granted if line.all_permissions
         }
-        names = [name for name in names if name not in may]
+        names = [name for name in names if name not in known]
     if not names:
         return []
 
-    def make() -> None:
-        with explained(f"let others ask {settings.endpoint!r}", right=MANAGE):
+    def apply() -> None:
+        with explained(f"grant CAN QUERY on endpoint {settings.endpoint!r}", permission=MANAGE):
             found = workspace.serving_endpoints.get(settings.endpoint)
             workspace.serving_endpoints.update_permissions(
                 str(found.id), access_control_list=[_grant(name) for name in names]
             )
 
-    return [Change(f"let {', '.join(names)} ask it (CAN QUERY)", make)]
+    return [Change(f"grant CAN QUERY to {', '.join(names)}", apply)]
 
 
 def _grant(name: str) -> ServingEndpointAccessControlRequest:
-    """Tell a user (a mail address), a service principal (an application id) and a group by the form of the name."""
+    """Grant to a user (an email address), a service principal (an application id) or else a group of this name."""
     is_id = re.fullmatch(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", name)
     field = "user_name" if "@" in name else "service_principal_name" if is_id else "group_name"
     return ServingEndpointAccessControlRequest(
@@ -434,7 +439,7 @@ def _grant(name: str) -> ServingEndpointAccessControlRequest:
 # Waiting
 
 
-def _waited(
+def _wait(
     workspace: WorkspaceClient, settings: DeploySettings, until: Callable[[ServingEndpointDetailed], bool]
 ) -> ServingEndpointDetailed:
     return ws.wait(
@@ -446,9 +451,9 @@ def _waited(
     )
 
 
-def _serving(workspace: WorkspaceClient, settings: DeploySettings, goal: Goal) -> ServingEndpointDetailed:
-    """Wait until the endpoint serves; say why where the update failed."""
-    endpoint = _waited(workspace, settings, lambda now: ws.is_ready(now) or ws.has_failed(now))
+def _wait_until_serving(workspace: WorkspaceClient, settings: DeploySettings, goal: Goal) -> ServingEndpointDetailed:
+    """Wait until the endpoint serves the goal; raise an error with the reason if the update failed."""
+    endpoint = _wait(workspace, settings, lambda now: ws.is_ready(now) or ws.has_failed(now))
     if ws.has_failed(endpoint):
         raise ScgptBatchError(_failure(workspace, settings.endpoint, endpoint, goal))
     return endpoint
@@ -456,18 +461,18 @@ def _serving(workspace: WorkspaceClient, settings: DeploySettings, goal: Goal) -
 
 def _failure(workspace: WorkspaceClient, name: str, endpoint: ServingEndpointDetailed, goal: Goal) -> str:
     tried = endpoint.pending_config or endpoint.config
-    said = [
+    messages = [
         f"{entity.name}: {entity.state.deployment_state_message}"
         for entity in (tried.served_entities if tried else None) or []
         if entity.state and entity.state.deployment_state_message
     ]
     log = ws.last_log_line(workspace, name, str(goal.entities[-1].name), build=True)
-    on = ", ".join(f"version {line['version']} ({line['traffic']} %)" for line in ws.served(endpoint))
+    serving = ", ".join(f"version {line['version']} ({line['traffic']} %)" for line in ws.served(endpoint))
     parts = [
-        f"endpoint {name!r}: the update to version {goal.version} of {goal.model} is {ws.state(endpoint)}",
-        *said,
+        f"endpoint {name!r}: the update to version {goal.version} of {goal.model} ended as {ws.state(endpoint)}",
+        *messages,
         f"last line of the build log: {log}" if log else "",
-        f"{on} goes on serving" if on else "nothing is served",
-        "mend it and run the same command again, or deploy another version",
+        f"{serving} keeps serving" if serving else "nothing is served",
+        "fix the cause and run the same command again, or deploy another version",
     ]
     return "; ".join(part for part in parts if part)

@@ -1,4 +1,4 @@
-"""The command `scgpt-batch status`: how a Databricks endpoint is, and by Spark its tables and the nightly run."""
+"""The command `scgpt-batch status`: the state of a Databricks endpoint and, through Spark, the health of its tables."""
 
 import logging
 from datetime import UTC, datetime
@@ -14,24 +14,26 @@ from scgpt_batch.settings import MonitorSettings, StatusSettings, Summary
 
 logger = logging.getLogger(__name__)
 
-ENDPOINT_LABELS = ("endpoint_id", "endpoint_name", "workspace_id")  # the same in every line
+ENDPOINT_LABELS = ("endpoint_id", "endpoint_name", "workspace_id")  # the same for every metric
 
 
 def status(settings: StatusSettings) -> Summary:
-    """Read the endpoint's state, versions, last log lines and metrics; judge its tables where they are named.
+    """Return the endpoint's state, versions, last log lines and metrics, and the health of the tables that are named.
 
     Raises
     ------
     ConfigError
-        There is no such endpoint or table, no login, or not the right to look.
+        The endpoint or a table does not exist, or the credentials or permissions are missing.
     """
     workspace = ws.connect(settings.retry_seconds)
     endpoint = ws.find_endpoint(workspace, settings.endpoint)
     if endpoint is None:
-        raise ConfigError(f"no endpoint {settings.endpoint!r} in {workspace.config.host}: see scgpt-batch deploy")
+        raise ConfigError(
+            f"{workspace.config.host} has no endpoint {settings.endpoint!r}: create it with `scgpt-batch deploy`"
+        )
     served, pending = ws.served(endpoint), ws.pending(endpoint)
     names = [str(line["name"]) for line in served + pending]
-    told: Summary = {
+    summary: Summary = {
         "endpoint": settings.endpoint,
         "state": ws.state(endpoint),
         "served": served,
@@ -42,16 +44,16 @@ def status(settings: StatusSettings) -> Summary:
         "inference_table": ws.gateway_table(endpoint),
     }
     if settings.inference_table or settings.output_table or settings.runs_table:
-        told["health"] = _health(settings)
-    _tell(told)
-    return told
+        summary["health"] = _health(settings)
+    _log(summary)
+    return summary
 
 
 def _metrics(workspace: WorkspaceClient, name: str) -> dict[str, dict[str, float]]:
-    """Read the newest minute's metrics: name -> version -> value; of histograms sum and count only."""
+    """Return the metrics of the last minute: name -> version -> value; for histograms, sum and count only."""
     try:
         contents = workspace.serving_endpoints.export_metrics(name).contents
-    except DatabricksError as exc:  # none while nothing runs
+    except DatabricksError as exc:  # there are none while nothing runs
         logger.info("no metrics: %s", exc)
         return {}
     assert contents is not None
@@ -69,19 +71,20 @@ def _health(settings: StatusSettings) -> dict[str, Any]:
     from scgpt_batch.spark.session import get_spark
 
     named = settings.model_dump(include={"inference_table", "output_table", "runs_table"})
-    asked = MonitorSettings.model_validate(named)
-    return check(HealthCheck(get_spark(settings.spark_conf), asked, datetime.now(UTC)))
+    monitored = MonitorSettings.model_validate(named)
+    return check(HealthCheck(get_spark(settings.spark_conf), monitored, datetime.now(UTC)))
 
 
-def _tell(told: Summary) -> None:
-    """Log the summary for people."""
-    logger.info("endpoint %s: %s; inference table %s", told["endpoint"], told["state"], told["inference_table"])
-    for line in told["served"]:
-        logger.info("%(name)s: %(traffic)d %%, %(workload)s, %(state)s", line)
-    for line in told["pending"]:
-        logger.info("coming: %(name)s, %(workload)s, %(state)s", line)
+def _log(summary: Summary) -> None:
+    logger.info(
+        "endpoint %s: %s; inference table %s", summary["endpoint"], summary["state"], summary["inference_table"]
+    )
+    for line in summary["served"]:
+        logger.info("serving %(name)s: %(traffic)d %%, %(workload)s, %(state)s", line)
+    for line in summary["pending"]:
+        logger.info("pending %(name)s: %(workload)s, %(state)s", line)
     for kind in ("build_log", "server_log"):
-        for name, said in told[kind].items():
-            logger.info("%s of %s ends: %s", kind.replace("_", " "), name, said or "-")
-    for alert in told.get("health", {}).get("alerts", []):
+        for name, last in summary[kind].items():
+            logger.info("last line of the %s of %s: %s", kind.replace("_", " "), name, last or "-")
+    for alert in summary.get("health", {}).get("alerts", []):
         logger.warning("%(severity)s %(rule)s: %(message)s", alert)

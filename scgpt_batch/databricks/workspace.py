@@ -1,4 +1,4 @@
-"""A Databricks workspace: how to reach it, how its endpoints are read and waited for, what its refusals mean."""
+"""A Databricks workspace: log in, read endpoints and wait for them, explain errors."""
 
 import logging
 import time
@@ -23,8 +23,10 @@ from scgpt_batch.errors import ConfigError, ScgptBatchError
 logger = logging.getLogger(__name__)
 
 FAILED = (EndpointStateConfigUpdate.UPDATE_FAILED, EndpointStateConfigUpdate.UPDATE_CANCELED)
-LOG_IN = "run `databricks auth login --host https://WORKSPACE`, or set DATABRICKS_HOST and what your way of login needs"
-TELL_AGAIN_SECONDS = 60  # without a change of state
+LOG_IN = (
+    "run `databricks auth login --host https://WORKSPACE`, or set DATABRICKS_HOST and your login method's variables"
+)
+REPEAT_LOG_SECONDS = 60  # while the state does not change
 
 
 def connect(retry_seconds: int) -> WorkspaceClient:
@@ -33,7 +35,7 @@ def connect(retry_seconds: int) -> WorkspaceClient:
     Raises
     ------
     ConfigError
-        It finds no host or no credentials.
+        No host or no credentials are configured.
     """
     try:
         config = Config(
@@ -42,38 +44,38 @@ def connect(retry_seconds: int) -> WorkspaceClient:
         return WorkspaceClient(config=config)
     except (ValueError, requests.RequestException) as exc:
         first = str(exc).splitlines()[0].split(". Config:")[0]
-        raise ConfigError(f"no Databricks workspace to talk to: {first}; {LOG_IN}") from exc
+        raise ConfigError(f"cannot log in to a Databricks workspace: {first}; {LOG_IN}") from exc
 
 
 @contextmanager
-def explained(doing: str, *, right: str = "") -> Iterator[None]:
-    """Say what the workspace refuses in one line: `doing` what, and the `right` that it takes.
+def explained(action: str, *, permission: str = "") -> Iterator[None]:
+    """Raise errors of the workspace as one line: the `action` that failed, and the `permission` that it needs.
 
     Raises
     ------
     ConfigError
-        No login, or not the right to do it.
+        The credentials or the permission are missing.
     ScgptBatchError
-        Anything else that it refuses, or no answer for as long as it was asked again.
+        Any other error, or no response within the SDK's retries.
     """
     try:
         yield
     except Unauthenticated as exc:
-        raise ConfigError(f"cannot {doing}: the workspace does not know these credentials ({exc}); {LOG_IN}") from exc
+        raise ConfigError(f"cannot {action}: the workspace rejects these credentials ({exc}); {LOG_IN}") from exc
     except PermissionDenied as exc:
-        needs = f"; it takes {right}" if right else ""
-        raise ConfigError(f"cannot {doing}: permission denied ({_line(exc)}){needs}") from exc
+        needs = f"; it needs {permission}" if permission else ""
+        raise ConfigError(f"cannot {action}: permission denied ({_line(exc)}){needs}") from exc
     except DatabricksError as exc:
-        raise ScgptBatchError(f"cannot {doing}: Databricks answers {_line(exc)}") from exc
+        raise ScgptBatchError(f"cannot {action}: Databricks returned {_line(exc)}") from exc
     except (TimeoutError, requests.RequestException) as exc:
         why = _line(exc.__cause__ or exc)
-        raise ScgptBatchError(f"cannot {doing}: no answer from the workspace ({why}); run it again later") from exc
+        raise ScgptBatchError(f"cannot {action}: no response from the workspace ({why}); run it again later") from exc
 
 
 def find_endpoint(workspace: WorkspaceClient, name: str) -> ServingEndpointDetailed | None:
-    """Read an endpoint's state; None when there is no endpoint of that name."""
+    """Return an endpoint's state; None if no endpoint has that name."""
     try:
-        with explained(f"read endpoint {name!r}", right="CAN VIEW on the endpoint"):
+        with explained(f"read endpoint {name!r}", permission="CAN VIEW on the endpoint"):
             return workspace.serving_endpoints.get(name)
     except ScgptBatchError as exc:
         if isinstance(exc.__cause__, NotFound):
@@ -89,51 +91,52 @@ def wait(
     poll_seconds: float,
     timeout_minutes: float,
 ) -> ServingEndpointDetailed:
-    """Look at an endpoint until it is as wanted; tell its state when it changes, and each minute.
+    """Poll an endpoint until `until` holds; log its state on each change, and once a minute.
 
     Raises
     ------
     ScgptBatchError
-        It is not so within the time, or the endpoint was deleted meanwhile.
+        The time is over, or the endpoint was deleted meanwhile.
     """
-    started, told, told_at = time.monotonic(), "", 0.0
+    started, logged, logged_at = time.monotonic(), "", 0.0
     while True:
         endpoint = find_endpoint(workspace, name)
         if endpoint is None:
-            raise ScgptBatchError(f"endpoint {name!r} was deleted by somebody while it was waited for")
+            raise ScgptBatchError(f"endpoint {name!r} was deleted while this command waited for it; run it again")
         if until(endpoint):
             return endpoint
         passed = time.monotonic() - started
         if passed > timeout_minutes * 60:
             raise ScgptBatchError(
-                f"endpoint {name!r} is still {state(endpoint)} after {timeout_minutes:g} min; the update goes on by "
-                "itself: run the same command again to wait for it"
+                f"endpoint {name!r} is still {state(endpoint)} after {timeout_minutes:g} min; the update continues: "
+                "run the same command again to wait for it"
             )
-        if (now := progress(endpoint)) != told or passed - told_at > TELL_AGAIN_SECONDS:
+        if (now := progress(endpoint)) != logged or passed - logged_at > REPEAT_LOG_SECONDS:
             logger.info("endpoint %s, %.0f s: %s", name, passed, now)
-            told, told_at = now, passed
+            logged, logged_at = now, passed
         time.sleep(poll_seconds)
 
 
 def is_updating(endpoint: ServingEndpointDetailed) -> bool:
-    """Tell whether an update is under way, so that no other may begin."""
+    """Return whether an update is in progress; Databricks accepts no other one meanwhile."""
     return endpoint.state is not None and endpoint.state.config_update is EndpointStateConfigUpdate.IN_PROGRESS
 
 
 def has_failed(endpoint: ServingEndpointDetailed) -> bool:
-    """Tell whether the last update failed or was cancelled; what was served before is served on."""
+    """Return whether the last update failed or was cancelled; the endpoint then serves what it served before."""
     return endpoint.state is not None and endpoint.state.config_update in FAILED
 
 
 def is_ready(endpoint: ServingEndpointDetailed) -> bool:
-    """Tell whether it serves what it was last told to serve (`ready` alone stays READY while versions are swapped)."""
-    told = endpoint.state
-    settled = told is not None and told.config_update is EndpointStateConfigUpdate.NOT_UPDATING
-    return settled and told is not None and told.ready is EndpointStateReady.READY
+    """Return whether it serves its last configuration (`ready` alone stays READY while versions are swapped)."""
+    current = endpoint.state
+    if current is None or current.config_update is not EndpointStateConfigUpdate.NOT_UPDATING:
+        return False
+    return current.ready is EndpointStateReady.READY
 
 
 def state(endpoint: ServingEndpointDetailed) -> str:
-    """Say the state in one word: READY, NOT_READY, or what its update is doing."""
+    """Return the state in one word: READY, NOT_READY, or that of the update."""
     if endpoint.state is None:
         return "NOT_READY"
     update, ready = endpoint.state.config_update, endpoint.state.ready
@@ -143,14 +146,14 @@ def state(endpoint: ServingEndpointDetailed) -> str:
 
 
 def progress(endpoint: ServingEndpointDetailed) -> str:
-    """Say the state, and that of each version which is not ready."""
-    waiting = endpoint.pending_config or endpoint.config
-    entities = (waiting.served_entities if waiting else None) or []
+    """Return the state, and that of each version in the coming configuration."""
+    coming = endpoint.pending_config or endpoint.config
+    entities = (coming.served_entities if coming else None) or []
     return ", ".join([state(endpoint), *(f"{e.name} {deployment(e)}" for e in entities)])
 
 
 def deployment(entity: ServedEntityOutput) -> str:
-    """Say how far a version's deployment is, and why where Databricks says so."""
+    """Return the state of a version's deployment, with Databricks' reason if it gives one."""
     if entity.state is None or entity.state.deployment is None:
         return "unknown"
     message = entity.state.deployment_state_message
@@ -158,13 +161,13 @@ def deployment(entity: ServedEntityOutput) -> str:
 
 
 def served(endpoint: ServingEndpointDetailed) -> list[dict[str, Any]]:
-    """List what an endpoint serves: name, model, version, percent of the traffic, compute and state of each."""
+    """List the versions that an endpoint serves: name, model, version, percent of the traffic, compute and state."""
     shares = traffic(endpoint)
     return [_described(entity) | {"traffic": shares.get(entity.name or "", 0)} for entity in entities(endpoint)]
 
 
 def pending(endpoint: ServingEndpointDetailed) -> list[dict[str, Any]]:
-    """List what an update under way, or one that failed, wants to serve."""
+    """List the versions of an update that is in progress or failed."""
     coming = endpoint.pending_config.served_entities if endpoint.pending_config else None
     return [_described(entity) for entity in coming or []]
 
@@ -181,7 +184,7 @@ def _described(entity: ServedEntityOutput) -> dict[str, Any]:
 
 
 def gateway_table(endpoint: ServingEndpointDetailed | None) -> str | None:
-    """Name the inference table that AI Gateway fills; None while it fills none."""
+    """Return the name of the inference table that AI Gateway writes; None if logging is off."""
     config = endpoint.ai_gateway.inference_table_config if endpoint and endpoint.ai_gateway else None
     if config is None or not config.enabled:
         return None
@@ -189,12 +192,12 @@ def gateway_table(endpoint: ServingEndpointDetailed | None) -> str | None:
 
 
 def entities(endpoint: ServingEndpointDetailed) -> list[ServedEntityOutput]:
-    """Return what an endpoint serves now."""
+    """Return the served entities of an endpoint's current configuration."""
     return (endpoint.config.served_entities if endpoint.config else None) or []
 
 
 def traffic(endpoint: ServingEndpointDetailed) -> dict[str, int]:
-    """Return the percent of the traffic by served entity; one alone has it all."""
+    """Return the percent of the traffic by served entity; a single entity gets 100."""
     config = endpoint.config.traffic_config if endpoint.config else None
     routes = (config.routes if config else None) or []
     shares = {route.served_entity_name or route.served_model_name or "": route.traffic_percentage for route in routes}
@@ -203,18 +206,18 @@ def traffic(endpoint: ServingEndpointDetailed) -> dict[str, int]:
 
 
 def last_log_line(workspace: WorkspaceClient, name: str, served_entity: str, *, build: bool) -> str:
-    """Return the last line of a version's build log or of its server's; empty where there is none (yet)."""
+    """Return the last line of a version's build log or server log; empty if there is none yet."""
     api = workspace.serving_endpoints
     try:
-        told = (api.build_logs if build else api.logs)(name, served_entity).logs
-    except DatabricksError as exc:  # no log before the container is built, and none once it is gone
+        log = (api.build_logs if build else api.logs)(name, served_entity).logs
+    except DatabricksError as exc:  # there is no log before the container is built, nor after it is removed
         logger.info("no log of %s: %s", served_entity, _line(exc))
         return ""
-    lines = [line.strip() for line in (told or "").splitlines() if line.strip()]
+    lines = [line.strip() for line in (log or "").splitlines() if line.strip()]
     return lines[-1] if lines else ""
 
 
 def _line(exc: BaseException) -> str:
     code = getattr(exc, "error_code", None)
-    told = " ".join(str(exc).split()) or type(exc).__name__
-    return f"{code}: {told}" if code else told
+    message = " ".join(str(exc).split()) or type(exc).__name__
+    return f"{code}: {message}" if code else message

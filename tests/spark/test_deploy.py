@@ -1,4 +1,4 @@
-"""`deploy` by the real SDK over real HTTP, against a stand-in workspace: what becomes of it, and what is said."""
+"""`deploy` and `status` with the real SDK over HTTP, against a simulated workspace."""
 
 import json
 import os
@@ -27,7 +27,7 @@ ENDPOINTS = "/api/2.0/serving-endpoints"
 
 @pytest.fixture
 def workspace(monkeypatch, tmp_path):
-    """A workspace with versions 2 to 5 of a model, 3 of them champion; the environment logs in to it."""
+    """A workspace with versions 2 to 5 of a model (champion 3, challenger 4); the environment has its credentials."""
     held = Workspace()
     held.add_model(MODEL, 2, 3, 4, 5, champion=3, challenger=4)
     server = serve(held)
@@ -44,7 +44,7 @@ def workspace(monkeypatch, tmp_path):
 
 @pytest.fixture
 def deploy(run, workspace):
-    """Deploy; give exit code, summary and the last line of standard error."""
+    """Deploy; return exit code, summary and the last line of standard error."""
 
     def call(model="@champion", *flags):
         given = ["--model-uri", f"models:/{MODEL}{model}"] if model else []
@@ -80,7 +80,7 @@ def entity(workspace, version):
 # What it does
 
 
-def test_a_new_endpoint_serves_the_alias_as_a_version_with_an_inference_table(deploy, workspace):
+def test_new_endpoint_serves_the_version_of_the_alias(deploy, workspace):
     code, told, _ = deploy()
     assert (code, told["endpoint"], told["state"], told["version"]) == (OK, "scgpt", "READY", "3")
     assert (told["traffic"], told["inference_table"]) == ({"scgpt-3": 100}, TABLE)
@@ -102,13 +102,13 @@ def test_a_new_endpoint_serves_the_alias_as_a_version_with_an_inference_table(de
     }  # fmt: skip
 
 
-def test_a_second_run_changes_nothing(deploy, deployed, workspace):
+def test_second_run_changes_nothing(deploy, deployed, workspace):
     code, told, _ = deploy()
     assert (code, told["state"], told["changes"]) == (OK, "READY", [])
     assert workspace.changes == []
 
 
-def test_plan_says_what_would_change_and_changes_nothing(deploy, workspace):
+def test_plan_lists_changes_and_applies_none(deploy, workspace):
     code, told, _ = deploy("@champion", "--plan")
     assert (code, told["state"], workspace.endpoints, workspace.changes) == (OK, "NOT_THERE", {}, [])
     assert "create endpoint scgpt" in told["changes"][0] and TABLE in told["changes"][0]
@@ -120,7 +120,7 @@ def test_plan_says_what_would_change_and_changes_nothing(deploy, workspace):
         assert said in told["changes"][0]
 
 
-def test_a_swap_serves_the_old_version_until_the_new_one_is_ready(deploy, deployed, workspace, caplog):
+def test_old_version_serves_until_the_new_one_is_ready(deploy, deployed, workspace, caplog):
     workspace.polls = 5
     with caplog.at_level("INFO"):
         code, told, _ = deploy("@challenger")
@@ -131,7 +131,7 @@ def test_a_swap_serves_the_old_version_until_the_new_one_is_ready(deploy, deploy
     assert "IN_PROGRESS, scgpt-4 creating (Creating container)" in caplog.text
 
 
-def test_what_others_set_on_the_version_stays_when_it_is_swapped(deploy, deployed, workspace):
+def test_settings_of_others_survive_a_swap(deploy, deployed, workspace):
     kept = {"environment_vars": {"SCGPT_BATCH_ATTENTION": "sdpa"}, "instance_profile_arn": "arn:x"}
     deployed["config"]["served_entities"][0] |= kept
     deployed["ai_gateway"]["rate_limits"] = [{"calls": 5, "renewal_period": "minute"}]
@@ -140,7 +140,7 @@ def test_what_others_set_on_the_version_stays_when_it_is_swapped(deploy, deploye
     assert deployed["ai_gateway"]["rate_limits"] == [{"calls": 5, "renewal_period": "minute"}]
 
 
-def test_a_canary_takes_its_share_and_then_all(deploy, deployed, workspace):
+def test_canary_gets_its_share_then_all_traffic(deploy, deployed, workspace):
     canary = ("@challenger", "--traffic", "old=90,new=10")
     assert deploy(*canary)[1]["traffic"] == {"scgpt-3": 90, "scgpt-4": 10}
     assert serving(workspace) == {"3": 90, "4": 10}
@@ -151,7 +151,7 @@ def test_a_canary_takes_its_share_and_then_all(deploy, deployed, workspace):
 
 @pytest.mark.parametrize("before", [("@challenger", "--traffic", "old=90,new=10"), ("@challenger",)],
                          ids=["of a canary", "of a swap"])  # fmt: skip
-def test_a_roll_back_serves_what_served_before_on_the_same_compute(deploy, deployed, workspace, before):
+def test_rollback_restores_version_and_compute(deploy, deployed, workspace, before):
     deploy(*before, "--workload-size", "Medium")
     size = entity(workspace, "3" if "--traffic" in before else "4")["workload_size"]
     code, told, _ = deploy("", "--rollback")
@@ -160,15 +160,15 @@ def test_a_roll_back_serves_what_served_before_on_the_same_compute(deploy, deplo
     assert deploy("", "--rollback")[1]["changes"] == []
 
 
-def test_without_an_earlier_version_there_is_no_roll_back_and_no_canary(deploy, deployed, workspace):
+def test_rollback_and_canary_need_an_earlier_version(deploy, deployed, workspace):
     code, _, err = deploy("", "--rollback")
-    assert code == WRONG_USAGE and "remembers no earlier version" in err
+    assert code == WRONG_USAGE and "no record of an earlier version" in err
     code, _, err = deploy("@champion", "--traffic", "old=90,new=10")
     assert code == WRONG_USAGE and "serves no other version than 3" in err
     assert workspace.changes == []
 
 
-def test_the_inference_table_is_changed_and_switched_off(deploy, deployed, workspace):
+def test_inference_table_can_be_changed_and_disabled(deploy, deployed, workspace):
     code, told, _ = deploy("@champion", "--inference-table", "main.logs.asked_payload")
     assert (code, told["inference_table"]) == (OK, "main.logs.asked_payload")
     assert deployed["ai_gateway"]["inference_table_config"]["table_name_prefix"] == "asked"
@@ -178,20 +178,20 @@ def test_the_inference_table_is_changed_and_switched_off(deploy, deployed, works
     assert deploy("@champion", "--inference-table", "none")[1]["changes"] == []
 
 
-def test_usage_is_tracked_only_where_asked_for(deploy, deployed):
+def test_usage_tracking_is_optional(deploy, deployed):
     assert "usage_tracking_config" not in deployed["ai_gateway"]
     assert deploy("@champion", "--usage-tracking")[1]["changes"] == ["track usage"]
     assert deployed["ai_gateway"]["usage_tracking_config"] == {"enabled": True}
     assert deploy("@champion", "--usage-tracking")[1]["changes"] == []
 
 
-def test_a_table_that_is_there_is_not_taken(deploy, workspace):
+def test_existing_table_is_rejected(deploy, workspace):
     workspace.tables = {"main.lab.mine_payload"}
     code, _, err = deploy("@champion", "--inference-table", "main.lab.mine_payload")
     assert code == WRONG_USAGE and "main.lab.mine_payload exists" in err and workspace.endpoints == {}
 
 
-def test_a_legacy_inference_table_is_told_of_and_replaced(deploy, deployed, workspace):
+def test_legacy_inference_table_is_replaced(deploy, deployed, workspace):
     legacy = {"catalog_name": "main", "schema_name": "lab", "table_name_prefix": "scgpt", "enabled": True}
     deployed["config"]["auto_capture_config"] = legacy
     del deployed["ai_gateway"]
@@ -205,7 +205,7 @@ def test_a_legacy_inference_table_is_told_of_and_replaced(deploy, deployed, work
     assert deploy()[1]["changes"] == []
 
 
-def test_others_may_be_let_ask(deploy, workspace):
+def test_query_permission_is_granted(deploy, workspace):
     who = ("--can-query", "analysts", "ann@lab.org", "01234567-89ab-cdef-0123-456789abcdef")
     assert deploy("@champion", *who)[0] == OK
     held = workspace.permissions["id-of-scgpt"]
@@ -216,7 +216,7 @@ def test_others_may_be_let_ask(deploy, workspace):
     assert deploy("@champion", *who)[1]["changes"] == []
 
 
-def test_an_update_of_somebody_else_is_waited_for(deploy, deployed, workspace):
+def test_update_in_progress_is_waited_for(deploy, deployed, workspace):
     workspace.polls = 3
     body = {"served_entities": [{"entity_name": MODEL, "entity_version": "4", "workload_size": "Small"}]}
     body["served_entities"][0]["name"] = "scgpt-4"
@@ -233,13 +233,13 @@ def test_an_update_of_somebody_else_is_waited_for(deploy, deployed, workspace):
     Fault("POST", f"{ENDPOINTS}$", 503, "TEMPORARILY_UNAVAILABLE", after=True),
     Fault("GET", f"{ENDPOINTS}/scgpt$", 429, "RESOURCE_EXHAUSTED", times=2),
 ], ids=["busy", "away", "answer lost", "busy while waiting"])  # fmt: skip
-def test_a_busy_workspace_is_asked_again(deploy, workspace, fault):
+def test_busy_workspace_is_retried(deploy, workspace, fault):
     workspace.faults = [fault]
     assert deploy()[0] == OK and serving(workspace) == {"3": 100} and fault.times == 0
     assert deploy()[1]["changes"] == []
 
 
-def test_an_endpoint_that_somebody_makes_at_the_same_time_becomes_what_was_asked_for(deploy, workspace, monkeypatch):
+def test_endpoint_created_concurrently_is_updated(deploy, workspace, monkeypatch):
     def create_second(held, body):
         theirs = deepcopy(body)
         theirs["config"]["served_entities"][0]["entity_version"] = "2"
@@ -251,7 +251,7 @@ def test_an_endpoint_that_somebody_makes_at_the_same_time_becomes_what_was_asked
     assert deploy()[0] == OK and serving(workspace) == {"3": 100}
 
 
-def test_a_workspace_that_stays_busy_is_said_and_a_rerun_finishes(deploy, deployed, workspace):
+def test_rerun_completes_after_a_busy_workspace(deploy, deployed, workspace):
     workspace.faults = [Fault("PUT", "/config$", 503, "TEMPORARILY_UNAVAILABLE", "try later", times=99)]
     code, _, err = deploy("@challenger", "--retry-seconds", "1")
     assert code == FAILED and "TEMPORARILY_UNAVAILABLE: try later" in err and "again later" in err
@@ -261,12 +261,12 @@ def test_a_workspace_that_stays_busy_is_said_and_a_rerun_finishes(deploy, deploy
     assert deploy("", "--rollback")[0] == OK and serving(workspace) == {"3": 100}
 
 
-def test_a_version_that_cannot_be_deployed_leaves_the_old_one_serving(deploy, deployed, workspace):
+def test_failed_deployment_keeps_the_old_version(deploy, deployed, workspace):
     workspace.failing = {"4"}
     code, _, err = deploy("@challenger")
     assert code == FAILED
     for said in ("version 4", "UPDATE_FAILED", "Container build failed", "no matching distribution for torch==0.0",
-                 "version 3 (100 %) goes on serving"):  # fmt: skip
+                 "version 3 (100 %) keeps serving"):  # fmt: skip
         assert said in err
     assert serving(workspace) == {"3": 100}
     code, told, _ = deploy("/3")  # back to what is served: the failure is cleared
@@ -276,7 +276,7 @@ def test_a_version_that_cannot_be_deployed_leaves_the_old_one_serving(deploy, de
     assert deploy("@challenger")[0] == OK and serving(workspace) == {"4": 100}
 
 
-def test_a_first_version_that_cannot_be_deployed_is_replaced_by_the_next_run(deploy, workspace):
+def test_failed_first_version_is_replaced(deploy, workspace):
     workspace.failing = {"3"}
     code, _, err = deploy()
     assert code == FAILED and "nothing is served" in err
@@ -290,7 +290,7 @@ def test_a_first_version_that_cannot_be_deployed_is_replaced_by_the_next_run(dep
     ("/unity-catalog/tables/", "GET", "USE SCHEMA"),
     (f"{ENDPOINTS}/scgpt$", "GET", "CAN VIEW"),
 ], ids=["create", "model", "schema", "view"])  # fmt: skip
-def test_a_missing_right_is_named(deploy, workspace, path, method, wanted):
+def test_missing_permission_is_named(deploy, workspace, path, method, wanted):
     workspace.faults = [Fault(method, path, 403, "PERMISSION_DENIED", "you may not")]
     code, _, err = deploy()
     assert code == WRONG_USAGE and "permission denied" in err and "you may not" in err and wanted in err
@@ -299,7 +299,7 @@ def test_a_missing_right_is_named(deploy, workspace, path, method, wanted):
 
 
 @pytest.mark.parametrize(("path", "state"), [("/config$", {"3": 100}), ("/ai-gateway$", {"4": 100})])
-def test_a_right_that_is_missing_half_way_leaves_what_a_rerun_finishes(deploy, deployed, workspace, path, state):
+def test_rerun_completes_after_a_missing_permission(deploy, deployed, workspace, path, state):
     workspace.faults = [Fault("PUT", path, 403, "PERMISSION_DENIED")]
     wanted = ("@challenger", "--inference-table", "main.logs.new_payload")
     code, _, err = deploy(*wanted)
@@ -308,7 +308,7 @@ def test_a_right_that_is_missing_half_way_leaves_what_a_rerun_finishes(deploy, d
     assert deployed["ai_gateway"]["inference_table_config"]["schema_name"] == "logs"
 
 
-def test_a_wrong_token_and_no_login_say_how_to_log_in(deploy, workspace, monkeypatch):
+def test_login_errors_say_how_to_log_in(deploy, workspace, monkeypatch):
     monkeypatch.setenv("DATABRICKS_TOKEN", "wrong")
     code, _, err = deploy()
     assert code == WRONG_USAGE and "databricks auth login" in err
@@ -318,7 +318,7 @@ def test_a_wrong_token_and_no_login_say_how_to_log_in(deploy, workspace, monkeyp
     assert code == WRONG_USAGE and "databricks auth login" in err and "wrong" not in err
 
 
-def test_an_update_that_takes_too_long_goes_on_and_can_be_waited_for(deploy, deployed, workspace):
+def test_slow_update_continues_after_the_timeout(deploy, deployed, workspace):
     workspace.polls = 1000
     code, _, err = deploy("@challenger", "--timeout-minutes", "0.001")
     assert code == FAILED and "still IN_PROGRESS after 0.001 min" in err and "run the same command again" in err
@@ -327,7 +327,7 @@ def test_an_update_that_takes_too_long_goes_on_and_can_be_waited_for(deploy, dep
     assert deploy("@challenger")[1]["changes"] == [] and serving(workspace) == {"4": 100}
 
 
-def test_an_endpoint_of_another_model_is_not_taken_over(deploy, deployed, workspace):
+def test_endpoint_of_another_model_is_rejected(deploy, deployed, workspace):
     workspace.add_model("main.lab.other", 1)
     deployed["config"]["served_entities"][0]["entity_name"] = "main.lab.other"
     code, _, err = deploy()
@@ -347,7 +347,7 @@ def test_an_endpoint_of_another_model_is_not_taken_over(deploy, deployed, worksp
     (["--inference-table", "scgpt_payload"], "catalog.schema"),
     (["--rollback"], "either"),
 ], ids=lambda value: value[-1] if isinstance(value, list) else "")  # fmt: skip
-def test_a_wrong_call_says_what_to_do_and_changes_nothing(run, workspace, flags, wanted):
+def test_wrong_usage_changes_nothing(run, workspace, flags, wanted):
     base = {"--endpoint": "scgpt", "--model-uri": f"models:/{MODEL}@champion"}
     words = [word for pair in base.items() if pair[0] not in flags for word in pair]
     code, _, err = run("deploy", *words, *flags)
@@ -355,7 +355,7 @@ def test_a_wrong_call_says_what_to_do_and_changes_nothing(run, workspace, flags,
     assert workspace.endpoints == {}
 
 
-def test_a_version_that_is_not_registered_to_its_end_is_refused(deploy, workspace):
+def test_unready_version_is_rejected(deploy, workspace):
     workspace.models[MODEL]["versions"]["3"] = "FAILED_REGISTRATION"
     code, _, err = deploy()
     assert code == WRONG_USAGE and "FAILED_REGISTRATION" in err
@@ -364,7 +364,7 @@ def test_a_version_that_is_not_registered_to_its_end_is_refused(deploy, workspac
 # Status
 
 
-def test_status_tells_state_versions_logs_and_metrics(run, deploy, deployed, workspace, caplog):
+def test_status_has_state_versions_logs_and_metrics(run, deploy, deployed, workspace, caplog):
     deploy("@challenger", "--traffic", "old=90,new=10")
     workspace.failing = {"5"}
     deploy("/5")
@@ -383,19 +383,19 @@ def test_status_tells_state_versions_logs_and_metrics(run, deploy, deployed, wor
     assert "scgpt-3: 90 %, GPU_SMALL Small, ready" in caplog.text and workspace.changes == []
 
 
-def test_status_says_what_is_not_there(run, workspace):
+def test_status_of_a_missing_endpoint(run, workspace):
     code, _, err = run("status", "--endpoint", "nobody")
     assert code == WRONG_USAGE and "no endpoint 'nobody'" in err
 
 
-def test_status_needs_no_metrics_and_no_logs(run, deployed, workspace):
+def test_status_works_without_metrics_and_logs(run, deployed, workspace):
     workspace.faults = [Fault("GET", "/metrics$", 404, "RESOURCE_DOES_NOT_EXIST"),
                         Fault("GET", "logs$", 404, "RESOURCE_DOES_NOT_EXIST", times=2)]  # fmt: skip
     code, told, _ = run("status", "--endpoint", "scgpt")
     assert (code, told["metrics"], told["build_log"], told["server_log"]) == (OK, {}, {"scgpt-3": ""}, {"scgpt-3": ""})
 
 
-def test_status_judges_the_inference_table_and_the_last_run(run, spark, deployed, tmp_path, monkeypatch):
+def test_status_includes_health_of_the_tables(run, spark, deployed, tmp_path, monkeypatch):
     from scgpt_batch.spark import tables
 
     until = datetime.now(UTC) - timedelta(hours=2)
@@ -429,7 +429,7 @@ def bash(script, folder):
     return json.loads(done.stdout)
 
 
-def test_the_commands_of_the_document_do_what_it_says(run, workspace, monkeypatch):
+def test_commands_of_the_documentation_work(run, workspace, monkeypatch):
     monkeypatch.setenv("SCGPT_BATCH_POLL_SECONDS", "0.01")
     blocks = sections("Deploy, swap, canary, roll back", "Status")
     lines = [line for _, text in blocks for line in text.splitlines()]
@@ -440,14 +440,14 @@ def test_the_commands_of_the_document_do_what_it_says(run, workspace, monkeypatc
 
 
 @pytest.mark.parametrize(("language", "text"), sections("Other ways to create an endpoint"), ids=lambda text: text[:20])
-def test_an_endpoint_made_in_another_way_is_one_that_deploy_goes_on_from(deploy, workspace, tmp_path, language, text):
+def test_deploy_continues_from_other_tools(deploy, workspace, tmp_path, language, text):
     exec(text, {}) if language == "python" else bash(text, tmp_path)
     workspace.requests.clear()
     code, told, _ = deploy("/3")
     assert (code, told["state"], told["changes"], told["inference_table"]) == (OK, "READY", [], TABLE)
 
 
-def test_every_way_to_ask_gives_the_same_answer(deploy, deployed, workspace, model, golden, tmp_path, monkeypatch):
+def test_every_client_gets_the_same_embeddings(deploy, deployed, workspace, model, golden, tmp_path, monkeypatch):
     served = mlflow.pyfunc.load_model(model)
     schema = served.metadata.get_input_schema()
 
