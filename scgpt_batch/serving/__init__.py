@@ -1,1 +1,1 @@
-"""The model behind HTTP: the local endpoint with its inference table, and a client for it and for Databricks'."""
+"""The local HTTP endpoint of a registered model, with its inference table."""

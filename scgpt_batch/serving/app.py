@@ -1,7 +1,7 @@
-"""The local endpoint: MLflow's scoring app with an /invocations that says whose fault a failure is, and logs.
+"""The local endpoint: MLflow's scoring app with our own /invocations, which logs requests and reports errors by cause.
 
-MLflow's own /invocations answers every failure with 400 and a traceback, and writes its JSON through pandas. The route
-here reads the same requests, checks them by MLflow against the model's signature, and answers in the same form.
+MLflow's /invocations returns status 400 and a traceback for every failure, and writes its JSON through pandas. This one
+accepts the same requests, has MLflow check them against the model's signature, and responds in the same format.
 """
 
 import asyncio
@@ -55,21 +55,21 @@ TOKEN = "SCGPT_BATCH_TOKEN"
 FROM_MLFLOW = ("/ping", "/health", "/version")
 NEED_NO_TOKEN = ("/ping", "/health")
 JSON = "application/json"
-CLIENT_CLOSED_REQUEST = 499  # nginx's number for a client that left before its answer
+CLIENT_CLOSED_REQUEST = 499  # nginx's code for a client that disconnected before the response
 UNAUTHORIZED_LOG_SECONDS = 60.0  # between two log lines on requests without a valid token
 THREADS = max(2, os.cpu_count() or 2)
 
 
 def serve(settings: ServeSettings) -> Summary:
-    """Serve a registered model until SIGTERM or SIGINT; what was taken is answered, and logged, first.
+    """Serve a registered model until SIGTERM or SIGINT; requests in progress are answered and logged first.
 
     Raises
     ------
     ConfigError
-        There is no such model, the port is taken, or the inference table cannot be used.
+        The model does not exist, the port is in use, or the inference table cannot be used.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    os.umask(0o077)  # requests and answers, in the spool and the table, are this user's alone
+    os.umask(0o077)  # only this user may read the requests and responses in spool and table
     metrics = Metrics()
     with (
         suppress(KeyboardInterrupt),
@@ -85,10 +85,13 @@ def serve(settings: ServeSettings) -> Summary:
 
 
 def _run(endpoint: "Endpoint", listener: socket.socket, model: ResolvedModel, settings: ServeSettings) -> None:
-    """Run uvicorn on the socket. After its graceful stop it raises the signal again, here KeyboardInterrupt."""
+    """Run uvicorn on the socket. After its graceful stop, uvicorn raises the signal again (as KeyboardInterrupt)."""
     limits = ConnectionLimits(connections_within_files(settings.max_connections), settings.header_seconds)
     if limits.connections < settings.max_connections:
-        logger.warning("at most %d connections: the limit of open files allows no more", limits.connections)
+        logger.warning(
+            "accepting at most %d connections: the limit of open files allows no more; raise it (ulimit -n)",
+            limits.connections,
+        )
     config = uvicorn.Config(
         endpoint.app(os.environ.get(TOKEN, "")), log_level="error", access_log=False, server_header=False,
         http=limited_protocol(limits, lambda limit: endpoint.metrics.refused_connections.labels(limit).inc()),
@@ -104,13 +107,13 @@ def _listen(host: str, port: int, *, allow_without_token: bool) -> socket.socket
     try:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as exc:
-        raise ConfigError(f"cannot listen on {host}:{port}: {exc}; give another --port") from exc
+        raise ConfigError(f"cannot listen on {host}:{port}: {exc}; use another --port") from exc
     address = ipaddress.ip_address(listener.getsockname()[0])
     if not address.is_loopback and not os.environ.get(TOKEN) and not allow_without_token:
         listener.close()
         raise ConfigError(
-            f"--host {host} is open to the network, and no token is set: set {TOKEN}, or give --allow-without-token if "
-            "a proxy or firewall keeps others out"
+            f"--host {host} is open to the network, but no token is set: set {TOKEN}, or use --allow-without-token if "
+            "a proxy or firewall restricts access"
         )
     return listener
 
@@ -123,15 +126,15 @@ def _log(settings: ServeSettings, metrics: Metrics) -> InferenceLog | None:
 
 @dataclass
 class _Call:
-    """What becomes known of a request on its way, for the log."""
+    """What is known about a request so far, for the log."""
 
     request_id: str
     at: datetime
-    began: float  # when the whole body was there, by the monotonic clock
+    began: float  # monotonic time at which the whole body had arrived
     requester: str | None
-    held: int = 0  # bytes of its body
-    over: bool = False  # nobody waits for the answer any more
-    body: bytes | None = None  # inflated; None where that is too large, or cannot be done
+    received: int = 0  # bytes of its body
+    over: bool = False  # the client no longer waits for a response
+    body: bytes | None = None  # decompressed; None if it is too large or not valid gzip
     client_request_id: str | None = None
 
 
@@ -139,7 +142,7 @@ class Endpoint:
     """Answers requests for one loaded model."""
 
     def __init__(self, model: PyFuncModel, settings: ServeSettings, metrics: Metrics, *, served_entity: str) -> None:
-        """Take the model, and load the weights that static mode needs, before the first request wants them."""
+        """Load the weights for static mode in advance, so that the first request does not wait for them."""
         self._model, self._settings, self.metrics = model, settings, metrics
         self._served_entity = served_entity
         self.log: InferenceLog | None = None
@@ -148,21 +151,21 @@ class Endpoint:
             self._embedder.reader, seconds=settings.timeout_seconds, processes=THREADS
         )
         self._reader = RequestReader(model, self._embedder, answer_bytes=settings.max_answer_bytes)
-        # Python runs one thread at a time: more of them only take it from each other. Two pools, so that a refusal
-        # need not wait for embeddings that nobody waits for any more.
+        # The GIL runs one thread at a time, so more threads would only compete for it. Two pools, so that rejections do
+        # not wait for embeddings whose clients have left.
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="request")
         self._embedding = ThreadPoolExecutor(THREADS, thread_name_prefix="embedding")
         self._batcher = MicroBatcher(
             self._embed_rows, self._embedding, wait_seconds=settings.batch_wait_ms / 1000,
             on_batch=metrics.batch_requests.observe,
         )  # fmt: skip
-        self._in_flight = self._computing = self._held = 0  # requests, of these computing; bytes of bodies
+        self._in_flight = self._computing = self._body_bytes = 0  # requests, those computing, bytes of bodies
         _ = self._embedder.gene_table
 
     def app(self, token: str) -> FastAPI:
-        """MLflow's app, its /invocations replaced; with a token, all but the health checks ask for it."""
+        """Return MLflow's app with our /invocations; with a token, all routes but the health checks require it."""
         app = scoring_server.init(self._model)
-        app.user_middleware.clear()  # MLflow's time-out; the one here says what to do
+        app.user_middleware.clear()  # MLflow's time-out; ours says what to do
         app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", "") in FROM_MLFLOW]
         app.add_route("/invocations", self.invocations, methods=["POST"])
         app.add_route("/metrics", self.prometheus, methods=["GET"])
@@ -172,64 +175,65 @@ class Endpoint:
         return app
 
     async def prometheus(self, _: Request) -> Response:
-        """Answer Prometheus."""
+        """Return the metrics in Prometheus' format."""
         return Response(self.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     async def invocations(self, request: Request) -> Response:
-        """Answer a request; whatever the answer, it is in the spool before it leaves."""
+        """Handle a request; every response is in the spool before it is sent."""
         requester = _requester(request, self._settings.trusted_proxies)
         call = _Call(uuid.uuid4().hex, datetime.now(UTC), time.monotonic(), requester)
         self._in_flight += 1
         self.metrics.in_flight.set(self._in_flight)
         try:
-            status, content = await self._answer_or_refuse(request, call)
+            status, content = await self._answer_or_error(request, call)
             return await _run_in(self._threads, self._finish, call, status, content)
         except ClientDisconnect:
             if call.body is None:
-                return Response(status_code=HTTPStatus.BAD_REQUEST)  # nobody is there to read it
+                return Response(status_code=HTTPStatus.BAD_REQUEST)  # the client has disconnected
             return await _run_in(self._threads, self._finish, call, CLIENT_CLOSED_REQUEST, b"")
         finally:
-            self._held -= call.held
+            self._body_bytes -= call.received
             self._in_flight -= 1
             self.metrics.in_flight.set(self._in_flight)
 
-    async def _answer_or_refuse(self, request: Request, call: _Call) -> tuple[int, bytes]:
+    async def _answer_or_error(self, request: Request, call: _Call) -> tuple[int, bytes]:
         try:
             return HTTPStatus.OK, await self._answer(request, call)
         except RequestRefused as exc:
             return _error(exc.status, str(exc))
         except ClientDisconnect:
             raise
-        except Exception:  # broad: model and libraries raise anything, and the client must hear whose fault it is
-            logger.exception("request %s failed", call.request_id)  # with the traceback, which the client does not get
-            return _error(500, f"the model failed; the server's log says more under request {call.request_id}")
+        except Exception:  # broad: models and libraries raise anything, and the client must get a status
+            logger.exception("request %s failed", call.request_id)  # the client does not get the traceback
+            return _error(500, f"the model failed; see the server's log for request {call.request_id}")
 
     async def _answer(self, request: Request, call: _Call) -> bytes:
-        """Read the body in one time limit, then compute in another; only computing takes one of the slots."""
-        self._refuse_when_busy()
+        """Read the body, then compute, each within its own time limit; only computing occupies one of the slots."""
+        self._reject_when_busy()
         async with _within(self._settings.body_seconds, "the body did not arrive"):
             await self._read_body(request, call)
-        self._refuse_when_busy()
+        self._reject_when_busy()
         self._computing += 1
         try:
-            advice = "no answer", "send fewer cells, or run the batch job"
-            async with _within(self._settings.timeout_seconds, *advice):
-                return await _unless_left(request, self._compute(request, call))
+            limit, advice = self._settings.timeout_seconds, "send fewer cells, or run the batch job"
+            async with _within(limit, "the response was not ready", advice):
+                return await _unless_disconnected(request, self._compute(request, call))
         finally:
             call.over = True
             self._computing -= 1
 
-    def _refuse_when_busy(self) -> None:
+    def _reject_when_busy(self) -> None:
         if self._computing >= self._settings.max_concurrent:
-            raise RequestRefused(429, f"{self._settings.max_concurrent} requests are being answered, the limit: wait")
+            limit = self._settings.max_concurrent
+            raise RequestRefused(429, f"the endpoint is computing {limit} requests, its limit: retry later")
 
     async def _compute(self, request: Request, call: _Call) -> bytes:
-        asked = await _run_in(self._threads, self._read, call, request.headers.get("content-encoding", "identity"))
-        answers = await self._embed(asked.rows, call)
-        return await _run_in(self._threads, self._serialize, asked.rows, answers)
+        parsed = await _run_in(self._threads, self._read, call, request.headers.get("content-encoding", "identity"))
+        results = await self._embed(parsed.rows, call)
+        return await _run_in(self._threads, self._serialize, parsed.rows, results)
 
     async def _read_body(self, request: Request, call: _Call) -> None:
-        """Take the body as it comes, up to the limits of one and of all bodies."""
+        """Receive the body, up to the limits for one body and for all bodies in memory."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != JSON:
             raise RequestRefused(415, f"Content-Type must be {JSON}, not {kind!r}")
@@ -237,20 +241,20 @@ class Endpoint:
         stated = request.headers.get("content-length", "0")
         body, size = bytearray(), int(stated) if stated.isdigit() else 0
         while size <= limit and (chunk := await anext(chunks, None)) is not None:
-            self._hold(call, len(chunk))
+            self._count_body(call, len(chunk))
             body += chunk
             size = max(size, len(body))
         if size > limit:
-            raise RequestRefused(413, too_large("the body holds", size, limit, "send CSR columns, or fewer cells"))
+            raise RequestRefused(413, too_large("the body has", size, limit, "send CSR columns, or fewer cells"))
         call.body, call.began = bytes(body), time.monotonic()
         self.metrics.request_bytes.observe(size)
 
-    def _hold(self, call: _Call, n_bytes: int) -> None:
-        """Count the bytes of unfinished requests: as many as the computed ones may have, however many are sent."""
-        call.held += n_bytes
-        self._held += n_bytes
-        if self._held > self._settings.max_concurrent * self._settings.max_request_bytes:
-            raise RequestRefused(429, "too many bytes of requests are waiting for their end: wait")
+    def _count_body(self, call: _Call, n_bytes: int) -> None:
+        """Count the bytes of all unfinished requests; their limit is that of `max_concurrent` bodies of full size."""
+        call.received += n_bytes
+        self._body_bytes += n_bytes
+        if self._body_bytes > self._settings.max_concurrent * self._settings.max_request_bytes:
+            raise RequestRefused(429, "the bodies of unfinished requests have reached the memory limit: retry later")
 
     def _read(self, call: _Call, encoding: str) -> ParsedRequest:
         assert call.body is not None
@@ -258,44 +262,46 @@ class Endpoint:
             packed, call.body = call.body, None
             call.body = inflate(packed, self._settings.max_request_bytes)
         elif encoding.strip().lower() != "identity":
-            raise RequestRefused(415, f"Content-Encoding must be gzip or none, not {encoding!r}")
+            raise RequestRefused(415, f"Content-Encoding must be gzip or absent, not {encoding!r}")
         if self.log is not None:
             self.log.begin(self._exchange(call, HTTPStatus.INTERNAL_SERVER_ERROR, b""))
-        asked = self._reader.read(call.body)
-        call.client_request_id = asked.client_request_id
-        return asked
+        parsed = self._reader.read(call.body)
+        call.client_request_id = parsed.client_request_id
+        return parsed
 
     async def _embed(self, rows: list[RequestedRow], call: _Call) -> list[RowResult]:
-        """Answer rows in order: at once where a table look-up is all, else with those of other requests."""
-        answers: list[RowResult] = [RowResult(error=asked.error) for asked in rows]
+        """Embed rows, in order: static mode directly (a table look-up), other modes batched with other requests."""
+        results: list[RowResult] = [RowResult(error=requested.error) for requested in rows]
         for parameters, places in _by_parameters(rows).items():
-            given = [rows[i].row for i in places]
+            group = [rows[i].row for i in places]
             if parameters.mode == "static":
-                found = await _run_in(self._embedding, self._embed_rows, given, parameters, lambda: not call.over)
+                found = await _run_in(self._embedding, self._embed_rows, group, parameters, lambda: not call.over)
             else:
-                found = await self._batcher.answers(given, parameters)
-            for i, answer in zip(places, found, strict=True):
-                answers[i] = answer
-        return answers
+                found = await self._batcher.answers(group, parameters)
+            for i, result in zip(places, found, strict=True):
+                results[i] = result
+        return results
 
     def _embed_rows(self, rows: Rows, parameters: Parameters, wanted: Callable[[], bool]) -> list[RowResult]:
         return list(self._embedder.embed_rows(rows, parameters, wanted=wanted))
 
-    def _serialize(self, rows: list[RequestedRow], answers: list[RowResult]) -> bytes:
-        """Write the answer in MLflow's form. Numbers are written by orjson: float32 in full, and NaN never."""
-        for i, (asked, answer) in enumerate(zip(rows, answers, strict=True)):
-            if answer.error is not None and asked.parameters.on_error == "raise":
-                raise RequestRefused(500 if _models_fault(answer.error) else 400, f"row {i}: {answer.error}")
+    def _serialize(self, rows: list[RequestedRow], results: list[RowResult]) -> bytes:
+        """Write the response in MLflow's format; orjson writes float32 with full precision, and never NaN."""
+        for i, (requested, result) in enumerate(zip(rows, results, strict=True)):
+            if result.error is not None and requested.parameters.on_error == "raise":
+                raise RequestRefused(500 if _is_server_error(result.error) else 400, f"row {i}: {result.error}")
         d = self._embedder.config.embsize
-        told = [answer_columns(answer, asked.parameters, d) for asked, answer in zip(rows, answers, strict=True)]
-        content = orjson.dumps({"predictions": told}, option=orjson.OPT_SERIALIZE_NUMPY)
+        columns = [
+            answer_columns(result, requested.parameters, d) for requested, result in zip(rows, results, strict=True)
+        ]
+        content = orjson.dumps({"predictions": columns}, option=orjson.OPT_SERIALIZE_NUMPY)
         limit = self._settings.max_answer_bytes
         if len(content) > limit:
-            raise RequestRefused(413, too_large("the answer holds", len(content), limit, LESS))
+            raise RequestRefused(413, too_large("the response has", len(content), limit, LESS))
         return content
 
     def _finish(self, call: _Call, status: int, content: bytes) -> Response:
-        """Log and count an answer, then let it go."""
+        """Log and count the response, then return it."""
         seconds = time.monotonic() - call.began
         if self.log is not None:
             self.log.append(self._exchange(call, status, content))
@@ -314,8 +320,10 @@ class Endpoint:
 
 
 @asynccontextmanager
-async def _within(seconds: float, what: str, advice: str = "send it faster, or less of it") -> AsyncIterator[None]:
-    """Refuse what takes longer."""
+async def _within(
+    seconds: float, what: str, advice: str = "send a smaller body, or use a faster connection"
+) -> AsyncIterator[None]:
+    """Raise RequestRefused if the block takes longer."""
     try:
         async with asyncio.timeout(seconds):
             yield
@@ -323,27 +331,27 @@ async def _within(seconds: float, what: str, advice: str = "send it faster, or l
         raise RequestRefused(408, f"{what} within {seconds:g} s, the limit: {advice}") from None
 
 
-async def _unless_left(request: Request, work: Coroutine[Any, Any, bytes]) -> bytes:
-    """Await the work; when the client leaves first, cancel it and raise ClientDisconnect."""
-    computing, left = asyncio.create_task(work), asyncio.create_task(_left(request))
+async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, bytes]) -> bytes:
+    """Await the work; if the client disconnects first, cancel it and raise ClientDisconnect."""
+    computing, disconnected = asyncio.create_task(work), asyncio.create_task(_disconnected(request))
     try:
-        await asyncio.wait({computing, left}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({computing, disconnected}, return_when=asyncio.FIRST_COMPLETED)
         if not computing.done():
             raise ClientDisconnect
         return computing.result()
     finally:
         computing.cancel()
-        left.cancel()
+        disconnected.cancel()
 
 
-async def _left(request: Request) -> None:
-    """Return when the client has left."""
+async def _disconnected(request: Request) -> None:
+    """Return when the client has disconnected."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
 def _requester(request: Request, proxies: Sequence[str]) -> str | None:
-    """Return the address that asked: the peer's; where that is a trusted proxy, the last one that it forwards for."""
+    """Return the client's address: the peer's or, behind trusted proxies, the last address that they forward for."""
     peer = request.client.host if request.client else None
     forwarded = [part.strip() for header in request.headers.getlist("x-forwarded-for") for part in header.split(",")]
     while forwarded and peer in proxies:
@@ -359,21 +367,21 @@ async def _run_in(pool: Executor, function: Callable[..., Any], *args: Any) -> A
 
 
 def _error(status: int, message: str) -> tuple[int, bytes]:
-    told = message if len(message) < 2000 else message[:2000] + " …"
-    told = told.encode(errors="replace").decode()  # half a surrogate pair has no JSON
-    return status, orjson.dumps({"error_code": HTTPStatus(status).name, "message": told})
+    shown = message if len(message) < 2000 else message[:2000] + " …"
+    shown = shown.encode(errors="replace").decode()  # JSON cannot hold half a surrogate pair
+    return status, orjson.dumps({"error_code": HTTPStatus(status).name, "message": shown})
 
 
-def _models_fault(error: Exception) -> bool:
+def _is_server_error(error: Exception) -> bool:
     return isinstance(error, (NonFiniteOutput, CheckpointError, WorkerCrash))
 
 
 def _by_parameters(rows: list[RequestedRow]) -> dict[Parameters, list[int]]:
-    """Group the rows that can be answered by what is to be computed, however that travels."""
-    rows_of: dict[int, list[int]] = {}  # most rows share one object, whose hash can be a look at 100,000 genes
-    for i, asked in enumerate(rows):
-        if asked.error is None:
-            rows_of.setdefault(id(asked.parameters), []).append(i)
+    """Group the valid rows by the parameters that affect their vectors; encoding and error handling do not."""
+    rows_of: dict[int, list[int]] = {}  # by identity first: hashing parameters can read 100,000 gene names
+    for i, requested in enumerate(rows):
+        if requested.error is None:
+            rows_of.setdefault(id(requested.parameters), []).append(i)
     groups: dict[Parameters, list[int]] = {}
     for places in rows_of.values():
         same = rows[places[0]].parameters.model_copy(update={"encoding": "list", "on_error": "raise"})
@@ -382,7 +390,7 @@ def _by_parameters(rows: list[RequestedRow]) -> dict[Parameters, list[int]]:
 
 
 class _HeaderLimit:
-    """Refuses request lines and headers that came whole, but are larger than the limit."""
+    """Rejects requests whose request line and headers are larger than the limit."""
 
     def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
         self._app = app
@@ -393,7 +401,7 @@ class _HeaderLimit:
             size += sum(len(name) + len(value) + 4 for name, value in scope["headers"])
             if size > HEADER_BYTES:
                 status, content = _error(
-                    431, f"request line and headers hold {size} bytes; the limit is {HEADER_BYTES}"
+                    431, f"request line and headers have {size} bytes; the limit is {HEADER_BYTES}: send shorter ones"
                 )
                 await Response(content, status, {"connection": "close"}, media_type=JSON)(scope, receive, send)
                 return
@@ -401,28 +409,28 @@ class _HeaderLimit:
 
 
 class _BearerToken:
-    """Lets pass who knows the token, comparing in constant time; the header is kept nowhere."""
+    """Requires the bearer token, compared in constant time; the header is never stored."""
 
     def __init__(self, app: Callable[..., Awaitable[None]], token: str, unauthorized: Counter) -> None:
         self._app, self._wanted = app, f"Bearer {token}".encode()
-        self._unauthorized, self._unsaid, self._said = unauthorized, 0, -math.inf
+        self._unauthorized, self._unlogged, self._logged_at = unauthorized, 0, -math.inf
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http" and scope["path"] not in NEED_NO_TOKEN:
-            given = dict(scope["headers"]).get(b"authorization", b"")
-            if not hmac.compare_digest(given, self._wanted):
-                self._note(scope["client"])
+            header = dict(scope["headers"]).get(b"authorization", b"")
+            if not hmac.compare_digest(header, self._wanted):
+                self._count(scope["client"])
                 status, content = _error(401, f"send the header `Authorization: Bearer` with the value of {TOKEN}")
-                refusal = Response(content, status, {"www-authenticate": "Bearer"}, media_type=JSON)
-                await refusal(scope, receive, send)
+                response = Response(content, status, {"www-authenticate": "Bearer"}, media_type=JSON)
+                await response(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
-    def _note(self, client: tuple[str, int] | None) -> None:
-        """Count, and log at a bounded rate."""
+    def _count(self, client: tuple[str, int] | None) -> None:
+        """Count a request, and log at a bounded rate."""
         self._unauthorized.inc()
-        self._unsaid += 1
-        if time.monotonic() - self._said >= UNAUTHORIZED_LOG_SECONDS:
+        self._unlogged += 1
+        if time.monotonic() - self._logged_at >= UNAUTHORIZED_LOG_SECONDS:
             address = client[0] if client else "an unknown address"
-            logger.warning("%d requests without a valid token, the last from %s", self._unsaid, address)
-            self._unsaid, self._said = 0, time.monotonic()
+            logger.warning("%d requests without a valid token, the last from %s", self._unlogged, address)
+            self._unlogged, self._logged_at = 0, time.monotonic()

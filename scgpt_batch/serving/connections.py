@@ -1,7 +1,7 @@
-"""What a connection may cost before a request on it is known: uvicorn's HTTP/1.1 protocol with limits.
+"""Limits for connections: uvicorn's HTTP/1.1 protocol with a limit for each resource that an idle client can hold.
 
-uvicorn over h11 bounds an unfinished header, but neither how long it takes, nor the number of connections, nor a client
-that does not read its answer.
+uvicorn with h11 limits the size of an unfinished header. It limits neither the time a header takes, nor the number of
+connections, nor the time a client takes to read its response.
 """
 
 import asyncio
@@ -15,20 +15,20 @@ import orjson
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEADER_BYTES = 65_536  # of request line and headers
-STALL_SECONDS = 30.0  # an answer of which the client takes nothing for so long is dropped
+STALL_SECONDS = 30.0  # a connection is dropped when the client reads nothing of its response for this long
 FILES_KEPT = 256  # file descriptors for libraries, logs, the table and child processes
 
 
 @dataclass(frozen=True)
 class ConnectionLimits:
-    """How many connections there may be, and how long one may take to send a complete header."""
+    """The maximum number of connections, and the time allowed for a complete header."""
 
     connections: int
     header_seconds: float
 
 
 class LimitedProtocol(H11Protocol):
-    """One connection; `limited_protocol` makes the class that has limits."""
+    """One connection; `limited_protocol` returns a subclass with limits."""
 
     limits: ConnectionLimits
     on_refusal: Callable[[str], None]
@@ -36,10 +36,10 @@ class LimitedProtocol(H11Protocol):
     _stall_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Take a connection, unless there are too many."""
+        """Accept a connection, unless there are too many."""
         super().connection_made(transport)
         if len(self.connections) > self.limits.connections:
-            self._refuse("connections", HTTPStatus.SERVICE_UNAVAILABLE, "too many connections: try again later")
+            self._refuse("connections", HTTPStatus.SERVICE_UNAVAILABLE, "too many connections: retry later")
         else:
             self._watch_header()
 
@@ -50,26 +50,26 @@ class LimitedProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Take bytes; a header that is not complete has a deadline."""
+        """Receive bytes; an incomplete header has a deadline."""
         super().data_received(data)
         self._watch_header()
 
     def send_400_response(self, msg: str) -> None:
-        """Say what is wrong with a request that is not HTTP, or whose header is too long; uvicorn calls this."""
+        """Reject a request that is not HTTP or has too long a header; uvicorn calls this."""
         unread, _ = self.conn.trailing_data
         if len(unread) > HEADER_BYTES:
-            told = f"request line and headers hold more than {HEADER_BYTES} bytes, the limit"
-            self._refuse("header_bytes", HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, told)
+            message = f"request line and headers have more than {HEADER_BYTES} bytes, the limit: send shorter ones"
+            self._refuse("header_bytes", HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, message)
         else:
             self._refuse("invalid", HTTPStatus.BAD_REQUEST, msg)
 
     def pause_writing(self) -> None:
-        """Watch that the client takes its answer."""
+        """Start to watch whether the client reads its response."""
         super().pause_writing()
-        self._watch_answer()
+        self._watch_response()
 
     def resume_writing(self) -> None:
-        """Cancel the watch: the client has taken its answer."""
+        """Stop watching: the client has read its response."""
         self._stall_timer = _cancelled(self._stall_timer)
         super().resume_writing()
 
@@ -81,22 +81,22 @@ class LimitedProtocol(H11Protocol):
             self._header_timer = self.loop.call_later(self.limits.header_seconds, self._header_is_late)
 
     def _header_is_late(self) -> None:
-        told = f"no complete header within {self.limits.header_seconds:g} s, the limit"
-        self._refuse("header_seconds", HTTPStatus.REQUEST_TIMEOUT, told)
+        message = f"no complete header arrived within {self.limits.header_seconds:g} s, the limit"
+        self._refuse("header_seconds", HTTPStatus.REQUEST_TIMEOUT, message)
 
-    def _watch_answer(self) -> None:
-        untaken = self.transport.get_write_buffer_size()
-        self._stall_timer = self.loop.call_later(STALL_SECONDS, self._check_answer, untaken)
+    def _watch_response(self) -> None:
+        unread = self.transport.get_write_buffer_size()
+        self._stall_timer = self.loop.call_later(STALL_SECONDS, self._check_response, unread)
 
-    def _check_answer(self, before: int) -> None:
+    def _check_response(self, before: int) -> None:
         if self.transport.get_write_buffer_size() < before:
-            self._watch_answer()
+            self._watch_response()
         else:
             self.on_refusal("answer_not_read")
             self.transport.abort()
 
     def _refuse(self, reason: str, status: HTTPStatus, message: str) -> None:
-        """Answer outside of any request, and close."""
+        """Send an error outside of any request, and close the connection."""
         self.on_refusal(reason)
         body = orjson.dumps({"error_code": status.name, "message": message})
         head = f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: application/json\r\nconnection: close\r\n"
@@ -105,24 +105,24 @@ class LimitedProtocol(H11Protocol):
 
 
 def limited_protocol(limits: ConnectionLimits, on_refusal: Callable[[str], None]) -> type[LimitedProtocol]:
-    """Return the protocol class for `uvicorn.Config(http=…)`; `on_refusal` gets the reason of each refusal."""
+    """Return the protocol class for `uvicorn.Config(http=…)`; `on_refusal` gets the reason of each rejection."""
     members: dict[str, Any] = {"limits": limits, "on_refusal": staticmethod(on_refusal)}
     return type("LimitedProtocol", (LimitedProtocol,), members)
 
 
-def connections_within_files(wanted: int) -> int:
-    """Return how many of the wanted connections leave enough file descriptors; the soft limit is raised first."""
+def connections_within_files(desired: int) -> int:
+    """Return how many connections the limit of open files allows, at most `desired`; raise the soft limit if needed."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = wanted + FILES_KEPT
+    needed = desired + FILES_KEPT
     if soft == resource.RLIM_INFINITY or soft >= needed:
-        return wanted
+        return desired
     raised = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
     return max(1, raised - FILES_KEPT)
 
 
 def _cancelled(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
-    """Cancel a timer, if there is one; what to keep in its place."""
+    """Cancel a timer, if there is one; return None, to store in its place."""
     if timer is not None:
         timer.cancel()
     return None

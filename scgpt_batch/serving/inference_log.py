@@ -1,14 +1,15 @@
-"""The inference table: each request with its answer as one row of Delta, in the columns of Databricks' payload table.
+"""The inference table: one Delta row per request and response, in the columns of Databricks' payload table.
 
-A record is appended to a local file (the spool) before its answer leaves; a thread moves closed files to the table.
-A request is noted in a file of its own before it is computed, and that file goes when the record is appended. Such a
-file that is there at the start belongs to a request that a dead process did not answer: it becomes a record with
-status 500 and the code REQUEST_UNANSWERED.
-Each file is one Delta transaction under the spool's own id, so a file is written once however often the process dies:
-before writing, the table is asked for the last transaction that it holds.
+A record is appended to a local file (the spool) before its response is sent; a thread moves closed files to the table.
+Before a request is computed, it is noted in a separate file, which is removed when its record is appended. A note that
+exists at the start belongs to a request that a killed process did not answer: it becomes a record with status 500 and
+the code REQUEST_UNANSWERED.
 
-What survives: a record, once appended, the death of the process by any signal; a closed file also a power cut
-(`fsync` when it is closed, every `flush_seconds`), an open one as far as the system has written it out.
+Each spool file is one Delta transaction under the spool's id. Before a file is written, the table's last transaction of
+that id is read, so each file is written exactly once, even if the process is killed in between.
+
+Durability: an appended record survives a kill by any signal. A closed file also survives a power cut (`fsync` on
+close, every `flush_seconds`); an open file, as far as the system has written it to disk.
 """
 
 import errno
@@ -55,16 +56,23 @@ SCHEMA = pa.schema(
     ]
 )
 MAX_PAYLOAD = 2**20  # bytes of a request or response that Databricks still logs
-UNANSWERED = "REQUEST_UNANSWERED"  # our own code: the process died before it answered
-MAX_SEGMENT = 32 * 2**20  # bytes of a spool file: what is held in memory to write it
+UNANSWERED = "REQUEST_UNANSWERED"  # our own code: the process was killed before the response
+MAX_SEGMENT = 32 * 2**20  # bytes of a spool file, which is read into memory to write it to the table
 
-# Table features with which delta-rs cannot append.
-_REFUSED = {"clustering", "domainMetadata", "rowTracking", "inCommitTimestamp", "allowColumnDefaults", "typeWidening"}
+# Table features that prevent appends by delta-rs.
+_UNSUPPORTED = {
+    "clustering",
+    "domainMetadata",
+    "rowTracking",
+    "inCommitTimestamp",
+    "allowColumnDefaults",
+    "typeWidening",
+}
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """A request and its answer. `request` None: it was too large to be read, or could not be inflated."""
+    """A request and its response. `request` is None if it was too large to read, or not valid gzip."""
 
     request_id: str
     at: datetime
@@ -78,7 +86,7 @@ class Exchange:
     too_large_to_read: bool = False
 
     def record(self) -> dict[str, Any]:
-        """Give the columns of the table, in JSON's types; payloads over 1 MiB are null, and a code says so."""
+        """Return the table's columns in JSON types; a payload over 1 MiB is null, with a code that says so."""
         codes = []
         if self.too_large_to_read or len(self.request or b"") > MAX_PAYLOAD:
             codes.append("MAX_REQUEST_SIZE_EXCEEDED")
@@ -99,7 +107,7 @@ class Exchange:
         }
 
     def unanswered(self) -> dict[str, Any]:
-        """Give the record of a request whose process died; how long it took is not known."""
+        """Return the record of a request whose process was killed; its duration is unknown."""
         record = self.record()
         codes = [*record["logging_error_codes"], UNANSWERED]
         return record | {"response": None, "execution_duration_ms": None, "logging_error_codes": codes}
@@ -112,37 +120,37 @@ def _text(payload: bytes | None) -> str | None:
 
 
 class Spool:
-    """Append-only files in a folder of one process; the newest is written to, the older are closed.
+    """Numbered append-only files in a folder that one process owns; the newest is open, older ones are closed.
 
-    Their numbers only rise, also over restarts: the newest file stays, empty or not, until there is a newer one.
+    Numbers only increase, also across restarts: the newest file stays, even empty, until there is a newer one.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Take the folder, or raise a ConfigError: another process has it, or it cannot be written."""
+        """Lock the folder; raise ConfigError if another process owns it or it is not writable."""
         self.folder, self._lock, self._torn = folder, threading.Lock(), False
         self._begun = folder / "unanswered"
         try:
             for place in (folder, self._begun):
                 place.mkdir(mode=0o700, parents=True, exist_ok=True)
-                _refuse_others(place)
+                _check_owner(place)
             self._owner = os.open(folder / "lock", os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
             fcntl.flock(self._owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.app_id = self._read_app_id()
             self._open(max(self._numbers(), default=0) + 1)
         except BlockingIOError as exc:
-            raise ConfigError(f"spool {folder} belongs to a running endpoint: give this one another --spool") from exc
+            raise ConfigError(f"a running endpoint uses spool {folder}: use another --spool for this one") from exc
         except OSError as exc:
-            raise ConfigError(f"spool {folder} cannot be written: {exc.strerror}") from exc
+            raise ConfigError(f"cannot write to spool {folder}: {exc.strerror}; use another --spool") from exc
 
     def begin(self, request_id: str, line: bytes) -> None:
-        """Note a request that is not answered yet; an OSError means that the note is not there."""
+        """Note a request before it is computed; an OSError means that the note was not written."""
         _create(self._note(request_id), line)
 
     def unanswered(self) -> Iterator[tuple[str, dict[str, Any] | None]]:
-        """Yield the requests that an earlier process noted: id and record, None where there is nothing to make up for.
+        """Yield id and record of each request that an earlier process noted; None if no record is needed.
 
-        A process that died between a record and the removal of its note left the record in one of the files that are
-        still here: both are done under the lock that closing a file takes.
+        A process that was killed between a record and the removal of its note left the record in a file that still
+        exists, because both happen under the lock that closing a file takes.
         """
         with os.scandir(self._begun) as entries:
             notes = [
@@ -152,10 +160,10 @@ class Spool:
             ]
         answered = set()
         for number in self.closed(rotate=False) if notes else ():
-            with suppress(UnreadableFile):  # moved aside when it is brought to the table
+            with suppress(UnreadableFile):  # moved aside when it is moved to the table
                 answered |= {record["databricks_request_id"] for record in self.read(number)[0]}
         for path in notes:
-            records, _ = _records(_read(path))  # none: the note is not whole, so nothing was computed
+            records, _ = _records(_read(path))  # none: the note is incomplete, so nothing was computed
             yield path.stem, None if path.stem in answered or not records else records[0]
 
     def forget(self, request_id: str) -> None:
@@ -163,9 +171,9 @@ class Spool:
         self._note(request_id).unlink(missing_ok=True)
 
     def append(self, line: bytes, *, request_id: str) -> None:
-        """Write one line and remove the request's note; an OSError means that the line is not there."""
+        """Write one line and remove the request's note; an OSError means that the line was not written."""
         with self._lock:
-            # after a failed write the rest of that line is closed, so that this one is whole
+            # after a failed write, end the incomplete line first
             line = b"\n" + line + b"\n" if self._torn else line + b"\n"
             self._torn = True
             try:
@@ -178,38 +186,38 @@ class Spool:
                 self._rotate()
 
     def closed(self, *, rotate: bool) -> list[int]:
-        """Return the numbers of all closed files, in order; with `rotate` also of the one written to till now."""
+        """Return the numbers of all closed files, in order; with `rotate`, close the open file first."""
         with self._lock:
             if rotate and (self._size or self._torn):
                 self._rotate()
             return [number for number in self._numbers() if number < self._number]
 
     def read(self, number: int) -> tuple[list[dict[str, Any]], int]:
-        """Give a closed file's records, and how many lines hold something else.
+        """Return a closed file's records, and the number of lines with other content.
 
-        A line that does not parse was never whole: its request had no answer.
+        A line that does not parse is incomplete: its request got no response.
 
         Raises
         ------
         UnreadableFile
-            It is no regular file, or larger than any that this class writes.
+            It is not a regular file, or larger than any that this class writes.
         """
         return _records(_read(self._path(number)))
 
     def remove(self, number: int) -> None:
-        """Drop a file whose records are in the table."""
+        """Remove a file whose records are in the table."""
         self._path(number).unlink()
 
     def move_aside(self, number: int) -> Path:
-        """Keep a file, of whatever kind, under a name that is not looked at; return that name."""
+        """Rename a file so that it is no longer read; return the new path."""
         return self._path(number).rename(self.folder / f"{number:012d}.bad-{uuid.uuid4().hex[:8]}")
 
     def waiting_bytes(self) -> int:
-        """How much lies in the files."""
+        """Return the total size of the files."""
         return sum(self._path(number).lstat().st_size for number in self._numbers())
 
     def close(self) -> None:
-        """Give the folder back; files stay."""
+        """Release the folder; the files stay."""
         os.close(self._file)
         os.close(self._owner)
 
@@ -228,7 +236,7 @@ class Spool:
                 number += 1
         self._number, self._size, self._torn = number, 0, False
         folder = os.open(self.folder, os.O_RDONLY)
-        os.fsync(folder)  # a number that is lost in a power cut would be used twice
+        os.fsync(folder)  # a number lost in a power cut would be reused
         os.close(folder)
 
     def _read_app_id(self) -> str:
@@ -241,9 +249,9 @@ class Spool:
         try:
             app_id = _read(place).decode(errors="replace")
         except UnreadableFile as exc:
-            raise ConfigError(f"spool {self.folder}: {exc}: give another --spool") from exc
+            raise ConfigError(f"cannot read spool {self.folder}: {exc}; use another --spool") from exc
         if not re.fullmatch(r"scgpt-batch-[0-9a-f-]{36}", app_id):
-            raise ConfigError(f"{place} does not hold the id of a spool: give another --spool")
+            raise ConfigError(f"{place} does not contain the id of a spool: use another --spool")
         return app_id
 
     def _path(self, number: int) -> Path:
@@ -257,11 +265,11 @@ class Spool:
 
 
 class UnreadableFile(OSError):
-    """Something in the spool that this package did not write: a link, folder, pipe, or a file of another size."""
+    """A file in the spool that this package did not write: a link, folder, pipe, or a file of impossible size."""
 
 
 def _created(path: Path) -> int:
-    """Open a new file for appending; a link or file that is there already is never written to."""
+    """Open a new file for appending; never write to an existing file or link."""
     return os.open(path, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY | os.O_APPEND, 0o600)
 
 
@@ -274,7 +282,7 @@ def _create(path: Path, content: bytes) -> None:
 
 
 def _read(path: Path) -> bytes:
-    """Read a regular file, following no link."""
+    """Read a regular file; links are not followed."""
     try:
         file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as exc:
@@ -286,7 +294,7 @@ def _read(path: Path) -> bytes:
         if not stat.S_ISREG(found.st_mode):
             raise UnreadableFile(f"{path} is not a regular file")
         if found.st_size > 2 * MAX_SEGMENT:
-            raise UnreadableFile(f"{path} holds {found.st_size} bytes, more than a spool file can")
+            raise UnreadableFile(f"{path} has {found.st_size} bytes, more than any spool file")
         with os.fdopen(file, "rb", closefd=False) as opened:
             return opened.read()
     finally:
@@ -309,7 +317,7 @@ def _records(content: bytes) -> tuple[list[dict[str, Any]], int]:
 
 
 def _is_record(record: Any) -> bool:
-    """Tell whether a line is one that the table takes."""
+    """Return whether a line is a record that fits the table."""
     if not isinstance(record, dict) or not isinstance(record.get("databricks_request_id"), str):
         return False
     try:
@@ -319,10 +327,10 @@ def _is_record(record: Any) -> bool:
     return True
 
 
-def _refuse_others(folder: Path) -> None:
+def _check_owner(folder: Path) -> None:
     found = folder.stat()
     if found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise ConfigError(f"other users can write to the spool {folder}: give a folder that is yours alone (chmod 700)")
+        raise ConfigError(f"other users can write to spool {folder}: use a folder that only you can access (chmod 700)")
 
 
 def _write(file: int, line: bytes) -> None:
@@ -331,41 +339,41 @@ def _write(file: int, line: bytes) -> None:
 
 
 class PayloadTable:
-    """The Delta table, through delta-rs."""
+    """The Delta table, written with delta-rs."""
 
     def __init__(self, path: str) -> None:
-        """Make the table if it is not there.
+        """Create the table if it does not exist.
 
         Raises
         ------
         ConfigError
-            It has other columns, or features with which delta-rs cannot append.
+            It has other columns, or features that prevent appends by delta-rs.
         """
         self.path = path
         try:
             table = self._opened()
         except (DeltaError, OSError) as exc:
-            logger.warning("inference table %s cannot be opened now, requests are spooled: %s", path, exc)
+            logger.warning("cannot open inference table %s now, requests are spooled: %s", path, exc)
             return
         _check_columns(table, path)
         features = set(table.protocol().writer_features or ())
-        if features & _REFUSED:
+        if features & _UNSUPPORTED:
             raise ConfigError(
-                f"inference table {path} has features with which delta-rs cannot append "
-                f"({', '.join(sorted(features & _REFUSED))}): give a path where it may make a plain table"
+                f"delta-rs cannot append to inference table {path}, because of its table features "
+                f"{', '.join(sorted(features & _UNSUPPORTED))}: use the path of a new table"
             )
 
     def write(self, records: list[dict[str, Any]], app_id: str, version: int) -> None:
-        """Append records in one transaction, unless that transaction is in the table already."""
+        """Append records in one transaction, unless the table already has that transaction."""
         table = self._opened()
-        held = table.transaction_version(app_id)
-        if held is not None and held >= version:
+        written = table.transaction_version(app_id)
+        if written is not None and written >= version:
             return
         once = CommitProperties(app_transactions=[Transaction(app_id, version)])
         write_deltalake(table, _arrow(records), mode="append", commit_properties=once)
 
     def _opened(self) -> DeltaTable:
-        """Open the table anew each time: someone may have optimised, emptied or replaced it meanwhile."""
+        """Open the table at its newest version: it may have been optimised, emptied or replaced meanwhile."""
         try:
             return DeltaTable(self.path)
         except TableNotFoundError:
@@ -373,12 +381,12 @@ class PayloadTable:
 
 
 def _check_columns(table: DeltaTable, path: str) -> None:
-    held = {field.name: str(field.type) for field in table.schema().fields}
-    wanted = {field.name: str(field.type) for field in Schema.from_arrow(SCHEMA).fields}
-    different = sorted(name for name in wanted if held.get(name) != wanted[name])
-    if different or set(held) - set(wanted):
-        names = ", ".join(different or sorted(set(held) - set(wanted)))
-        raise ConfigError(f"{path} is no inference table of this kind: column {names} differs; give another path")
+    found = {field.name: str(field.type) for field in table.schema().fields}
+    expected = {field.name: str(field.type) for field in Schema.from_arrow(SCHEMA).fields}
+    different = sorted(name for name in expected if found.get(name) != expected[name])
+    if different or set(found) - set(expected):
+        names = ", ".join(different or sorted(set(found) - set(expected)))
+        raise ConfigError(f"{path} is not an inference table of this kind: column {names} differs; use another path")
 
 
 def _arrow(records: list[dict[str, Any]]) -> pa.Table:
@@ -389,34 +397,34 @@ def _arrow(records: list[dict[str, Any]]) -> pa.Table:
 
 
 class InferenceLog:
-    """Takes records, and brings them to the table in the background. Nothing here fails a request."""
+    """Spools records and moves them to the table in the background; errors here never fail a request."""
 
     def __init__(self, table: str, spool: str, *, flush_seconds: float, metrics: Metrics) -> None:
-        """Open table and spool, and start to bring over what an earlier process left.
+        """Open table and spool, and start to move the records that an earlier process left.
 
         Raises
         ------
         ConfigError
-            As `table_path`, `Spool` and `PayloadTable`.
+            Raised by `table_path`, `Spool` or `PayloadTable`.
         """
         path = table_path(table)
         self.spool = Spool(Path(spool or _beside(path)))
         self.table = PayloadTable(path)
         self._metrics, self._flush_seconds = metrics, flush_seconds
         self._stop, self._draining = threading.Event(), threading.Lock()
-        self._make_up()
+        self._record_unanswered()
         self._thread = threading.Thread(target=self._drain_regularly, name="inference-log", daemon=True)
         self._thread.start()
 
     def begin(self, exchange: Exchange) -> None:
-        """Note a request before it is computed, so that it leaves a trace if it ends the process."""
+        """Note a request before it is computed, so that it is recorded even if it kills the process."""
         try:
             self.spool.begin(exchange.request_id, orjson.dumps(exchange.unanswered()))
         except OSError as exc:
             self._warn_of_spool(exchange.request_id, exc)
 
     def append(self, exchange: Exchange) -> None:
-        """Spool a record; where that fails it is lost, counted and warned of."""
+        """Spool a record; if that fails, the record is lost, and a counter and a warning say so."""
         self._append(exchange.request_id, exchange.record())
 
     def _append(self, request_id: str, record: dict[str, Any]) -> None:
@@ -429,33 +437,35 @@ class InferenceLog:
 
     def _warn_of_spool(self, request_id: str, exc: OSError) -> None:
         self._metrics.log_failures.labels("spool").inc()
-        logger.warning("request %s is not in the inference table: %s: %s", request_id, self.spool.folder, exc)
+        logger.warning(
+            "request %s is not in the inference table: cannot write to %s: %s", request_id, self.spool.folder, exc
+        )
 
-    def _make_up(self) -> None:
-        """Log the requests that a dead process did not answer."""
+    def _record_unanswered(self) -> None:
+        """Append records for the requests that a killed process did not answer."""
         for request_id, record in self.spool.unanswered():
             if record is None:
                 self.spool.forget(request_id)
                 continue
-            logger.warning("request %s was not answered: the process that computed it died", request_id)
+            logger.warning("request %s got no response: the process that computed it was killed", request_id)
             self._append(request_id, record | {"client_request_id": _client_request_id(record["request"])})
 
     def drain(self) -> bool:
-        """Bring all spooled records to the table; False, with a warning, when the table refuses them for now."""
+        """Move all spooled records to the table; return False, with a warning, if the table cannot be written now."""
         with self._draining:
             try:
                 self._metrics.spool_bytes.set(self.spool.waiting_bytes())
-                for rotate in (False, True):  # on a full disk, what is closed makes room for the next file
+                for rotate in (False, True):  # on a full disk, moving closed files makes room for the next file
                     for number in self.spool.closed(rotate=rotate):
-                        self._bring(number)
+                        self._move_to_table(number)
                 self._metrics.spool_bytes.set(self.spool.waiting_bytes())
-            except Exception as exc:  # whatever it is, the records lie in the spool and are tried again
+            except Exception as exc:  # after any error the records stay in the spool and are tried again
                 self._metrics.log_failures.labels("table").inc()
-                logger.warning("inference table %s: not written, tried again later: %s", self.table.path, exc)
+                logger.warning("cannot write to inference table %s, tried again later: %s", self.table.path, exc)
                 return False
             return True
 
-    def _bring(self, number: int) -> None:
+    def _move_to_table(self, number: int) -> None:
         try:
             records, bad = self.spool.read(number)
         except UnreadableFile as exc:
@@ -465,14 +475,14 @@ class InferenceLog:
             self.table.write(records, self.spool.app_id, number)
             self._metrics.logged.inc(len(records))
         if bad:
-            self._move_aside(number, f"{bad} of its lines are no records; the {len(records)} others are in the table")
+            self._move_aside(number, f"{bad} of its lines are not records; the other {len(records)} are in the table")
         else:
             self.spool.remove(number)
 
     def _move_aside(self, number: int, reason: str) -> None:
         kept = self.spool.move_aside(number)
         self._metrics.log_moved_aside.inc()
-        logger.warning("spool file %d is now %s: %s", number, kept, reason)
+        logger.warning("spool file %d was moved to %s: %s", number, kept, reason)
 
     def _drain_regularly(self) -> None:
         self.drain()
@@ -480,11 +490,11 @@ class InferenceLog:
             self.drain()
 
     def close(self) -> None:
-        """Bring over what is left, and let go of the spool."""
+        """Move the remaining records to the table, and release the spool."""
         self._stop.set()
         self._thread.join()
         if not self.drain():
-            logger.warning("%s holds records for the next start", self.spool.folder)
+            logger.warning("spool %s keeps records that the next start writes to the table", self.spool.folder)
         self.spool.close()
 
     def __enter__(self) -> Self:
@@ -495,7 +505,7 @@ class InferenceLog:
 
 
 def _client_request_id(request: str | None) -> str | None:
-    """Read the caller's id in a request; None where there is none, or the request was not logged."""
+    """Return the client's id in a request; None if there is none, or the request was not logged."""
     try:
         document = orjson.loads(request or "")
     except orjson.JSONDecodeError:
@@ -505,18 +515,18 @@ def _client_request_id(request: str | None) -> str | None:
 
 
 def table_path(table: str) -> str:
-    """Give the path or URI of a table named delta.`path`, or by its path; a ConfigError for a catalog name."""
+    """Return the path or URI of a table given as delta.`path` or path; raise ConfigError for a catalog name."""
     named = re.fullmatch(r"delta\.`(.+)`", table)
     if named:
         return named[1]
     if "/" in table:
         return table
     raise ConfigError(
-        f"inference table {table!r}: delta-rs, which writes it, knows paths and no Spark catalog: give delta.`path`"
+        f"inference table {table!r} is not a path: the endpoint writes without a Spark catalog; use delta.`path`"
     )
 
 
 def _beside(path: str) -> str:
     if "://" in path:
-        raise ConfigError(f"inference table {path} is not on this machine: give a local folder as --spool")
+        raise ConfigError(f"inference table {path} is not on this machine: set a local folder with --spool")
     return path.rstrip("/") + "_spool"

@@ -1,7 +1,7 @@
-"""Rows whose preparation runs native code on foreign data are prepared in child processes, kept warm.
+"""Warm child processes that prepare rows for which native code runs on untrusted data.
 
-scikit-misc's LOESS fit (`hvg_flavor` seurat_v3) and HDF5 can crash on crafted input. In a child process that costs
-the one row; in the endpoint's own process it would end every request in flight.
+scikit-misc's LOESS fit (`hvg_flavor` seurat_v3) and HDF5 can crash on crafted input. In a child process only that row
+fails; in the endpoint's own process every request in flight would be lost.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,25 +18,25 @@ from scgpt_batch.preprocessing.tokens import ScgptTokenizer
 
 
 class IsolatedReader(RowReader):
-    """A RowReader that prepares such rows in child processes; safe to call from several threads."""
+    """A RowReader that prepares such rows in child processes; thread-safe."""
 
     def __init__(self, reader: RowReader, *, seconds: float, processes: int) -> None:
-        """Prepare as `reader` does; a row that has no result within `seconds` ends its process."""
+        """Prepare rows as `reader` does; a child process without a result after `seconds` is killed."""
         super().__init__(reader.tokenizer, reader.roots)
         self._start = partial(_reader, reader.vocabulary.tokens, reader.tokenizer.pad_value, reader.roots)
         self._seconds = seconds
-        # last in, first out: a process that runs is used again before a place where none was started yet
+        # last in, first out: a running process is reused before another one is started
         self._places: LifoQueue[ChildProcess | None] = LifoQueue()
         for _ in range(processes):
             self._places.put(None)
 
     def prepare(self, row: Any, parameters: Parameters, *args: Any, **kwargs: Any) -> PreparedRow:
-        """Prepare a row, in a child process where it needs one.
+        """Prepare a row, in a child process if it needs one.
 
         Raises
         ------
         RowError
-            As `RowReader.prepare`; a WorkerCrash or Timeout of the child process.
+            As `RowReader.prepare`; also WorkerCrash or Timeout of the child process.
         """
         if not runs_native_code(parameters):
             return super().prepare(row, parameters, *args, **kwargs)
@@ -52,7 +52,7 @@ class IsolatedReader(RowReader):
 
 
 def runs_native_code(parameters: Parameters) -> bool:
-    """Tell whether preparing a row by these parameters runs native code that crafted data can crash."""
+    """Return whether preparing a row with these parameters runs native code that crafted data can crash."""
     fits = parameters.need_preprocess and parameters.subset_hvg > 0 and parameters.hvg_flavor.startswith("seurat_v3")
     return fits or bool(parameters.input_data_path)
 

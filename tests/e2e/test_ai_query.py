@@ -85,7 +85,7 @@ def good(table):
     return f"(select * from {table} where adata_id like 'good%')"
 
 
-def test_sql_gives_the_numbers_of_the_model(spark, model, rows, table):
+def test_sql_matches_the_model(spark, model, rows, table):
     found = spark.sql(f"select adata_id, ai_query('scgpt', {STRUCT}) as a from {good(table)}").collect()
     wanted = predict(model, rows[:3], mode="cell")
     assert len(found) == 3
@@ -96,7 +96,7 @@ def test_sql_gives_the_numbers_of_the_model(spark, model, rows, table):
         assert line["a"]["response"] is None and line["a"]["errorMessage"] is None
 
 
-def test_the_arguments_may_be_named_and_a_null_request_has_a_null_answer(spark, table):
+def test_named_arguments_and_null_requests(spark, table):
     found = spark.sql(f"""
         select ai_query(request => if(adata_id = 'good-1', null, {STRUCT}), endpoint => 'scgpt').cell_ids as ids
         from {good(table)} order by adata_id
@@ -104,7 +104,7 @@ def test_the_arguments_may_be_named_and_a_null_request_has_a_null_answer(spark, 
     assert [line["ids"] is None for line in found] == [False, True, False]
 
 
-def test_without_fail_on_error_each_row_at_fault_is_told_and_the_others_are_answered(spark, model, rows, table):
+def test_fail_on_error_false_reports_errors_by_row(spark, model, rows, table):
     found = spark.sql(f"select adata_id, ai_query('scgpt', {STRUCT}, failOnError => false) as a from {table}").collect()
     wanted = predict(model, rows[:3], mode="cell")
     for line in found:
@@ -130,18 +130,18 @@ def test_without_fail_on_error_each_row_at_fault_is_told_and_the_others_are_answ
         (f"ai_query('scgpt', {STRUCT}, returnType => 'string')", "returnType"),
     ],
 )
-def test_a_query_that_cannot_be_answered_says_why(spark, table, call, wanted):
+def test_invalid_query_says_why(spark, table, call, wanted):
     with pytest.raises(PythonException) as failed:
         spark.sql(f"select {call} as a from {table}").collect()
     assert wanted in str(failed.value)
 
 
-def test_an_unreachable_endpoint_is_an_error_message_too(spark, table):
+def test_unreachable_endpoint_is_an_error_message(spark, table):
     found = spark.sql(f"select ai_query('closed', {STRUCT}, failOnError => false).errorMessage as e from {table}")
     assert all("cannot be reached" in line["e"] for line in found.collect())
 
 
-def test_a_filter_on_the_answer_asks_only_once(spark, server, table):
+def test_filter_on_the_response_sends_one_request(spark, server, table):
     found = spark.sql(f"""
         select a.embedding_dim, a.cell_ids from (select ai_query('scgpt', {STRUCT}) as a from {good(table)})
         where size(a.cell_ids) = 3
@@ -152,7 +152,7 @@ def test_a_filter_on_the_answer_asks_only_once(spark, server, table):
     assert 0 < len(came) <= 3  # at most one a row
 
 
-def test_the_token_of_the_environment_is_sent(spark, server, table, monkeypatch):
+def test_token_from_the_environment_is_sent(spark, server, table, monkeypatch):
     monkeypatch.setenv("SCGPT_BATCH_TOKEN", "secret")
     register_ai_query(spark, {"scgpt": server[0]})
     monkeypatch.delenv("SCGPT_BATCH_TOKEN")
@@ -162,7 +162,7 @@ def test_the_token_of_the_environment_is_sent(spark, server, table, monkeypatch)
     assert set(server[1]) == {("/invocations", "Bearer secret")}
 
 
-def test_what_is_no_address_is_refused(spark):
+def test_invalid_url_is_rejected(spark):
     with pytest.raises(ConfigError, match="scgpt"):
         register_ai_query(spark, {"scgpt": "localhost:5001"})
 
@@ -194,7 +194,7 @@ def test_example_errors_by_row(spark, table):
     assert found["error"].str.contains("vocabulary|adata_var").all()
 
 
-def test_50_real_rows_have_the_same_numbers_in_the_job_at_the_endpoint_and_in_sql(spark, model, pbmc3k, tmp_path):
+def test_job_endpoint_and_sql_agree_on_real_rows(spark, model, pbmc3k, tmp_path):
     rows = [to_row(pbmc3k[i * 8 : (i + 1) * 8, :2000]) | {"adata_id": f"{i:02}"} for i in range(50)]
     write_rows(spark, rows, "real_rows")
     command = ["embed", "--model-uri", "models:/scgpt/1", "--input-table", "real_rows", "--output-table", "real_cells"]

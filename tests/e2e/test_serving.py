@@ -89,7 +89,7 @@ def refusal(answer, status):
 
 
 @pytest.mark.parametrize("mode", ["static", "contextual", "cell"])
-def test_50_real_rows_get_the_embedders_numbers_in_each_encoding(endpoint, embedder, pbmc3k, mode):
+def test_real_rows_match_the_embedder_in_each_encoding(endpoint, embedder, pbmc3k, mode):
     asked = {"mode": mode, "data_is_raw": True, "log1p": True, "subset_hvg": 0}
     for i in range(50):
         one = to_row(pbmc3k[i * 20 : (i + 1) * 20, :2000], layout=("csr", "dense")[i % 2])
@@ -109,7 +109,7 @@ def vectors(answer, encoding):
 
 
 @pytest.mark.parametrize("spelled", ["dataframe_split", "dataframe_records", "inputs"])
-def test_each_spelling_is_answered_as_mlflow_answers_it(endpoint, registered, spelled):
+def test_each_row_format_matches_mlflow(endpoint, registered, spelled):
     sent = {name: v if isinstance(v, str) else np.asarray(v).tolist() for name, v in payload(row()).items()}
     split = {"columns": list(sent), "data": [list(sent.values())]}
     document = {spelled: split if spelled == "dataframe_split" else [sent], "params": CELLS}
@@ -127,23 +127,23 @@ def test_each_spelling_is_answered_as_mlflow_answers_it(endpoint, registered, sp
             assert found["predictions"][0][name] == value
 
 
-def test_both_formats_and_parameters_as_columns_mix_in_one_request(endpoint):
+def test_row_formats_and_parameter_columns_can_be_mixed(endpoint):
     rows = [payload(row(1)) | {"mode": "cell"}, payload(row(1, layout="dense")) | {"mode": "static"}]
     message = refusal(endpoint.post({"dataframe_records": rows}), 400)
-    assert "stands in some rows and not in others: give null" in message
+    assert "is missing in some rows: add it there with null" in message
     rows = [{name: one.get(name) for name in rows[0] | rows[1]} for one in rows]
     cell, static = endpoint.post({"dataframe_records": rows, "params": UNPROCESSED}).json()["predictions"]
     assert len(cell["cell_ids"]) == 4 and static["genes"] == GENES[:30]
 
 
-def test_a_bad_row_is_recorded_on_request_and_costs_only_itself(endpoint):
+def test_on_error_record_fails_only_the_bad_row(endpoint):
     rows = [row(1), row(2) | {"adata_var": "{"}, row(3)]
     good, bad, also_good = ask(endpoint, *rows, on_error="record", **CELLS)
     assert bad["error"].startswith("PayloadError: adata_var") and bad["cell_embeddings"] == []
     assert good["error"] is None and len(also_good["cell_ids"]) == 4
 
 
-def test_concurrent_requests_share_the_device_and_get_their_own_answers(endpoint):
+def test_concurrent_requests_are_batched(endpoint):
     rows = [row(seed, n_obs=1 + seed % 5) for seed in range(24)]
     alone = [ask(endpoint, one, **CELLS)[0] for one in rows]
     calls, asked = (endpoint.metric(f"scgpt_batch_device_batch_requests_{name}") for name in ("count", "sum"))
@@ -156,7 +156,7 @@ def test_concurrent_requests_share_the_device_and_get_their_own_answers(endpoint
     assert endpoint.metric("scgpt_batch_device_batch_requests_sum") - asked == 24 and calls < 20
 
 
-def test_mlflows_own_routes_answer(endpoint):
+def test_mlflow_routes_respond(endpoint):
     assert [requests.get(f"{endpoint.url}/{route}", timeout=9).status_code for route in ("ping", "health")] == [200] * 2
     assert requests.get(f"{endpoint.url}/version", timeout=9).text == mlflow.__version__
 
@@ -192,7 +192,7 @@ def test_mlflows_own_routes_answer(endpoint):
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_what_is_wrong_is_said_without_a_traceback(endpoint, document, status, told):
+def test_bad_request_gets_a_message_without_traceback(endpoint, document, status, told):
     answer = endpoint.post(document)
     if status == 200:
         assert answer.status_code == 200
@@ -212,8 +212,8 @@ def names(n):
 
 
 HOSTILE = {
-    "100 MB": (lambda: b" " * 100 * MEGABYTE, False, 413, "the body holds 100.0 MB; the limit is 16.0 MB"),
-    "gzip bomb": (lambda: b"0" * 1000 * MEGABYTE, True, 413, "inflates to more than 16.0 MB"),
+    "100 MB": (lambda: b" " * 100 * MEGABYTE, False, 413, "the body has 100.0 MB; the limit is 16.0 MB"),
+    "gzip bomb": (lambda: b"0" * 1000 * MEGABYTE, True, 413, "the decompressed body has more than 16.0 MB"),
     "million columns": (
         lambda: {"dataframe_records": [dict.fromkeys((f"c{i}" for i in range(MEGABYTE)), 1)]},
         False,
@@ -224,14 +224,14 @@ HOSTILE = {
         lambda: {"dataframe_records": [payload(row()) | {"adata_var": names(MEGABYTE)}]},
         False,
         413,
-        "adata_var names 1000000 genes; the limit is 250000",
+        "adata_var has 1000000 genes; the limit is 250000",
     ),
     "deep": (lambda: b"[" * 15 * MEGABYTE, False, 400, "not JSON"),
 }
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_body_is_refused_by_its_limit(endpoint, name):
+def test_hostile_body_is_rejected_by_its_limit(endpoint, name):
     make, packed, status, told = HOSTILE[name]
     body = make()
     body = body if isinstance(body, bytes) else orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
@@ -240,7 +240,7 @@ def test_hostile_body_is_refused_by_its_limit(endpoint, name):
     assert told in refusal(answer, status)  # the message is that of the limit, so nothing was read beyond it
 
 
-def test_a_body_without_a_length_is_cut_at_the_limit(endpoint):
+def test_body_without_length_is_cut_at_the_limit(endpoint):
     chunks = (b" " * MEGABYTE for _ in range(40))
     answer = requests.post(
         f"{endpoint.url}/invocations", data=chunks, headers={"Content-Type": "application/json"}, timeout=60
@@ -257,28 +257,28 @@ def test_a_body_without_a_length_is_cut_at_the_limit(endpoint):
     ],
     ids=str,
 )
-def test_other_types_and_codings_are_refused(endpoint, headers, status):
+def test_other_content_types_are_rejected(endpoint, headers, status):
     refusal(endpoint.post({"dataframe_records": []}, **headers), status)
 
 
-def test_a_truncated_gzip_stream_is_refused(endpoint):
+def test_truncated_gzip_is_rejected(endpoint):
     whole = gzip.compress(b'{"dataframe_records": []}')
     assert endpoint.post(whole, **{"Content-Encoding": "gzip"}).status_code == 200
     for cut in (whole[:-3], whole + b"x"):
         assert "one whole gzip stream" in refusal(endpoint.post(cut, **{"Content-Encoding": "gzip"}), 400)
 
 
-def test_an_answer_that_would_be_too_large_is_refused_with_advice(guarded):
+def test_too_large_response_is_rejected_with_advice(guarded):
     tokens = Vocabulary.from_file(GOLDEN / "checkpoint_flash" / "vocab.json").tokens[:2000]
     document = {"dataframe_records": [payload(to_row(random_adata(3, 2000, genes=tokens)))], "params": UNPROCESSED}
     message = refusal(guarded.post(document), 413)
-    assert "the answer would hold" in message and "restrict `genes`" in message and "batch job" in message
+    assert "the response would have" in message and "restrict `genes`" in message and "batch job" in message
     answer = guarded.post(document | {"params": UNPROCESSED | {"genes": [GENES[4]]}})
     assert answer.json()["predictions"][0]["genes"] == [GENES[4]]
 
 
 @pytest.mark.parametrize("hidden", ["NaN in var", "long labels", "Ensembl ids"])
-def test_no_table_hides_the_size_of_an_answer(guarded, hidden):
+def test_response_size_is_not_underestimated(guarded, hidden):
     tokens = Vocabulary.from_file(GOLDEN / "checkpoint_flash" / "vocab.json").tokens[:2000]
     adata, asked = random_adata(3, 2000, genes=tokens), dict(UNPROCESSED)
     if hidden == "long labels":
@@ -293,7 +293,7 @@ def test_no_table_hides_the_size_of_an_answer(guarded, hidden):
         adata.var_names = [tokens[0], *(f"ENSG{i:011}" for i in range(1999))]
         sent = payload(to_row(adata))
     message = refusal(guarded.post({"dataframe_records": [sent], "params": asked}), 413)
-    assert "the answer would hold" in message
+    assert "the response would have" in message
 
 
 def test_row_whose_size_cannot_be_estimated_fails(endpoint):
@@ -303,7 +303,7 @@ def test_row_whose_size_cannot_be_estimated_fails(endpoint):
     assert found[0]["error"].startswith("PayloadError: adata_var") and found[1]["error"] is None
 
 
-def test_answer_carries_coverage_and_warnings_over_http(endpoint):
+def test_response_has_coverage_and_warnings(endpoint):
     (answer,) = ask(endpoint, row(), genes=[GENES[3], "cd4"], **UNPROCESSED)
     assert answer["coverage"] > 0.9
     assert answer["warnings"] == ["1 requested gene is not in the model's vocabulary: cd4"]
@@ -312,20 +312,20 @@ def test_answer_carries_coverage_and_warnings_over_http(endpoint):
     assert "row 0: 1 of 31 gene names" in message
 
 
-def test_a_request_that_takes_too_long_is_told_so(registered, tmp_path):
+def test_slow_request_times_out_with_advice(registered, tmp_path):
     document = {"dataframe_records": [payload(row(n_obs=4000))], "params": CELLS | {"mode": "contextual"}}
     with EndpointProcess(registered.uri, tmp_path, "--timeout-seconds", "0.001") as hasty:  # no machine is that fast
         message = refusal(hasty.post(document), 408)
     assert "0.001 s" in message and "batch job" in message
 
 
-def test_an_answer_of_many_cells_is_refused_before_it_is_computed(guarded):
+def test_many_cells_are_rejected_before_computing(guarded):
     heavy = row(n_obs=4000)
     message = refusal(guarded.post({"dataframe_records": [payload(heavy)], "params": CELLS | {"genes": []}}), 413)
-    assert "the answer would hold" in message
+    assert "the response would have" in message
 
 
-def test_more_requests_than_the_limit_are_told_to_wait(guarded):
+def test_requests_above_the_limit_get_429(guarded):
     heavy = {"dataframe_records": [payload(row(n_obs=3000))], "params": CELLS | {"mode": "contextual"}}
     with ThreadPoolExecutor(12) as pool:
         answers = list(pool.map(lambda _: guarded.post(heavy), range(12)))
@@ -334,7 +334,7 @@ def test_more_requests_than_the_limit_are_told_to_wait(guarded):
     assert refused and all(answer.headers["retry-after"] == "1" for answer in refused)
 
 
-def test_without_the_token_only_health_is_told(guarded):
+def test_only_health_routes_work_without_token(guarded):
     for headers in ({}, {"Authorization": "Bearer s3cre"}, {"Authorization": "Bearer s3crét"}):
         for route in ("metrics", "version"):
             refusal(requests.get(f"{guarded.url}/{route}", headers=headers, timeout=9), 401)
@@ -345,7 +345,7 @@ def test_without_the_token_only_health_is_told(guarded):
     assert "s3cr" not in guarded.log.read_text()
 
 
-def test_a_crash_in_a_native_fit_costs_one_request(registered, tmp_path):
+def test_native_crash_fails_one_request(registered, tmp_path):
     crashing = str(REPO / "tests" / "faults" / "crashing_fit")  # crashes on fewer than 20 genes
     fit = {"hvg_flavor": "seurat_v3", "subset_hvg": 5, "filter_gene_by_counts": 0}
     few = to_row(random_adata(6, 12, genes=GENES[:12]))
@@ -381,7 +381,7 @@ DOCUMENTS = st.one_of(
 BODIES = st.one_of(DOCUMENTS.map(lambda document: json.dumps(document).encode()), st.binary(max_size=200))
 
 
-def test_no_body_makes_the_model_fail_or_its_memory_grow(endpoint):
+def test_random_bodies_cause_no_server_error(endpoint):
     held, process = [], psutil.Process(endpoint.process.pid)
 
     @settings(
@@ -406,7 +406,7 @@ def test_no_body_makes_the_model_fail_or_its_memory_grow(endpoint):
 # The client
 
 
-def test_the_client_gives_the_embedders_cells_in_order(endpoint, embedder, monkeypatch):
+def test_client_returns_cells_in_order(endpoint, embedder, monkeypatch):
     adata = random_adata(53, len(GENES), genes=GENES)
     wanted = embedder.embed(to_row(adata), Parameters(**CELLS))
     monkeypatch.setattr(client, "CELLS", 10)
@@ -415,7 +415,7 @@ def test_the_client_gives_the_embedders_cells_in_order(endpoint, embedder, monke
     assert_close(np.stack(found["embedding"]), wanted.embeddings, atol=1e-6)
 
 
-def test_the_client_gives_genes_with_their_groups(endpoint, embedder):
+def test_client_returns_genes_with_groups(endpoint, embedder):
     adata = random_adata(20, len(GENES), genes=GENES)
     asked = {"mode": "contextual", "need_preprocess": False, "group_by": "donor", "encoding": "list"}
     found = client.embed(adata, endpoint.url, progress=False, **asked)
@@ -426,21 +426,21 @@ def test_the_client_gives_genes_with_their_groups(endpoint, embedder):
     assert_close(np.stack(found["embedding"]), wanted.embeddings, atol=1e-6)
 
 
-def test_the_client_halves_what_the_endpoint_finds_too_large(guarded, monkeypatch):
+def test_client_halves_too_large_requests(guarded, monkeypatch):
     monkeypatch.setenv("SCGPT_BATCH_TOKEN", "s3cret")
     adata = random_adata(600, len(GENES), genes=GENES)
     found = client.embed(adata, guarded.url, progress=False, concurrency=1, **CELLS)
     assert found["cell_id"].tolist() == adata.obs_names.tolist()
 
 
-def test_the_client_cuts_requests_to_size_but_never_a_row_that_is_whole(endpoint):
+def test_client_splits_only_independent_cells(endpoint):
     adata = random_adata(50, len(GENES), genes=GENES)
     assert len(client.embed(adata, endpoint.url, progress=False, request_bytes=3000, **CELLS)) == 50
     with pytest.raises(PartsFailed, match=r"50 of 50 cells have no answer.*cannot be sent apart .*batch job"):
         client.embed(adata, endpoint.url, progress=False, request_bytes=3000, mode="static")
 
 
-def test_client_warns_of_what_the_model_warns_of(endpoint):
+def test_client_passes_on_model_warnings(endpoint):
     adata = random_adata(6, len(GENES), genes=GENES, dtype=np.float64)
     adata.X = adata.X * 4  # counts, as float64
     with pytest.warns(EmbeddingWarning, match="X looks like counts"):
@@ -449,13 +449,13 @@ def test_client_warns_of_what_the_model_warns_of(endpoint):
     assert any("X looks like counts" in text for text in found.attrs["warnings"])
 
 
-def test_client_raises_when_known_genes_carry_too_few_counts(endpoint):
+def test_client_raises_on_low_coverage(endpoint):
     adata = random_adata(6, len(GENES), genes=[GENES[0], *(f"Mouse{i}" for i in range(30))])
     with pytest.raises(PartsFailed, match=r"6 of 6 cells have no answer.*1 of 31 gene names"):
         client.embed(adata, endpoint.url, progress=False, **CELLS)
 
 
-def test_client_keeps_repeated_cell_names_apart_over_requests(endpoint, monkeypatch):
+def test_client_makes_repeated_cell_names_unique(endpoint, monkeypatch):
     adata = random_adata(6, len(GENES), genes=GENES)
     adata.obs_names = ["a", "b", "a", "c", "a", "d"]
     monkeypatch.setattr(client, "CELLS", 2)
@@ -464,7 +464,7 @@ def test_client_keeps_repeated_cell_names_apart_over_requests(endpoint, monkeypa
     assert found["cell_id"].tolist() == ["a", "b", "a-1", "c", "a-2", "d"]
 
 
-def test_the_client_refuses_what_the_model_does_not_declare(endpoint):
+def test_client_rejects_unknown_parameters(endpoint):
     adata = random_adata(2, len(GENES), genes=GENES)
     with pytest.raises(ConfigError, match="unknown parameter 'mod'"):
         client.embed(adata, endpoint.url, mod="cell")
@@ -506,7 +506,7 @@ class Flaky(BaseHTTPRequestHandler):
         pass
 
 
-def test_the_client_tries_again_and_loses_nothing(monkeypatch):
+def test_client_retries_without_losing_cells(monkeypatch):
     server = HTTPServer(("127.0.0.1", 0), Flaky)
     Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr(client, "CELLS", 2)
@@ -527,7 +527,7 @@ def test_the_client_tries_again_and_loses_nothing(monkeypatch):
 # Stopping; last, because it stops the endpoint
 
 
-def test_it_stops_gracefully_and_everything_is_in_the_table(endpoint):
+def test_graceful_stop_writes_all_records(endpoint):
     with ThreadPoolExecutor(4) as pool:
         asked = [pool.submit(ask, endpoint, row(n_obs=2000), **CELLS | {"mode": "contextual"}) for _ in range(4)]
         while endpoint.metric("scgpt_batch_requests_in_flight") < 4:

@@ -65,7 +65,7 @@ def document(genes, n_obs=4, **params):
     return {"dataframe_records": [row], "params": CELLS | params}
 
 
-def test_a_header_without_end_is_cut_at_the_limit(limited):
+def test_endless_header_is_cut_at_the_limit(limited):
     with connect(limited) as connection:
         connection.sendall(b"GET /ping HTTP/1.1\r\nx: ")
         sent = 0
@@ -83,13 +83,13 @@ def test_a_header_without_end_is_cut_at_the_limit(limited):
     [b"GET /ping HTTP/1.1\r\nhost: x\r\nx: " + b"a" * 70_000, b"GET /ping?" + b"a" * 70_000 + b" HTTP/1.1\r\nhost: x"],
     ids=["headers", "request line"],
 )
-def test_a_large_header_is_refused_before_authentication(limited, head):
+def test_large_header_is_rejected_before_authentication(limited, head):
     with connect(limited) as connection:
         connection.sendall(head + b"\r\n\r\n")
         assert status(connection) == 431
 
 
-def test_connections_without_a_header_are_closed_and_others_answered(limited):
+def test_idle_connections_are_closed(limited):
     with ExitStack() as stack:
         idle = [stack.enter_context(connect(limited)) for _ in range(90)]
         assert {status(connection) for connection in idle} == {408, 503}  # all 90 end, without having sent a byte
@@ -97,7 +97,7 @@ def test_connections_without_a_header_are_closed_and_others_answered(limited):
     assert limited.metric('scgpt_batch_refused_connections_total{limit="connections"}') >= 30
 
 
-def test_slow_bodies_do_not_keep_others_from_being_answered(limited, genes):
+def test_slow_bodies_do_not_block_other_requests(limited, genes):
     head = b"POST /invocations HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 1000\r\n"
     head += f"authorization: Bearer {TOKEN}\r\n\r\n".encode()
     with ExitStack() as stack:
@@ -108,7 +108,7 @@ def test_slow_bodies_do_not_keep_others_from_being_answered(limited, genes):
         assert {status(connection) for connection in slow} == {408}
 
 
-def test_requests_without_the_token_are_counted_and_logged_at_a_bounded_rate(limited):
+def test_unauthorized_requests_are_logged_at_a_bounded_rate(limited):
     before = limited.metric("scgpt_batch_unauthorized_requests_total")
     with requests.Session() as session:
         answers = [session.get(f"{limited.url}/metrics", timeout=60).status_code for _ in range(50)]
@@ -117,7 +117,7 @@ def test_requests_without_the_token_are_counted_and_logged_at_a_bounded_rate(lim
     assert 1 <= len(logged) < 10 and "from 127.0.0.1" in logged[0]
 
 
-def test_a_client_that_leaves_stops_the_work_and_is_logged(limited, genes):
+def test_disconnect_stops_the_work_and_is_logged(limited, genes):
     body = orjson.dumps(document(genes, n_obs=5000, mode="contextual"), option=orjson.OPT_SERIALIZE_NUMPY)
     head = (
         f"POST /invocations HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {TOKEN}\r\ncontent-type: application/json\r\n"
@@ -150,7 +150,7 @@ BYTES = st.binary(max_size=99) | st.builds(
 )
 
 
-def test_no_bytes_make_the_server_fail(limited):
+def test_random_bytes_do_not_break_the_server(limited):
     @settings(max_examples=int(os.environ.get("SCGPT_BATCH_FUZZ", "200")), deadline=None)
     @given(sent=BYTES)
     def send(sent):
@@ -170,7 +170,7 @@ def test_no_bytes_make_the_server_fail(limited):
 # Last in this module: it stops the endpoint
 
 
-def test_requesters_are_those_that_a_trusted_proxy_names(limited, genes):
+def test_requester_comes_from_trusted_proxies_only(limited, genes):
     named = {
         "10.1.2.3": "10.1.2.3",
         "6.6.6.6, 10.1.2.4": "10.1.2.4",  # what the client itself sent comes first
@@ -200,13 +200,13 @@ def test_requesters_are_those_that_a_trusted_proxy_names(limited, genes):
         (("--trusted-proxies", "proxy.local"), "trusted_proxies"),
     ],
 )
-def test_an_open_address_needs_a_token_or_the_flag(capsys, monkeypatch, flags, told):
+def test_open_address_needs_token_or_flag(capsys, monkeypatch, flags, told):
     monkeypatch.delenv("SCGPT_BATCH_TOKEN", raising=False)
     assert main(["serve", "--model-uri", "/nowhere", "--port", "0", *flags]) == WRONG_USAGE
     assert told in capsys.readouterr().err
 
 
-def test_connections_leave_files_for_everything_else():
+def test_connection_limit_leaves_file_descriptors():
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (512, before[1]))
@@ -218,7 +218,7 @@ def test_connections_leave_files_for_everything_else():
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
-def test_work_that_nobody_waits_for_ends_before_its_next_batch(golden, genes, monkeypatch):
+def test_abandoned_work_ends_before_the_next_batch(golden, genes, monkeypatch):
     embedder = Embedder(load_checkpoint(golden / "checkpoint_flash"), device="cpu")
     embedder._budget, batches = 50, []  # a few cells a batch
     forward = embedder._forward
@@ -229,7 +229,7 @@ def test_work_that_nobody_waits_for_ends_before_its_next_batch(golden, genes, mo
     assert len(batches) == 3
 
 
-def test_a_batch_is_wanted_while_one_of_its_requests_waits():
+def test_batch_continues_while_one_request_waits():
     wanted_by, go = [], threading.Event()
 
     def embed_rows(rows, parameters, wanted):

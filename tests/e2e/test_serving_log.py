@@ -49,7 +49,7 @@ def count(metrics, name, **labels):
 # What is written
 
 
-def test_columns_and_types_are_databricks_and_spark_reads_them(tmp_path, spark):
+def test_table_has_databricks_columns(tmp_path, spark):
     with open_log(tmp_path) as log:
         log.append(exchange("a", client_request_id="mine", served_entity="m-1", requester="127.0.0.1"))
     table = spark.read.format("delta").load(str(tmp_path / "payload"))
@@ -88,7 +88,7 @@ def test_columns_and_types_are_databricks_and_spark_reads_them(tmp_path, spark):
     ],
     ids=["at the limit", "request over", "response over", "request unread", "no request", "no text"],
 )
-def test_payloads_over_a_mebibyte_are_null_and_a_code_says_so(request_body, response, more, codes):
+def test_payloads_over_one_mebibyte_are_null_with_a_code(request_body, response, more, codes):
     record = exchange("a", request_body, response, **more).record()
     assert record["logging_error_codes"] == codes
     assert (record["request"] is None) == (request_body is None or "MAX_REQUEST_SIZE_EXCEEDED" in codes)
@@ -98,7 +98,7 @@ def test_payloads_over_a_mebibyte_are_null_and_a_code_says_so(request_body, resp
 # Exactly once
 
 
-def test_a_process_that_dies_after_the_commit_does_not_write_twice(tmp_path, monkeypatch):
+def test_kill_after_the_commit_writes_once(tmp_path, monkeypatch):
     log = open_log(tmp_path)
     log.append(exchange("a"))
     monkeypatch.setattr(log.spool, "remove", lambda number: None)  # dead before the file is dropped
@@ -109,7 +109,7 @@ def test_a_process_that_dies_after_the_commit_does_not_write_twice(tmp_path, mon
     assert ids(tmp_path) == ["a", "b"]
 
 
-def test_a_process_that_dies_before_the_commit_is_made_up_for(tmp_path):
+def test_kill_before_the_commit_loses_nothing(tmp_path):
     spool = Spool(tmp_path / "payload_spool")
     spool.append(b'{"databricks_request_id": "a", "request_time": 0}', request_id="a")
     os.write(spool._file, b'{"databricks_request_id": "torn')  # killed in the middle of a write: never answered
@@ -128,7 +128,7 @@ def dead_process(folder, *, noted, logged):
     spool.close()
 
 
-def test_a_request_that_ended_the_process_is_logged_at_the_next_start(tmp_path):
+def test_request_that_killed_the_process_is_logged_later(tmp_path):
     answered, deadly = uuid.uuid4().hex, uuid.uuid4().hex
     dead_process(tmp_path, noted=[answered, deadly], logged={answered: answered})
     open_log(tmp_path).close()
@@ -140,14 +140,14 @@ def test_a_request_that_ended_the_process_is_logged_at_the_next_start(tmp_path):
     assert list((tmp_path / "payload_spool" / "unanswered").iterdir()) == []
 
 
-def test_a_process_that_dies_between_record_and_note_logs_once(tmp_path):
+def test_kill_between_record_and_note_logs_once(tmp_path):
     name, other = uuid.uuid4().hex, uuid.uuid4().hex
     dead_process(tmp_path, noted=[name], logged={name: other})  # the note of `name` is still there
     open_log(tmp_path).close()
     assert ids(tmp_path) == [name]
 
 
-def test_numbers_rise_over_restarts_when_all_was_written(tmp_path):
+def test_file_numbers_increase_across_restarts(tmp_path):
     for name in "abc":
         with open_log(tmp_path) as log:
             log.append(exchange(name))
@@ -155,7 +155,7 @@ def test_numbers_rise_over_restarts_when_all_was_written(tmp_path):
     assert len(list((tmp_path / "payload_spool").glob("*.jsonl"))) == 1
 
 
-def test_a_lost_spool_does_not_hide_new_records(tmp_path):
+def test_new_spool_writes_new_records(tmp_path):
     for name in "ab":
         with open_log(tmp_path) as log:
             log.append(exchange(name))
@@ -163,7 +163,7 @@ def test_a_lost_spool_does_not_hide_new_records(tmp_path):
     assert ids(tmp_path) == ["a", "b"]
 
 
-def test_transactions_are_remembered_through_checkpoints(tmp_path):
+def test_transactions_survive_checkpoints(tmp_path):
     with open_log(tmp_path) as log:
         log.append(exchange("a"))
         assert log.drain()
@@ -177,7 +177,7 @@ def test_transactions_are_remembered_through_checkpoints(tmp_path):
 # What goes wrong never fails a request
 
 
-def test_a_table_that_cannot_be_written_is_counted_and_made_up_for(tmp_path, caplog):
+def test_unwritable_table_is_counted_and_retried(tmp_path, caplog):
     metrics = Metrics()
     with open_log(tmp_path, metrics) as log:
         commits = tmp_path / "payload" / "_delta_log"
@@ -192,7 +192,7 @@ def test_a_table_that_cannot_be_written_is_counted_and_made_up_for(tmp_path, cap
     assert ids(tmp_path) == ["a"]
 
 
-def test_a_full_disk_is_counted_and_the_next_record_is_whole(tmp_path, caplog):
+def test_full_disk_is_counted_and_next_record_is_whole(tmp_path, caplog):
     metrics = Metrics()
     with open_log(tmp_path, metrics) as log:
         file, log.spool._file = log.spool._file, os.open("/dev/full", os.O_WRONLY)
@@ -219,7 +219,7 @@ BAD_RECORDS = {
 
 
 @pytest.mark.parametrize("kind", BAD_RECORDS)
-def test_a_bad_record_is_moved_aside_and_the_others_are_written(tmp_path, kind):
+def test_bad_record_is_moved_aside(tmp_path, kind):
     spool = tmp_path / "payload_spool"
     Spool(spool).close()
     lines = [orjson.dumps(BAD_RECORDS[kind]), orjson.dumps(GOOD)]
@@ -247,7 +247,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_a_file_of_another_kind_is_moved_aside_unread(tmp_path, kind):
+def test_file_of_another_kind_is_moved_aside(tmp_path, kind):
     spool = tmp_path / "payload_spool"
     Spool(spool).close()
     FOREIGN[kind](spool / "000000000007.jsonl")
@@ -258,7 +258,7 @@ def test_a_file_of_another_kind_is_moved_aside_unread(tmp_path, kind):
     assert count(metrics, "log_moved_aside") == 1 and len(list(spool.glob("*.bad-*"))) == 1
 
 
-def test_names_that_are_not_the_spools_are_left_alone(tmp_path):
+def test_foreign_file_names_are_ignored(tmp_path):
     spool = tmp_path / "payload_spool"
     Spool(spool).close()
     names = ["notes.jsonl", "1.jsonl", "²²²²²²²²²²²².jsonl", "unanswered/x.json"]
@@ -269,7 +269,7 @@ def test_names_that_are_not_the_spools_are_left_alone(tmp_path):
     assert ids(tmp_path) == ["a"] and all((spool / name).read_text() == "mine" for name in names)
 
 
-def test_a_link_in_place_of_a_new_file_is_not_written_to(tmp_path):
+def test_links_are_never_written_to(tmp_path):
     spool, victim = tmp_path / "payload_spool", tmp_path / "victim"
     Spool(spool).close()
     victim.write_text("precious")
@@ -283,7 +283,7 @@ def test_a_link_in_place_of_a_new_file_is_not_written_to(tmp_path):
 
 
 @pytest.mark.parametrize("mode", [0o770, 0o707])
-def test_a_spool_that_others_can_write_to_is_refused(tmp_path, mode):
+def test_spool_writable_by_others_is_rejected(tmp_path, mode):
     spool = tmp_path / "payload_spool"
     spool.mkdir()
     spool.chmod(mode)
@@ -291,7 +291,7 @@ def test_a_spool_that_others_can_write_to_is_refused(tmp_path, mode):
         open_log(tmp_path)
 
 
-def test_the_spool_is_its_users_alone(tmp_path):
+def test_spool_is_private_to_its_user(tmp_path):
     log = open_log(tmp_path)
     log.begin(exchange(uuid.uuid4().hex))
     log.append(exchange("a"))
@@ -300,18 +300,18 @@ def test_the_spool_is_its_users_alone(tmp_path):
     log.close()
 
 
-def test_a_spool_has_one_owner(tmp_path):
-    with open_log(tmp_path), pytest.raises(ConfigError, match="give this one another --spool"):
+def test_spool_has_one_owner(tmp_path):
+    with open_log(tmp_path), pytest.raises(ConfigError, match="use another --spool for this one"):
         open_log(tmp_path)
 
 
-def test_a_table_of_other_columns_is_refused(tmp_path):
+def test_table_with_other_columns_is_rejected(tmp_path):
     write_deltalake(tmp_path / "payload", SCHEMA.empty_table().drop_columns("requester"))
     with pytest.raises(ConfigError, match="column requester differs"):
         open_log(tmp_path)
 
 
-def test_a_table_that_delta_rs_cannot_append_to_is_refused(tmp_path, spark):
+def test_table_with_unsupported_features_is_rejected(tmp_path, spark):
     columns = "databricks_request_id string, request_date date, client_request_id string, request_time timestamp, "
     columns += "status_code int, sampling_fraction double, execution_duration_ms bigint, request string, "
     columns += "response string, logging_error_codes array<string>, served_entity_id string, requester string"
@@ -321,12 +321,12 @@ def test_a_table_that_delta_rs_cannot_append_to_is_refused(tmp_path, spark):
 
 
 @pytest.mark.parametrize("name", ["main.serving.payload", "payload"])
-def test_a_catalog_name_is_refused_with_what_to_give(name):
-    with pytest.raises(ConfigError, match=r"no Spark catalog: give delta\.`path`"):
+def test_catalog_name_is_rejected_with_advice(name):
+    with pytest.raises(ConfigError, match=r"without a Spark catalog; use delta\.`path`"):
         table_path(name)
 
 
-def test_a_remote_table_wants_a_local_spool():
+def test_remote_table_needs_a_local_spool():
     with pytest.raises(ConfigError, match="--spool"):
         InferenceLog("s3://bucket/payload", "", flush_seconds=NEVER, metrics=Metrics())
 
@@ -381,7 +381,7 @@ def _ask_in_vain(endpoint, document):
         endpoint.post(document)
 
 
-def test_a_request_in_flight_when_the_process_dies_leaves_a_trace(registered, tmp_path):
+def test_request_in_flight_at_a_kill_is_logged(registered, tmp_path):
     heavy = payload(to_row(random_adata(5_000, len(GENES), genes=GENES)))
     document = {"dataframe_records": [heavy], "client_request_id": "deadly"}
     document["params"] = {"need_preprocess": False, "mode": "contextual"}
@@ -398,7 +398,7 @@ def test_a_request_in_flight_when_the_process_dies_leaves_a_trace(registered, tm
     assert told["logging_error_codes"] == ["REQUEST_UNANSWERED"]
 
 
-def test_every_answered_request_is_in_the_table_once_after_kills(registered, tmp_path):
+def test_answered_requests_are_logged_once_after_kills(registered, tmp_path):
     answered = []
     kills = int(os.environ.get("SCGPT_BATCH_KILLS", "2"))
     for i in range(kills):

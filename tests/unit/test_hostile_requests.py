@@ -83,7 +83,7 @@ print(f"{{grown:.0f}} MB;", told)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="caps memory as Linux does")
 @pytest.mark.parametrize("name", ATTACKS)
-def test_small_request_cannot_ask_for_much_memory(name):
+def test_small_request_cannot_use_much_memory(name):
     code = SCRIPT.format(checkpoint=str(GOLDEN / "checkpoint_flash"), attack=ATTACKS[name], cap=CAP)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-500:]
