@@ -1,8 +1,8 @@
 """`spark.read.format("anndata").load("/data/*.h5ad")`: files of counts as a Spark data source (Spark 4.0 or newer).
 
 Options: those of `ReadOptions`, such as `cells_per_row`; `names` (JSON: the readable name of each file); `on_error`:
-"raise" (default), or "record", which adds columns that say what was read of each file, and returns a row with the
-reason for a file that fails. Executors need access to the files and need this package.
+"raise" (default), or "record", which adds columns with what was read of each file, and returns a row with the reason
+for each file that fails. Executors need access to the files, and this package.
 """
 
 import json
@@ -34,7 +34,7 @@ ROWS_DDL = """
     adata_id STRING, x_data ARRAY<FLOAT>, x_indices ARRAY<INT>, x_indptr ARRAY<BIGINT>, n_obs INT, n_vars INT,
     adata_obs STRING, adata_var STRING, source STRING, x_dtype STRING, sample_id STRING
 """
-# what on_error=record adds
+# columns added by on_error=record
 REPORT = pa.schema(
     [("layer", pa.string()), ("notes", pa.list_(pa.string())), ("error_class", pa.string()),
      ("error_message", pa.string())]
@@ -43,7 +43,7 @@ REPORT_DDL = "layer STRING, notes ARRAY<STRING>, error_class STRING, error_messa
 
 
 def register(spark: SparkSession) -> None:
-    """Make the format `anndata` known to a session."""
+    """Register the format `anndata` in a session."""
     spark.dataSource.register(AnnDataSource)
 
 
@@ -56,16 +56,16 @@ class AnnDataSource(DataSource):
         return "anndata"
 
     def schema(self) -> str:
-        """Return the columns: those of `adata_rows` that a file can fill."""
+        """Return the columns: those of `adata_rows` that come from a file."""
         return f"{ROWS_DDL}, {REPORT_DDL}" if self.options.get("on_error") == RECORD else ROWS_DDL
 
     def reader(self, schema: StructType) -> "AnnDataReader":
-        """Return the reader of the files that `load` was given."""
+        """Return the reader for the files passed to `load`."""
         return AnnDataReader(self.options)
 
 
 class RowsPartition(InputPartition):
-    """The rows that one task reads."""
+    """The parts of files that one task reads."""
 
     def __init__(self, slices: list[Slice]) -> None:
         super().__init__(slices)
@@ -73,7 +73,7 @@ class RowsPartition(InputPartition):
 
 
 class FailedFile(InputPartition):
-    """A file that could not be planned, and why."""
+    """A file that could not be opened for planning, with the error."""
 
     def __init__(self, source: str, error: ScgptBatchError) -> None:
         super().__init__(source)
@@ -81,9 +81,9 @@ class FailedFile(InputPartition):
 
 
 class AnnDataReader(DataSourceReader):
-    """Plans tasks by ranges of cells; each task reads its own.
+    """Plans tasks by ranges of cells; each task reads its own range.
 
-    It does not take filters (`pushFilters`): Spark refuses to read where that method exists and a setting is off.
+    It has no `pushFilters`: with that method, Spark does not read at all unless a setting is on.
     """
 
     def __init__(self, options: Mapping[str, str]) -> None:
@@ -91,11 +91,11 @@ class AnnDataReader(DataSourceReader):
         path, paths = given.pop("path", None), given.pop("paths", None)
         self.patterns: list[str] = json.loads(paths) if paths else [path] if path else []
         if not self.patterns:
-            raise ConfigError('name the files: spark.read.format("anndata").load(PATH)')
+            raise ConfigError('no files to read: pass them to spark.read.format("anndata").load(PATH)')
         self.names: dict[str, str] = json.loads(given.pop("names", "{}"))
         on_error = given.pop("on_error", RAISE)
         if on_error not in (RAISE, RECORD):
-            raise ConfigError(f"option on_error is {on_error!r}; use {RAISE} or {RECORD}")
+            raise ConfigError(f"option on_error is {on_error!r}: use {RAISE!r} or {RECORD!r}")
         self.record = on_error == RECORD
         try:
             self.options = ReadOptions.model_validate(given)
@@ -103,7 +103,7 @@ class AnnDataReader(DataSourceReader):
             raise ConfigError(validation_message(exc, "option")) from exc
 
     def partitions(self) -> list[InputPartition]:
-        """Cut the files into tasks."""
+        """Divide the files into tasks."""
         sources = find_sources(self.patterns)
         names = self.names or name_sources(sources, self.options.id_from)
         return [part for source in sources for part in self._parts(source, names[source])]
@@ -125,7 +125,7 @@ class AnnDataReader(DataSourceReader):
             return
         try:
             for row in read(partition.slices, self.options):
-                with named_errors(partition.slices[0].path):  # strings that Arrow cannot hold
+                with named_errors(partition.slices[0].path):  # for strings that Arrow cannot represent
                     batch = self._batch(row)
                 yield batch
         except (ConfigError, FileError) as exc:

@@ -1,13 +1,12 @@
 """The main job: rows of AnnData in Delta -> registered model -> embeddings, ledger and runs in Delta.
 
-Rows that have a result for this content, model version and parameters are skipped. The rest goes in waves of bounded
-size; of each wave the embeddings are committed first, then the ledger lines that tell of them. A run that is killed
-anywhere leaves at most one wave of embeddings without ledger lines: the next run, for which these rows are missing,
-writes them in place of what it finds.
+Rows that already have a result for their content, model version and parameters are skipped. The pending rows are
+processed in waves of bounded size. Each wave commits its embeddings first, then its ledger lines. A killed run leaves
+at most one wave of embeddings without ledger lines: for the next run these rows are pending, and it replaces them.
 
-Rows of one `sample_id` share preprocessing decisions, and contextual mode averages over all of their cells: its lines
-then carry the sample's id as adata_id, while each row keeps its line in the ledger. A run first removes what the tables
-hold of rows and samples that the input no longer has.
+Rows with the same `sample_id` share preprocessing decisions, and contextual mode averages over all their cells: the
+embeddings then have the sample's id as adata_id, while the ledger has one line per row. Each run first removes the
+results of rows and samples that are no longer in the input.
 """
 
 import logging
@@ -47,30 +46,30 @@ from scgpt_batch.spark.workers import computed, worker_setup_error
 
 logger = logging.getLogger(__name__)
 
-LIBRARIES_MB, ROW_MB_PER_1000_CELLS = 900, 120  # of a worker: torch and scanpy; a row of 2,000 genes a cell, measured
-RIVAL_DAYS = 2  # from midnight, so a day or more in any time zone: as long a run may be unknown to one beside it
+LIBRARIES_MB, ROW_MB_PER_1000_CELLS = 900, 120  # of a worker, measured: torch and scanpy; 2,000 genes per cell
+CONCURRENT_DAYS = 2  # look back this far for concurrent runs; from midnight, so at least a day in any time zone
 
 PAYLOAD = (
     "adata_id", "sample_id", "content_hash", "adata_sparsematrix", "x_data", "x_indices", "x_indptr", "n_obs", "n_vars",
     "adata_obs", "adata_var", "x_dtype", "decisions",
 )  # fmt: skip
-# Whose version may be why a row failed as one of `NOT_THE_ROWS`: it is tried again with another.
+# Packages whose version can cause one of `RETRIED_ERRORS`: the row is tried again when one of them changes.
 LIBRARIES = ("scgpt_batch", "anndata", "numpy", "pandas", "pyarrow", "scanpy", "scipy", "torch")
-OTHER_CODE = "+other-code"  # behind the package version of what --allow-other-code let through
-NOT_THE_ROWS = ("InternalError", "WorkerCrash", "Timeout")
+OTHER_CODE = "+other-code"  # appended to the package version of runs that --allow-other-code permitted
+RETRIED_ERRORS = ("InternalError", "WorkerCrash", "Timeout")
 _NAMES, _NUMBERS = re.compile(r"'[^']*'|\"[^\"]*\""), re.compile(r"\b\d[\d.,]*\d\b|\b\d\b")
 
 
 @dataclass
 class Job:
-    """One run: what it reads, with what, and where it writes."""
+    """One run: its input, model, parameters and output tables."""
 
     spark: SparkSession
     settings: EmbedSettings
     parameters: Parameters
     model: ResolvedModel
     input: str
-    input_version: int | None  # the whole run reads this snapshot; None of a view
+    input_version: int | None  # the whole run reads this snapshot; None for a view
     output: str
     ledger: str
     runs: str
@@ -86,7 +85,7 @@ class Job:
 
     @property
     def stamps(self) -> dict[str, str]:
-        """What identifies the run's results in every table."""
+        """Columns that identify the run's results in every table."""
         return {
             "mode": self.parameters.mode,
             "model_name": self.model.name,
@@ -96,12 +95,12 @@ class Job:
 
     @property
     def stamped(self) -> str:
-        """The stamps as a condition."""
+        """The stamps as an SQL condition."""
         return " AND ".join(f"{name} = {tables.literal(value)}" for name, value in self.stamps.items())
 
     @property
     def samples(self) -> bool:
-        """Whether the rows of a sample depend on each other."""
+        """Whether the results of a sample's rows depend on each other."""
         return rows_depend(self.parameters)
 
     @property
@@ -111,7 +110,7 @@ class Job:
 
     @property
     def work(self) -> WorkerTask:
-        """What the workers do with each row."""
+        """The task of the Python workers."""
         model = ModelRef(
             checkpoint=str(self.model.checkpoint),
             digest=self.model.digest,
@@ -123,12 +122,12 @@ class Job:
 
 
 def embed_table(spark: SparkSession, settings: EmbedSettings, parameters: Parameters) -> Summary:
-    """Embed the rows of a table that have no result yet; return the summary.
+    """Embed the pending rows of a table; return the summary.
 
     Raises
     ------
     ConfigError
-        A table, model or parameter is missing or wrong; nothing was written.
+        A table, model or parameter is missing or invalid; nothing was written.
     """
     job = _job(spark, settings, parameters)
     if settings.plan:
@@ -154,7 +153,7 @@ def _job(spark: SparkSession, settings: EmbedSettings, parameters: Parameters) -
     tables.read(spark, input_table, tables.ADATA_ROWS)
     version = tables.snapshot(spark, input_table)
     if settings.trigger and version is None:
-        raise ConfigError(f"--trigger needs a Delta table, {input_table} is not one: leave --trigger out")
+        raise ConfigError(f"--trigger needs a Delta table, but {input_table} is not one: run without --trigger")
     return Job(
         spark=spark,
         settings=settings,
@@ -170,17 +169,17 @@ def _job(spark: SparkSession, settings: EmbedSettings, parameters: Parameters) -
 
 
 def _checked_code(job: Job) -> str:
-    """Return the version of the package to stamp, after a look whether it gives the registered version's numbers."""
+    """Return the package version to stamp, after checking that it reproduces the registered version's answers."""
     differs = code_difference(job.model)
     if differs is None:
         return scgpt_batch.__version__
-    told = (
-        f"scgpt_batch {scgpt_batch.__version__} does not answer as {job.model.uri} did when scgpt_batch "
-        f"{registered_by(job.model)} registered it: {differs}"
+    difference = (
+        f"scgpt_batch {scgpt_batch.__version__} does not reproduce the answers that {job.model.uri} gave when "
+        f"scgpt_batch {registered_by(job.model)} registered it: {differs}"
     )
     if not job.settings.allow_other_code:
-        raise ConfigError(f"{told}. Install that version, register the model again, or use --allow-other-code")
-    logger.warning("%s; --allow-other-code lets the run go on", told)
+        raise ConfigError(f"{difference}. Install that version, register the model again, or use --allow-other-code")
+    logger.warning("%s; continuing because of --allow-other-code", difference)
     return f"{scgpt_batch.__version__}{OTHER_CODE}"
 
 
@@ -201,11 +200,11 @@ def _run(job: Job) -> Summary:
     _begin_run(job)
     try:
         _remove_vanished(job)
-        # a stream shows a part of a sample, or of what was deleted from it, nothing: samples are looked up in the table
+        # a stream may have only some rows of a sample and never deleted ones, so samples are read from the table
         if job.settings.trigger and not job.samples:
             _embed_stream(job, clock)
         else:
-            _embed_missing(job, job.rows, clock)
+            _embed_pending(job, job.rows, clock)
         if job.settings.prune:
             prune(job.spark, job.output, job.ledger, job.settings.prune)
     except BaseException:  # Ctrl-C too
@@ -213,7 +212,7 @@ def _run(job: Job) -> Summary:
         raise
     seconds = _end_run(job, "finished", clock)
     for kind, rows in job.warnings.most_common():
-        logger.warning("%d rows carry a warning: %s", rows, plain_line(kind))
+        logger.warning("%d rows have a warning: %s", rows, plain_line(kind))
     mlflow.log_metrics({**job.counts, "seconds": seconds})
     return {
         "run_id": job.run_id,
@@ -229,66 +228,69 @@ def _run(job: Job) -> Summary:
 
 
 def _begin_run(job: Job) -> None:
-    """Say that the run is at work: what it leaves, should it be killed, is a rival's from now on."""
-    told: dict[str, str | float | datetime] = {
+    """Insert the run's line: other runs then know it as concurrent, and replace what it leaves if it is killed."""
+    line: dict[str, str | float | datetime] = {
         "run_id": job.run_id, "started_at": job.started, "status": "running",
         "mode": job.parameters.mode, "model_uri": job.model.uri, "model_version": job.model.version,
         "params": job.parameters.model_dump_json(), **job.counts,
         "input_table": job.input, "output_table": job.output, "package_version": job.package_version,
     }  # fmt: skip
     if job.input_version is not None:
-        told["input_version"] = job.input_version
-    tables.insert(job.spark, job.runs, told)
+        line["input_version"] = job.input_version
+    tables.insert(job.spark, job.runs, line)
 
 
 def _end_run(job: Job, status: str, clock: float) -> float:
-    """Complete the run's line; return how long the run took."""
+    """Complete the run's line; return the seconds that the run took."""
     seconds = round(time.monotonic() - clock, 3)
-    told: dict[str, str | float | datetime] = {
+    line: dict[str, str | float | datetime] = {
         "status": status, "finished_at": datetime.now(UTC), **job.counts, "seconds": seconds,
         "output_version": tables.version(job.spark, job.output),
     }  # fmt: skip
-    tables.update(job.spark, job.runs, told, f"run_id = {tables.literal(job.run_id)}")
+    tables.update(job.spark, job.runs, line, f"run_id = {tables.literal(job.run_id)}")
     return seconds
 
 
 def _end_failed_run(job: Job, clock: float) -> None:
-    """Say that the run failed, where that can be written: what stopped the run (a full disk) may stop this too."""
+    """Mark the run as failed, if possible: the cause of the failure (a full disk) may prevent it."""
     try:
         _end_run(job, "failed", clock)
-    except Exception as exc:  # the first error is the one to tell
-        logger.warning("the run's line in %s stays 'running': %s", job.runs, in_one_line(exc))
+    except Exception as exc:  # the first error is the one to report
+        logger.warning("cannot mark the run as failed, its line in %s stays 'running': %s", job.runs, in_one_line(exc))
 
 
 def _embed_stream(job: Job, clock: float) -> None:
-    """Take what the stream over the input finds new; its checkpoint remembers what it has seen.
+    """Embed the rows that a stream over the input finds new since its checkpoint.
 
-    Files that an update of the table has rewritten come again: rows with a result are skipped, as in any run.
+    The stream repeats files that an update of the table has rewritten; their rows with a result are skipped.
     """
 
     if is_remote():
-        raise ConfigError("--trigger needs a classic Spark session: Spark Connect would run its batches on the server")
+        raise ConfigError(
+            "--trigger needs a classic Spark session, because Spark Connect would run its batches on the server: run "
+            "without --trigger"
+        )
 
-    def take(batch: DataFrame, _: int) -> None:
-        _embed_missing(replace(job, spark=batch.sparkSession), batch, clock)
+    def embed_batch(batch: DataFrame, _: int) -> None:
+        _embed_pending(replace(job, spark=batch.sparkSession), batch, clock)
 
     stream = tables.read_stream(job.spark, job.input, tables.ADATA_ROWS)
-    writer = stream.writeStream.foreachBatch(take).option("checkpointLocation", job.settings.checkpoint_location)
+    writer = stream.writeStream.foreachBatch(embed_batch).option("checkpointLocation", job.settings.checkpoint_location)
     writer.trigger(availableNow=True).start().awaitTermination()
 
 
-def _embed_missing(job: Job, rows: DataFrame, clock: float) -> None:
-    missing = _missing(job, rows)
-    job.counts["rows_in"] += missing.rows_in
-    job.counts["rows_skipped"] += missing.rows_in - len(missing.pending)
-    cells, done = int(missing.pending["cells"].sum()), 0
-    for number, wave in enumerate(missing.waves(job.settings.wave_cells)):
-        _embed_wave(job, rows, _still_missing(job, wave) if number else wave)
+def _embed_pending(job: Job, rows: DataFrame, clock: float) -> None:
+    work = _pending(job, rows)
+    job.counts["rows_in"] += work.rows_in
+    job.counts["rows_skipped"] += work.rows_in - len(work.pending)
+    cells, done = int(work.pending["cells"].sum()), 0
+    for number, wave in enumerate(work.waves(job.settings.wave_cells)):
+        _embed_wave(job, rows, _still_pending(job, wave) if number else wave)
         done += int(wave["cells"].sum())
-        _show_progress(job, len(missing.pending), done, cells, time.monotonic() - clock)
+        _show_progress(job, len(work.pending), done, cells, time.monotonic() - clock)
 
 
-def _missing(job: Job, rows: DataFrame, ledger: DataFrame | None = None) -> PendingRows:
+def _pending(job: Job, rows: DataFrame, ledger: DataFrame | None = None) -> PendingRows:
     lines = tables.read(job.spark, job.ledger, tables.LEDGER).where(job.stamped) if ledger is None else ledger
     return pending_rows(rows, lines, counts=_counts(job), samples=job.samples, name=job.input)
 
@@ -297,7 +299,7 @@ def _counts(job: Job) -> Column:
     """Whether a ledger line is a result; the row of another is tried again."""
     if job.settings.retry_failed:
         return F.col("status") == "ok"
-    elsewhere = F.col("error_class").isin(*NOT_THE_ROWS) & ~F.col("environment").eqNullSafe(F.lit(_environment()))
+    elsewhere = F.col("error_class").isin(*RETRIED_ERRORS) & ~F.col("environment").eqNullSafe(F.lit(_environment()))
     covered = (F.col("genes_matched") > 0) & (F.col("coverage") >= job.parameters.min_coverage)
     longer = (F.col("error_class") == "Timeout") & (F.col("row_timeout") < job.settings.row_timeout)
     outdated = elsewhere | longer | ((F.col("error_class") == "LowCoverage") & covered)
@@ -306,7 +308,7 @@ def _counts(job: Job) -> Column:
 
 @cache
 def _environment() -> str:
-    """Name the versions of the package and its libraries here."""
+    """Return the versions of the package and its libraries, as text for the ledger."""
     held = {name: _version(name) for name in LIBRARIES}
     return ", ".join(f"{name} {version}" for name, version in held.items())
 
@@ -315,7 +317,7 @@ def _version(package: str) -> str:
     return scgpt_batch.__version__ if package == scgpt_batch.__name__ else installed_version(package)
 
 
-# --- what the input no longer has -----------------------------------------------------------------
+# --- rows that left the input ---------------------------------------------------------------------
 
 
 def _remove_vanished(job: Job) -> None:
@@ -323,7 +325,7 @@ def _remove_vanished(job: Job) -> None:
     gone.remove(job.spark, job.output, job.ledger)
     job.counts["rows_removed"] += gone.rows
     if gone.rows:
-        logger.info("%d rows are no longer in %s: their embeddings and ledger lines are removed", gone.rows, job.input)
+        logger.info("removed embeddings and ledger lines of %d rows that are no longer in %s", gone.rows, job.input)
 
 
 def _vanished(job: Job) -> Vanished:
@@ -351,8 +353,8 @@ def _embed_wave(job: Job, rows: DataFrame, wave: pd.DataFrame) -> None:
     for name in ("cells", "embeddings"):
         job.counts[name] += int(ledger.loc[ledger["status"] == "ok", name].sum())
     for _, line in ledger[ledger["status"] == "failed"].head(5).iterrows():
-        told = [plain_line(str(line[name])) for name in ("adata_id", "error_class", "error_message")]
-        logger.warning("row %s failed: %s: %s", *told)
+        shown = [plain_line(str(line[name])) for name in ("adata_id", "error_class", "error_message")]
+        logger.warning("row %s failed: %s: %s", *shown)
 
 
 def _commit(job: Job, answers: DataFrame, wave: pd.DataFrame) -> pd.DataFrame:
@@ -364,26 +366,26 @@ def _commit(job: Job, answers: DataFrame, wave: pd.DataFrame) -> pd.DataFrame:
         lines = _keyed_by_sample(job, lines, members, summed=_summed(job, wave))
     tables.replace(_embeddings(job, lines), job.output, lambda: _replaceable(job, wave))
     tables.replace(_ledger_lines(job, _reports(answers), members), job.ledger, lambda: _replaceable(job, wave))
-    warnings = [*reports["warnings"], *([told] for told in members.get("warning", []) if told)]
-    job.warnings.update(warning_kind(told) for of_row in warnings for told in of_row)
+    warnings = [*reports["warnings"], *([warning] for warning in members.get("warning", []) if warning)]
+    job.warnings.update(warning_kind(warning) for of_row in warnings for warning in of_row)
     return reports
 
 
 def _concurrent_runs(job: Job) -> list[str]:
-    """The runs that may have embeddings without ledger lines, or lines we have not seen.
+    """Return the runs that may have embeddings without ledger lines, or ledger lines that this run has not read.
 
-    That is: killed or failed ones, those at work beside this one, those that have just ended, and this one itself.
+    These are killed, failed, concurrent and recently finished runs, and this run itself.
     """
     runs = job.spark.table(job.runs).where(F.col("output_table") == job.output)
-    since = F.lit(job.started.date() - timedelta(days=RIVAL_DAYS))  # a time would be compiled anew in each run
+    since = F.lit(job.started.date() - timedelta(days=CONCURRENT_DAYS))  # as a time, it would be compiled anew
     open_runs = runs.where((F.col("status") != "finished") | (F.col("finished_at") > since))
     return [row["run_id"] for row in open_runs.select("run_id").collect()]
 
 
-def _still_missing(job: Job, wave: pd.DataFrame) -> pd.DataFrame:
-    """Leave out what a run beside this one has done since we looked."""
+def _still_pending(job: Job, wave: pd.DataFrame) -> pd.DataFrame:
+    """Leave out rows that a concurrent run has embedded since this run read the ledger."""
     others = [run for run in _concurrent_runs(job) if run != job.run_id]
-    if not others or wave["sample_id"].notna().any():  # a sample is done as a whole
+    if not others or wave["sample_id"].notna().any():  # a sample is embedded as a whole
         return wave
     lines = job.spark.table(job.ledger).where(job.stamped).where(F.col("run_id").isin(others))
     lines = lines.where(F.col("at") > F.lit(job.started)).select("adata_id", "content_hash").toPandas()
@@ -393,24 +395,24 @@ def _still_missing(job: Job, wave: pd.DataFrame) -> pd.DataFrame:
 
 
 def _replaceable(job: Job, wave: pd.DataFrame) -> str:
-    """What the wave's embeddings are written in place of: the condition that they meet themselves.
+    """Return the condition of the lines that the wave's embeddings replace; the embeddings meet it themselves.
 
-    A key that is new can have lines of rivals alone; naming these lets Delta pass over all other files. Ask at each
-    try to commit: a run that has begun since is a rival too.
+    New keys can have lines of concurrent runs only; naming these runs lets Delta skip all other files. The condition
+    is evaluated again for each try to commit, because further runs may have started.
     """
     shared = set(wave["sample_id"].dropna()) if job.parameters.mode == "contextual" else set()
     ids = ", ".join(map(tables.literal, {*wave["adata_id"], *shared}))
     condition = f"{job.stamped} AND adata_id IN ({ids})"
-    if wave["known"].any() or shared:  # a sample's lines may be of rows that it no longer has
+    if wave["known"].any() or shared:  # lines of a sample may come from rows that it no longer has
         return condition
     return f"{condition} AND run_id IN ({', '.join(map(tables.literal, _concurrent_runs(job)))})"
 
 
 def _payload(job: Job, rows: DataFrame, wave: pd.DataFrame) -> DataFrame:
-    """Give each task its share of the wave's rows."""
+    """Return the wave's rows with their payload, distributed over the tasks."""
     rows = rows.where(key_range_filter(wave))
     if job.parameters.mode == "static" and (wave["copies"] == 1).all() and not _samples(wave):
-        # some 25 ms a row: moving the payload between tasks would cost more
+        # a row takes about 25 ms: a shuffle of the payload would take longer
         chosen = rows.join(F.broadcast(job.spark.createDataFrame(wave[["adata_id"]])), "adata_id")
     else:
         chosen = rows.join(F.broadcast(with_tasks(job.spark, wave)), "adata_id").repartition(n_tasks(wave), "task")
@@ -425,22 +427,22 @@ def _payload(job: Job, rows: DataFrame, wave: pd.DataFrame) -> DataFrame:
 
 
 def _samples(wave: pd.DataFrame) -> set[str]:
-    """The wave's samples of several rows: all its rows belong to such, or none."""
+    """Return the wave's samples with several rows; either all of its rows belong to such samples, or none."""
     return set(wave["sample"].dropna())
 
 
 def _summed(job: Job, wave: pd.DataFrame) -> bool:
-    """Whether rows answer with sums, of which a sample's means are made."""
+    """Return whether rows yield sums, from which the means of their sample are computed."""
     return job.parameters.mode == "contextual" and bool(_samples(wave))
 
 
 def _members(job: Job, wave: pd.DataFrame, reports: pd.DataFrame) -> pd.DataFrame:
-    """The wave's rows that belong to samples: adata_id, sample_id, sample_hash, and warning (None where all is well).
+    """Return the wave's rows that belong to samples: adata_id, sample_id, sample_hash and warning (or None).
 
-    The hash is over the contents that were read, which of a view may be newer than those that were planned.
+    The hash covers the contents that were read, which in a view can be newer than those that were planned.
     """
-    told = reports[["adata_id", "content_hash", "status"]]
-    members = wave.loc[wave["sample_id"].notna(), ["adata_id", "sample_id"]].merge(told, on="adata_id")
+    contents = reports[["adata_id", "content_hash", "status"]]
+    members = wave.loc[wave["sample_id"].notna(), ["adata_id", "sample_id"]].merge(contents, on="adata_id")
     warnings = {}
     for sample, rows in members.groupby("sample_id"):
         members.loc[rows.index, "sample_hash"] = sample_hash(str(sample), rows["content_hash"])
@@ -461,7 +463,7 @@ def _of_members(job: Job, members: pd.DataFrame) -> DataFrame:
 
 
 def _keyed_by_sample(job: Job, lines: DataFrame, members: pd.DataFrame, *, summed: bool) -> DataFrame:
-    """Give contextual lines their sample's id as adata_id; sums of several rows become means over all cells."""
+    """Return contextual lines keyed by sample; sums of several rows become means over all cells."""
     keyed = lines.drop("content_hash") if summed else lines
     keyed = keyed.join(_of_members(job, members).drop("warning"), "adata_id", "inner" if summed else "left")
     if summed:
@@ -472,7 +474,7 @@ def _keyed_by_sample(job: Job, lines: DataFrame, members: pd.DataFrame, *, summe
 
 
 def _embeddings(job: Job, lines: DataFrame) -> DataFrame:
-    """Lines of the output table; in static mode each gene's vector is joined from one table of the vocabulary."""
+    """Return the lines of the output table; in static mode, each gene's vector is joined from the vocabulary's."""
     if job.parameters.mode == "cell":
         columns, order = ["adata_id", "cell_id", "embedding"], ["adata_id", "cell_id"]
     else:
@@ -490,10 +492,10 @@ def _as_in_table(job: Job, lines: DataFrame, table: str) -> DataFrame:
 
 
 def _with_static_vectors(job: Job, lines: DataFrame, order: Sequence[str]) -> DataFrame:
-    """Join each gene's vector, computed once a wave.
+    """Join each gene's vector, which is computed once per wave.
 
-    Lines are put in order while they are small. A merge join by gene keeps it, so equal vectors lie side by side and
-    compress to nothing.
+    Lines are sorted before the join, while they are small. A merge join by gene keeps the order, so equal vectors are
+    adjacent and compress to almost nothing.
     """
     vectors = lines.select("gene").distinct().mapInArrow(static_vectors(job.work.model), from_arrow_schema(VECTORS))
     ordered = lines.drop("embedding").repartition("gene").sortWithinPartitions(*order)
@@ -505,7 +507,7 @@ def _reports(answers: DataFrame) -> DataFrame:
 
 
 def _ledger_lines(job: Job, reports: DataFrame, members: pd.DataFrame) -> DataFrame:
-    """Lines of the ledger: each row's report, with its sample and what that says of it; in one file."""
+    """Return the ledger lines, in one partition: each row's report, with its sample and the sample's warning."""
     if len(members):
         reports = reports.join(_of_members(job, members), "adata_id", "left")
         warnings = F.when(F.isnull("warning"), F.col("warnings")).otherwise(F.concat("warnings", F.array("warning")))
@@ -523,41 +525,41 @@ def _stamps(job: Job) -> dict[str, Column]:
 
 
 def warning_kind(warning: str) -> str:
-    """Return what a warning has in common with its like in other rows: its first clause, names and numbers left out."""
+    """Return the part of a warning that is the same in all rows: its first clause without names and numbers."""
     clause = re.split(r"[:;(]", _NAMES.sub("…", warning), maxsplit=1)[0]
     return _NUMBERS.sub("N", clause).strip()
 
 
-# --- what a person sees ---------------------------------------------------------------------------
+# --- plan and progress ----------------------------------------------------------------------------
 
 
 def _plan(job: Job) -> Summary:
-    """Say what a run would do, and how long it took per cell before; write nothing."""
+    """Return what a run would do and how long it would take; write nothing."""
     first = not all(tables.exists(job.spark, table) for table in (job.output, job.ledger, job.runs))
     ledger = job.spark.createDataFrame([], tables.LEDGER) if first else None
-    missing = _missing(job, job.rows, ledger)
-    waves = list(missing.waves(job.settings.wave_cells))
-    cells = int(missing.pending["cells"].sum())
+    work = _pending(job, job.rows, ledger)
+    waves = list(work.waves(job.settings.wave_cells))
+    cells = int(work.pending["cells"].sum())
     rate = _cells_per_second(job)
     return {
         "mode": job.parameters.mode,
         "model_uri": job.model.uri,
         "model_version": job.model.version,
-        "rows_in": missing.rows_in,
-        "rows": len(missing.pending),
-        "rows_skipped": missing.rows_in - len(missing.pending),
+        "rows_in": work.rows_in,
+        "rows": len(work.pending),
+        "rows_skipped": work.rows_in - len(work.pending),
         "rows_removed": 0 if first else _vanished(job).rows,
         "cells": cells,
         "waves": len(waves),
         "partitions": sum(map(n_tasks, waves)),
-        "largest_row_cells": int(missing.pending["cells"].max()) if cells else 0,
-        "worker_memory_mb": _worker_memory(job, missing),
-        "seconds_expected": round(cells / rate) if rate else None,  # None: no earlier run to judge by
+        "largest_row_cells": int(work.pending["cells"].max()) if cells else 0,
+        "worker_memory_mb": _worker_memory(job, work),
+        "seconds_expected": round(cells / rate) if rate else None,  # None without an earlier run
     }
 
 
 def _cells_per_second(job: Job) -> float | None:
-    """The rate of the last run of this mode that finished, from the table of runs."""
+    """Return the rate of the last finished run of this mode; None without one."""
     if not tables.exists(job.spark, job.runs):
         return None
     runs = job.spark.table(job.runs).where("status = 'finished' AND cells > 0 AND seconds > 0")
@@ -565,10 +567,10 @@ def _cells_per_second(job: Job) -> float | None:
     return last["cells"] / last["seconds"] if last else None
 
 
-def _worker_memory(job: Job, missing: PendingRows) -> int:
-    """MB (10⁶ bytes) of a Python worker, roughly: libraries, weights, a batch, and the largest rows read ahead."""
+def _worker_memory(job: Job, work: PendingRows) -> int:
+    """Estimate the memory of a Python worker in MB (10⁶ bytes): libraries, weights, a batch, rows read ahead."""
     weights = sum(file.stat().st_size for file in job.model.checkpoint.iterdir()) / 1e6
-    largest = int(missing.pending["cells"].max()) if len(missing.pending) else 0
+    largest = int(work.pending["cells"].max()) if len(work.pending) else 0
     return round(LIBRARIES_MB + 2 * weights + ROW_MB_PER_1000_CELLS * largest / 1000)
 
 
@@ -577,6 +579,6 @@ def _show_progress(job: Job, rows: int, cells_done: int, cells: int, seconds: fl
         return
     done = job.counts["rows_ok"] + job.counts["rows_failed"]
     rate = cells_done / seconds
-    left = (cells - cells_done) / rate if rate else 0
-    line = f"{done} of {rows} rows, {rate:,.0f} cells/s, about {left:,.0f} s left"
+    remaining = (cells - cells_done) / rate if rate else 0
+    line = f"{done} of {rows} rows, {rate:,.0f} cells/s, about {remaining:,.0f} s left"
     print(f"\r{line:<70}", end="" if done < rows else "\n", file=sys.stderr, flush=True)

@@ -1,7 +1,7 @@
 """The ingest job: files of counts, through the data source `anndata`, into an `adata_rows` table.
 
-Beside it, the table `<table>_files` has a line for each file that was read: what was read, or why it failed. A file
-whose size, time, start and settings are those of its last line is skipped if the table still holds exactly its rows.
+The table `<table>_files` gets a line for each file that was read: what was read, or why it failed. A file whose size,
+time, first bytes and settings equal those of its last line is skipped if the table still has exactly its rows.
 """
 
 import json
@@ -30,20 +30,20 @@ from scgpt_batch.spark.workers import worker_setup_error
 
 logger = logging.getLogger(__name__)
 
-ROW_FORMAT = 1  # raise it when the same file gives other rows, so that unchanged files are read again
-MAX_NOTES = 20  # of a file, kept in the table of files
+ROW_FORMAT = 1  # increase it when the same file yields other rows, so that unchanged files are read again
+MAX_NOTES = 20  # per file, in the table of files
 OK, FAILED = "ok", "failed"
 
 _CONFIG_ERROR = re.compile(r"scgpt_batch\.errors\.ConfigError: (.*)")
 
 
 def ingest(spark: SparkSession, settings: IngestSettings) -> Summary:
-    """Turn files into rows; unchanged files and rows are skipped, rows that a file no longer has are removed.
+    """Convert files to rows; skip unchanged files and rows, and remove rows that a file no longer has.
 
     Raises
     ------
     ConfigError
-        A file is missing, or a setting fits no file; nothing was written.
+        A file does not exist, or a setting fits no file; nothing was written.
     """
     table = tables.table_name(settings.table)
     options = _options(settings)
@@ -73,7 +73,7 @@ def _ingest_sources(
     unchanged = _unchanged(spark, files_table, states, stored)
     changed = [source for source in sources if source not in unchanged]
     if unchanged:
-        logger.info("%d of %d files are unchanged and not read again", len(unchanged), len(sources))
+        logger.info("skipping %d of %d files, which are unchanged", len(unchanged), len(sources))
     result = _ingest_files(spark, table, files_table, changed, names, options, states) if changed else _Result()
     return {
         "table": table,
@@ -89,7 +89,7 @@ def _ingest_sources(
 
 
 class _Result:
-    """What a run did with the files that it read."""
+    """Counts of a run, over the files that it read."""
 
     rows = cells = rows_skipped = rows_removed = files_failed = 0
 
@@ -99,7 +99,7 @@ def _options(settings: IngestSettings) -> ReadOptions:
 
 
 def _stored_rows(spark: SparkSession, table: str) -> dict[str, Row]:
-    """Sum up the table's rows of each source."""
+    """Return a summary of the table's rows by source."""
     if not tables.exists(spark, table):
         return {}
     rows = tables.read(spark, table, tables.ADATA_ROWS).where("source IS NOT NULL")
@@ -111,12 +111,12 @@ def _stored_rows(spark: SparkSession, table: str) -> dict[str, Row]:
 
 
 def _digest() -> Column:
-    """Sum up which rows there are, in any order."""
+    """Return a digest of the set of rows, independent of their order."""
     return F.bit_xor(F.xxhash64("adata_id", "content_hash", "sample_id"))
 
 
 def _names_in_table(stored: Mapping[str, Row]) -> dict[str, str]:
-    """Return the readable name by which each source's rows are keyed."""
+    """Return the readable name in the keys of each source's rows."""
     names = {}
     for source, row in stored.items():
         longest_first = reversed(candidates(source))
@@ -125,13 +125,13 @@ def _names_in_table(stored: Mapping[str, Row]) -> dict[str, str]:
 
 
 def _states(sources: Sequence[str], names: Mapping[str, str], options: ReadOptions) -> dict[str, str | None]:
-    """Say of each file what its rows depend on; None where it cannot be looked at."""
+    """Return a hash of everything that a file's rows depend on; None if the file is not accessible."""
 
     def state(source: str) -> str | None:
         try:
             file = source_fingerprint(source)
         except (ConfigError, FileError):
-            return None  # reading it will say why
+            return None  # reading it will report the reason
         parts = [file, names[source], options.model_dump_json(), __version__, str(ROW_FORMAT)]
         return blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
@@ -142,7 +142,7 @@ def _states(sources: Sequence[str], names: Mapping[str, str], options: ReadOptio
 def _unchanged(
     spark: SparkSession, files_table: str, states: Mapping[str, str | None], stored: Mapping[str, Row]
 ) -> set[str]:
-    """Return the files that are as they were, and whose rows in the table are those that they gave."""
+    """Return the files that have not changed and whose rows in the table have not changed either."""
     wanted = [source for source in states if source in stored]
     if not wanted or not tables.exists(spark, files_table):
         return set()
@@ -175,7 +175,7 @@ def _ingest_files(
             files = _outcomes(rows)
         _report(files)
         good = [file["source"] for file in files if file["error_class"] is None]
-        _refuse_if_no_file_fits(files, good)
+        _raise_if_no_file_fits(files, good)
         result = _Result()
         if good:
             report = ("layer", "notes", "error_class", "error_message")
@@ -197,10 +197,8 @@ def _read_files(
     spark: SparkSession, sources: Sequence[str], names: Mapping[str, str], options: ReadOptions
 ) -> DataFrame:
     if int(spark.version.split(".")[0]) < 4:
-        raise ConfigError(
-            f"ingest reads files through a Python data source: Spark 4.0 is needed, this is {spark.version}"
-        )
-    from scgpt_batch.spark.datasource import RECORD, register  # Spark 3.5 has no such API, but can embed
+        raise ConfigError(f"ingest needs Spark 4.0 or newer for its Python data source; this is Spark {spark.version}")
+    from scgpt_batch.spark.datasource import RECORD, register  # not available in Spark 3.5, which can still run embed
 
     register(spark)
     given = {name: str(value) for name, value in options.model_dump().items()}
@@ -212,19 +210,19 @@ def _read_files(
 
 @contextmanager
 def _errors_of_the_reader() -> Iterator[None]:
-    """Raise our own error again where Spark carries it as the text of a Python process's traceback."""
+    """Raise our own error where Spark passes it on as the text of a Python traceback."""
     try:
         yield
     except PySparkException as exc:
-        if told := _CONFIG_ERROR.findall(str(exc)):
-            raise ConfigError(told[-1]) from exc
+        if messages := _CONFIG_ERROR.findall(str(exc)):
+            raise ConfigError(messages[-1]) from exc
         if error := worker_setup_error(exc):
             raise error from exc
         raise
 
 
 def _outcomes(rows: DataFrame) -> list[Row]:
-    """Read all files; return what each gave, or its first error."""
+    """Read all files; return a summary of each file's rows, or its first error."""
     notes = F.slice(F.array_distinct(F.flatten(F.collect_set("notes"))), 1, MAX_NOTES)
     error = F.max_by(F.struct("error_class", "error_message"), F.col("error_class").isNotNull())
     grouped = rows.groupBy("source").agg(
@@ -242,8 +240,8 @@ def _report(files: Sequence[Row]) -> None:
             logger.error("failed: %s (%s)", file["error_message"], file["error_class"])
 
 
-def _refuse_if_no_file_fits(files: Sequence[Row], good: Sequence[str]) -> None:
-    """Take a reason that all files share, and that the settings can mend, for a wrong setting."""
+def _raise_if_no_file_fits(files: Sequence[Row], good: Sequence[str]) -> None:
+    """Raise ConfigError if every file failed for a reason that settings can fix: a setting is then wrong."""
     if good or any(file["error_class"] != ConfigError.__name__ for file in files):
         return
     more = f" (and {len(files) - 1} other files fail too)" if len(files) > 1 else ""
@@ -251,7 +249,7 @@ def _refuse_if_no_file_fits(files: Sequence[Row], good: Sequence[str]) -> None:
 
 
 def _vanished(spark: SparkSession, table: str, new: DataFrame, sources: Sequence[str]) -> DataFrame | None:
-    """Return the ids of the rows that these files gave before and no longer give; None where there are none.
+    """Return the ids of rows that these files no longer have; None if there are none.
 
     Raises
     ------
@@ -275,7 +273,7 @@ def _vanished(spark: SparkSession, table: str, new: DataFrame, sources: Sequence
 
 
 def _record(spark: SparkSession, files_table: str, files: Sequence[Row], states: Mapping[str, str | None]) -> None:
-    """Add a line for each file that was read to the table of files."""
+    """Append a line for each file that was read to the table of files."""
     now = datetime.now(UTC)
     lines: list[dict[str, Any]] = [
         {

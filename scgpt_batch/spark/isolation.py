@@ -1,7 +1,7 @@
-"""One row at a time in a process of its own: what a task falls back to after it lost its Python worker.
+"""Isolated rows: after a Python worker was lost, a task processes each row in a child process.
 
-A row that crashes native code, exhausts memory or never ends takes only that process with it and becomes an error;
-the next row gets a new process.
+A row that crashes native code, exhausts memory or never ends then kills only that process and becomes an error; the
+next row gets a new process.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -15,11 +15,11 @@ from scgpt_batch.errors import RowError, Timeout, WorkerCrash
 Row = dict[str, Any]
 Result = TypeVar("Result")
 
-ISOLATED = "scgpt_batch.isolated"  # local property of Spark jobs whose tasks take each row in a process of its own
+ISOLATED = "scgpt_batch.isolated"  # local property of Spark jobs whose tasks isolate rows
 
 
 def isolates() -> bool:
-    """Whether this task takes each row in a process of its own: a repeated task, or a job that says so."""
+    """Return whether this task isolates rows: if it is repeated, or its job has the property `ISOLATED`."""
     context = TaskContext.get()
     return context is not None and (context.attemptNumber() > 0 or context.getLocalProperty(ISOLATED) == "true")
 
@@ -27,12 +27,12 @@ def isolates() -> bool:
 def results_alone(
     rows: Iterable[Row], work: Callable[[], Callable[[Row], Result]], seconds: float
 ) -> Iterator[Result | RowError]:
-    """Compute rows one by one; each has `seconds`, and costs no more than itself.
+    """Compute rows one by one in a child process, each within `seconds`; yield each row's result or error.
 
     Parameters
     ----------
     work
-        A picklable function, called once in each process, that loads the model; it gives the function for a row.
+        A picklable function that loads the model, called once per process; it returns the function for a row.
     """
     process: ChildProcess | None = None
     try:

@@ -1,6 +1,6 @@
-"""House-keeping of tables: old rows and old model versions deleted, files clustered, unneeded files removed.
+"""Table maintenance: delete old rows and old model versions, cluster files, remove unneeded files.
 
-The tables beside an output table, its ledger and runs, are kept with it.
+The ledger and runs of an output table are maintained with it.
 """
 
 import logging
@@ -15,32 +15,32 @@ from scgpt_batch.spark import tables
 
 logger = logging.getLogger(__name__)
 
-SAFE_HOURS = 168  # Delta's own: a week, in which nobody should still be reading or writing an older version
+SAFE_HOURS = 168  # Delta's default, a week: after it, no reader or writer should still use an older version
 BESIDE = ("_ledger", "_runs")
 
 
 def maintain(spark: SparkSession, settings: MaintainSettings) -> Summary:
-    """Delete, cluster, compact and vacuum a table, and compact and vacuum its ledger and runs where it has them.
+    """Delete, cluster, compact and vacuum a table, and compact and vacuum its ledger and runs, if it has them.
 
     Raises
     ------
     ConfigError
-        There is no such table or column, or the retention is unsafe; nothing was changed.
+        The table or column does not exist, or the retention is unsafe; nothing was changed.
     """
     table = tables.table_name(settings.table)
     if settings.vacuum_hours < SAFE_HOURS and not settings.force:
         raise ConfigError(
-            f"--vacuum-hours {settings.vacuum_hours} is below {SAFE_HOURS}: whoever reads or writes {table} now may "
-            "fail, and time travel to those versions ends; use --force where nobody does"
+            f"--vacuum-hours {settings.vacuum_hours} is below {SAFE_HOURS}: running readers and writers of {table} may "
+            "fail, and older versions can no longer be read; use --force if nobody needs them"
         )
     if not tables.exists(spark, table):
-        raise ConfigError(f"no Delta table {table}")
+        raise ConfigError(f"there is no Delta table {table}: check --table")
     if settings.cluster_by:
         tables.cluster(spark, table, settings.cluster_by)
     deleted = 0
     if settings.date_column:
         deleted = tables.delete_older(spark, table, settings.date_column, settings.retain_days)
-        logger.info("%s: %d rows older than %d days deleted", table, deleted, settings.retain_days)
+        logger.info("%s: deleted %d rows older than %d days", table, deleted, settings.retain_days)
     beside = [name for name in (tables.beside(table, suffix) for suffix in BESIDE) if tables.exists(spark, name)]
     done = [_tidy(spark, name, settings) for name in (table, *beside)]
     return {
@@ -55,17 +55,17 @@ def maintain(spark: SparkSession, settings: MaintainSettings) -> Summary:
 
 def _tidy(spark: SparkSession, table: str, settings: MaintainSettings) -> tuple[int, int, int | None]:
     removed, added = tables.compact(spark, table)
-    logger.info("%s: %d files written together as %d", table, removed, added)
+    logger.info("%s: compacted %d files into %d", table, removed, added)
     vacuumed = tables.vacuum(spark, table, settings.vacuum_hours, unsafe=settings.force)
-    logger.info("%s: %s files removed", table, vacuumed)
+    logger.info("%s: vacuumed %s files", table, vacuumed)
     return removed, added, vacuumed
 
 
 def prune(spark: SparkSession, output: str, ledger: str, keep: int) -> int:
-    """Delete all but each model's `keep` newest versions from an output table; return how many versions went.
+    """Delete all but each model's `keep` newest versions from an output table; return the number of deleted versions.
 
-    Versions are ordered as numbers where all are numbers, else by when they last embedded. Their ledger lines go
-    first: a version that is asked for again is then embedded again.
+    Versions are ordered as numbers if all are numbers, else by their last embedding. Their ledger lines are deleted
+    first, so that a later run with such a version embeds its rows again.
     """
     seen = spark.table(output).groupBy("model_name", "model_version").agg(F.max("embedded_at").alias("last")).collect()
     pruned = 0
@@ -73,7 +73,7 @@ def prune(spark: SparkSession, output: str, ledger: str, keep: int) -> int:
         versions = [(line["model_version"], line["last"]) for line in seen if line["model_name"] == model]
         old = _newest_first(versions)[keep:]
         if old:
-            logger.info("%s: versions %s of %s deleted", output, ", ".join(old), model)
+            logger.info("%s: deleting versions %s of %s", output, ", ".join(old), model)
             for table in (ledger, output):
                 tables.delete_versions(spark, table, model, old)
         pruned += len(old)
@@ -81,7 +81,7 @@ def prune(spark: SparkSession, output: str, ledger: str, keep: int) -> int:
 
 
 def _newest_first(versions: Sequence[tuple[str, object]]) -> list[str]:
-    """Order versions, given with the time that each was last used."""
+    """Return versions, given with the time of their last use, newest first."""
     numbers = all(version.isdecimal() for version, _ in versions)
     ordered = sorted(versions, key=lambda seen: int(seen[0]) if numbers else seen[1], reverse=True)  # type: ignore[arg-type,return-value]
     return [version for version, _ in ordered]

@@ -1,6 +1,6 @@
-"""What a run has to do: the rows that have no result yet, cut into waves and tasks of even size.
+"""Pending rows: the rows that have no result yet, divided into waves and tasks of even size.
 
-Only keys, hashes, sizes and times are read, of the input and of the ledger: neither payload nor vectors.
+Only keys, hashes, sizes and times of the input and the ledger are read, neither payload nor vectors.
 """
 
 import hashlib
@@ -15,37 +15,37 @@ from pyspark.sql import functions as F
 from scgpt_batch.errors import ConfigError
 from scgpt_batch.spark import tables
 
-WAVE_ROWS = 5_000  # of a wave at most: their keys stand in the condition of its commit
-TASK_CELLS = 1_000  # of a task: even work for every device, whatever the number of CPU cores
-LEAST_TASKS = 8  # of a wave that has as many rows, so that a small one is shared too
-ROW_CELLS_UNKNOWN = 1_000  # taken for a row that does not say its n_obs, or cannot mean it (negative, NaN, 10^12)
+WAVE_ROWS = 5_000  # maximum per wave: their keys are in the condition of its commit
+TASK_CELLS = 1_000  # per task: even work for every device, independent of the number of CPU cores
+LEAST_TASKS = 8  # per wave of at least as many rows, so that a small wave is distributed too
+ROW_CELLS_UNKNOWN = 1_000  # assumed for rows whose n_obs is missing or impossible (negative, NaN, 10^12)
 MOST_CELLS = 2**31 - 1
 
 
 @dataclass(frozen=True)
 class PendingRows:
-    """The rows of a table, told apart by whether they have a result.
+    """The pending rows of a table.
 
     Attributes
     ----------
     rows_in
-        Rows of the table.
+        Number of rows in the table.
     pending
-        Rows without a result, largest first: adata_id, content_hash (None where not needed yet), cells, copies (equal
-        rows of one key), known (the ledger has a line for the key), sample_id (where the rows of a sample depend on
-        each other), sample (the same where the sample has several rows, else None), ingested_at (microseconds, where
-        the table has it). A sample of which one row lacks a result is here with all of its rows.
+        Rows without a result, largest first: adata_id, content_hash (None if not needed yet), cells, copies (number of
+        equal rows with this key), known (the ledger has a line for the key), sample_id (if the rows of a sample depend
+        on each other), sample (the same for samples of several rows, else None), ingested_at (microseconds, if the
+        table has it). If one row of a sample lacks a result, all of the sample's rows are pending.
     """
 
     rows_in: int
     pending: pd.DataFrame
 
     def waves(self, cells: int) -> Iterator[pd.DataFrame]:
-        """Cut the pending rows into waves of at most so many cells and `WAVE_ROWS` rows, that of the largest row first.
+        """Yield waves of at most `cells` cells and `WAVE_ROWS` rows, starting with the wave of the largest row.
 
-        Rows of a wave are neighbours in the table, by time of ingestion and by key, so that to read them passes over
-        the others (`key_range_filter`). What is larger than a wave, a row or a sample, is a wave of its own. A sample
-        is never divided, and never in one wave with single rows.
+        A wave's rows are neighbours in the table, by time of ingestion and key, so that reading them skips other files
+        (`key_range_filter`). A row or sample that is larger than a wave is a wave of its own. A sample is never
+        divided, and never in a wave with single rows.
         """
         rows = self.pending.assign(unit=self.pending["sample"].fillna(self.pending["adata_id"]))
         rows["shared"] = rows["sample"].notna()
@@ -60,7 +60,7 @@ class PendingRows:
 
 
 def _cut(units: pd.DataFrame, cells: int) -> list[int]:
-    """Number the waves that units fill in their order."""
+    """Return the wave number of each unit, filling waves in order."""
     numbers: list[int] = []
     wave, kind, n_cells, n_rows = 0, None, 0, 0
     for shared, size, rows in zip(units["shared"], units["size"], units["rows"], strict=True):
@@ -72,10 +72,10 @@ def _cut(units: pd.DataFrame, cells: int) -> list[int]:
 
 
 def key_range_filter(wave: pd.DataFrame) -> Column:
-    """The condition that rows stand between the wave's first and last, by key and, where told, by time of ingestion.
+    """Return a condition that limits rows to the wave's range of keys and, if known, of times of ingestion.
 
-    Delta passes over files, and Parquet over parts of them, whose least and greatest values don't meet it; a join with
-    the wave's keys alone reads the payload of the whole table.
+    With it, Delta skips files, and Parquet row groups, outside the range. A join with the wave's keys alone would read
+    the payload of the whole table.
     """
     ids, times = wave["adata_id"], wave["ingested_at"]
     condition = F.col("adata_id").between(F.lit(ids.min()), F.lit(ids.max()))
@@ -86,76 +86,76 @@ def key_range_filter(wave: pd.DataFrame) -> Column:
 
 
 def pending_rows(rows: DataFrame, ledger: DataFrame, *, counts: Column, samples: bool, name: str) -> PendingRows:
-    """Find the rows without a result: a ledger line for their content, and for the contents of their sample.
+    """Find the rows without a result, which is a ledger line for their content and for the contents of their sample.
 
     Parameters
     ----------
     rows
-        The `adata_rows` table. Content hashes that it lacks are computed, which reads payload, only where they decide
-        something: when the ledger knows such a row or its sample, or an adata_id comes twice.
+        The `adata_rows` table. Missing content hashes are computed, which reads payload, only if they are needed: when
+        the ledger has such a row or its sample, or an adata_id occurs twice.
     ledger
-        Its lines of the run's mode, model and parameters; the newest of a row counts.
+        The ledger's lines for the run's mode, model and parameters; the newest line of a row counts.
     counts
-        Whether a line of the ledger is a result; others are tried again.
+        Whether a ledger line is a result; rows with other lines are tried again.
     samples
-        Whether the rows of a sample depend on each other (`samples.rows_depend`); if not, `sample_id` is not read.
+        Whether the rows of a sample depend on each other (`rows_depend`); if not, `sample_id` is not read.
     name
         The input table's, for messages.
 
     Raises
     ------
     ConfigError
-        Rows without adata_id, different contents under one, or a sample_id that is another row's adata_id.
+        Rows lack an adata_id, share one with different contents, or a sample_id is another row's adata_id.
     """
     if not samples:
         rows = rows.withColumn("sample_id", F.lit(None).cast("string"))
-    missing = _asked(_found(rows, ledger, counts, samples), name)
-    if missing is None:
+    pending = _collect(_found(rows, ledger, counts, samples), name)
+    if pending is None:
         hashed = rows.withColumn("content_hash", tables.row_hash())
-        missing = _asked(_found(hashed, ledger, counts, samples), name)
-    assert missing is not None  # with every hash known, all is decided
-    return missing
+        pending = _collect(_found(hashed, ledger, counts, samples), name)
+    assert pending is not None  # with every hash known, nothing is undecided
+    return pending
 
 
 def sample_hash(sample_id: str, hashes: Iterable[str]) -> str:
-    """Hash a sample's id and its rows' content hashes, in whatever order these come; as `_sample_hash` does."""
+    """Return the hash of a sample's id and its rows' content hashes, in any order; `_sample_hash` in SQL."""
     return hashlib.sha256("\n".join([sample_id, *sorted(hashes)]).encode()).hexdigest()[:32]
 
 
 def _sample_hash(members: WindowSpec) -> Column:
     contents = F.array_sort(F.collect_list("content_hash").over(members))
-    told = F.concat_ws("\n", F.array("sample_id"), contents)
-    return F.when(F.isnotnull("sample_id"), F.substring(F.sha2(told, 256), 1, 32))
+    text = F.concat_ws("\n", F.array("sample_id"), contents)
+    return F.when(F.isnotnull("sample_id"), F.substring(F.sha2(text, 256), 1, 32))
 
 
-def _asked(found: DataFrame, name: str) -> PendingRows | None:
-    """Ask what is missing; None where content hashes decide it that the table lacks."""
-    found = found.persist()  # where there are samples, asked twice
+def _collect(found: DataFrame, name: str) -> PendingRows | None:
+    """Collect the pending rows; None if that depends on content hashes which the table lacks."""
+    found = found.persist()  # read twice if there are samples
     keys = Observation("keys")
     try:
         columns = ("adata_id", "content_hash", "cells", "copies", "known", "sample_id", "sample", "ingested_at")
-        pending: pd.DataFrame = found.observe(keys, *_told()).where("NOT done").select(*columns).toPandas()
-        told = keys.get
-        if told["undecided"]:
+        pending: pd.DataFrame = found.observe(keys, *_key_checks()).where("NOT done").select(*columns).toPandas()
+        checks = keys.get
+        if checks["undecided"]:
             return None
-        if told["nameless"]:
+        if checks["nameless"]:
             raise ConfigError(f"{name} has rows without adata_id: give each row a key")
-        if told["ambiguous"]:
+        if checks["ambiguous"]:
             raise ConfigError(
-                f"{name} has {told['ambiguous']} adata_id with several contents or samples, first {told['first']!r}: "
-                "give each row a key of its own"
+                f"{name}: {checks['ambiguous']} adata_id occur with several contents or samples, first "
+                f"{checks['first']!r}: give each row a key of its own"
             )
-        if told["in_samples"]:
-            _refuse_clashes(found, name)
+        if checks["in_samples"]:
+            _check_clashes(found, name)
     finally:
         found.unpersist()
     pending = pending.sort_values(["cells", "adata_id"], ascending=[False, True], ignore_index=True)
     pending = pending.astype({"ingested_at": "Int64"})
-    return PendingRows(int(told["rows"]), pending)
+    return PendingRows(int(checks["rows"]), pending)
 
 
-def _refuse_clashes(found: DataFrame, name: str) -> None:
-    """Refuse a sample_id that is the adata_id of a row outside the sample: both would write lines of one key."""
+def _check_clashes(found: DataFrame, name: str) -> None:
+    """Raise ConfigError if a sample_id is the adata_id of a row outside the sample: both would write the same key."""
     samples = found.select(F.col("sample_id").alias("id")).dropna().distinct()
     other = samples.join(found, (F.col("id") == F.col("adata_id")) & ~F.col("id").eqNullSafe(F.col("sample_id")))
     clash = other.select(F.min("id")).first()
@@ -166,8 +166,8 @@ def _refuse_clashes(found: DataFrame, name: str) -> None:
         )
 
 
-def _told() -> list[Column]:
-    """What the keys are like: how many rows, and what is wrong with them."""
+def _key_checks() -> list[Column]:
+    """Return aggregates over the keys: the number of rows, and of keys with a problem."""
     differ = (F.col("lowest") != F.col("content_hash")) | F.col("samples_differ")
     return [
         F.coalesce(F.sum("copies"), F.lit(0)).alias("rows"),
@@ -180,7 +180,7 @@ def _told() -> list[Column]:
 
 
 def _found(rows: DataFrame, ledger: DataFrame, counts: Column, samples: bool) -> DataFrame:
-    """Each adata_id with its size, content, sample and whether it has a result."""
+    """Return each adata_id with its size, content, sample, and whether it has a result."""
     keys = rows.groupBy("adata_id").agg(
         F.max(_stated_cells()).alias("cells"),
         F.count("*").alias("copies"),
@@ -230,21 +230,21 @@ def _found(rows: DataFrame, ledger: DataFrame, counts: Column, samples: bool) ->
 
 
 def _stated_cells() -> Column:
-    """A row's n_obs, of which waves and tasks are cut; the row is not read for it, so it may be anything."""
+    """Return n_obs for planning waves and tasks; the row itself is not read, so the value may be wrong."""
     stated = F.when(F.col("n_obs").between(0, MOST_CELLS), F.col("n_obs"))
     return F.coalesce(stated, F.lit(ROW_CELLS_UNKNOWN)).cast("bigint")
 
 
 def n_tasks(wave: pd.DataFrame) -> int:
-    """How many tasks a wave makes."""
+    """Return the number of tasks for a wave."""
     return min(max(-(-int(wave["cells"].sum()) // TASK_CELLS), LEAST_TASKS), len(wave))
 
 
 def with_tasks(spark: SparkSession, wave: pd.DataFrame) -> DataFrame:
-    """Give each row of a wave to a task, as adata_id and task: the largest first, always to the emptiest.
+    """Assign each row of a wave to a task (adata_id, task): the largest first, always to the task with fewest cells.
 
-    `repartition(n, "task")` with n = `n_tasks` brings each task's rows into a partition of its own: the numbers are
-    chosen so that Spark's hash sends them to different ones.
+    `repartition(n, "task")` with n = `n_tasks` puts each task's rows into their own partition: the task numbers are
+    chosen so that Spark's hash maps them to different partitions.
     """
     n = n_tasks(wave)
     keys = spark.range(32 * n).groupBy(F.pmod(F.hash("id"), F.lit(n)).alias("slot")).agg(F.min("id").alias("key"))

@@ -1,11 +1,11 @@
-"""Samples of several rows on Spark: decisions before the rows are embedded, means after.
+"""Samples of several rows on Spark: preprocessing decisions before the rows are embedded, means afterwards.
 
     decided = decisions(rows, work)                                     # sample_id, decisions
-    rows.join(F.broadcast(decided), "sample_id")                        # each row carries its sample's decisions
+    rows.join(F.broadcast(decided), "sample_id")                        # each row gets its sample's decisions
         .mapInArrow(...)                                                # embed; contextual mode with `sums`
-        .transform(means)                                               # contextual mode: one mean a sample and gene
+        .transform(means)                                               # contextual mode: one mean per sample and gene
 
-Rows stay where they are: what moves between tasks is genes × batches a task and sample, and later genes × width.
+Rows are never collected on one machine: tasks exchange genes × batches numbers per sample, and later genes × width.
 """
 
 from collections import deque
@@ -31,8 +31,8 @@ from scgpt_batch.spark.isolation import isolates, results_alone
 from scgpt_batch.spark.worker import VECTOR, Batches, WorkerTask, list_array, watched, with_its_decisions
 from scgpt_batch.spark.workers import computed
 
-SAMPLES_AT_ONCE = 8  # whose sums a task holds back to add further rows to: some MB each
-GENE_SHARES = 64  # a sample's means are taken in so many parts: its rows × genes never meet in one task
+SAMPLES_AT_ONCE = 8  # whose sums a task keeps in memory to add further rows: a few MB each
+GENE_SHARES = 64  # parts for a sample's means, so that no task gets all of its rows × genes
 
 PARTS = pa.schema([("sample_id", pa.string()), ("statistics", pa.binary()), ("decisions", pa.binary())])
 DECISIONS = pa.schema([("sample_id", pa.string()), ("decisions", pa.binary())])
@@ -45,29 +45,29 @@ MEANS = pa.schema(
 
 
 def decisions(rows: DataFrame, work: WorkerTask) -> DataFrame:
-    """Decide which genes each sample keeps, as scanpy would on all of its cells: `DECISIONS`, a line a sample.
+    """Return which genes each sample keeps, as scanpy would decide on all its cells: `DECISIONS`, a line per sample.
 
-    Reads the rows once a pass (`samples.passes`). Between passes the decisions come to the driver: some 10 bytes a
-    gene and sample, whatever the number of cells. A row that crashes or never ends has no part in them.
+    Reads the rows once per pass (`passes`). Between passes the decisions are collected on the driver: about 10 bytes
+    per gene and sample, for any number of cells. Rows that crash or never end are left out.
 
     Parameters
     ----------
     rows
-        `adata_rows` with `sample_id`, without nulls in it.
+        `adata_rows` whose `sample_id` is never null.
     """
     decided: DataFrame | None = None
     for _ in range(passes(work.parameters)):
-        given = rows.withColumn("decisions", F.lit(None).cast("binary"))
+        prepared = rows.withColumn("decisions", F.lit(None).cast("binary"))
         if decided is not None:
-            given = rows.join(F.broadcast(decided), "sample_id")
-        held = [name for name in (*PAYLOAD_COLUMNS, "n_obs", "n_vars", "x_dtype") if name in rows.columns]
-        made = computed(
+            prepared = rows.join(F.broadcast(decided), "sample_id")
+        columns = [name for name in (*PAYLOAD_COLUMNS, "n_obs", "n_vars", "x_dtype") if name in rows.columns]
+        collected = computed(
             rows.sparkSession,
-            partial(_parts, given.select("sample_id", "decisions", *held), work),
+            partial(_parts, prepared.select("sample_id", "decisions", *columns), work),
             partial(_decided, work),
             "decisions of samples",
         )
-        decided = rows.sparkSession.createDataFrame(made, from_arrow_schema(DECISIONS))
+        decided = rows.sparkSession.createDataFrame(collected, from_arrow_schema(DECISIONS))
     assert decided is not None
     return decided
 
@@ -81,7 +81,7 @@ def _decided(work: WorkerTask, parts: DataFrame) -> pd.DataFrame:
 
 
 def means(sums: DataFrame) -> DataFrame:
-    """Turn the rows' contextual sums into the samples' means over all cells: `MEANS`.
+    """Return each sample's means over all cells, computed from the contextual sums of its rows: `MEANS`.
 
     Parameters
     ----------
@@ -94,7 +94,7 @@ def means(sums: DataFrame) -> DataFrame:
 
 
 def contributions(work: WorkerTask) -> Callable[[Batches], Batches]:
-    """Return a function for `mapInArrow` that adds up what a task's rows contribute to each sample."""
+    """Return a function for `mapInArrow` that sums the statistics of a task's rows by sample."""
 
     def run(batches: Batches) -> Batches:
         rows: deque[dict[str, Any]] = deque()
@@ -122,7 +122,7 @@ def _remembered(batches: Batches, rows: deque[dict[str, Any]]) -> Iterator[dict[
 
 
 def _statistics(work: WorkerTask, rows: Iterator[dict[str, Any]]) -> Iterator[Statistics]:
-    """What each row contributes; nothing where it took its process down or did not end."""
+    """Yield each row's statistics; empty ones for rows that killed their process or timed out."""
     if not (work.isolated or isolates()):
         return watched(map(_statistics_of_row(work), rows), work.row_timeout)
     results = results_alone(rows, partial(_statistics_of_row, work), work.row_timeout)
@@ -140,7 +140,7 @@ def _statistics_of_row(work: WorkerTask) -> Callable[[dict[str, Any]], Statistic
 
 
 def decider(parameters: Parameters) -> Callable[[pa.Table], pa.Table]:
-    """Return a function for `applyInArrow` that adds up a sample's parts and takes its next decisions."""
+    """Return a function for `applyInArrow` that sums a sample's parts and makes its next decisions."""
 
     def run(parts: pa.Table) -> pa.Table:
         before = parts["decisions"][0].as_py()
@@ -160,7 +160,7 @@ def _part(sample: str, sums: Statistics, decided: bytes | None) -> pa.RecordBatc
 
 
 def _means(lines: pa.Table) -> pa.Table:
-    """Add up the lines of each group and gene in float64, in the order of their rows, and divide."""
+    """Return the means of each group and gene, summed in float64 in the order of the rows' ids."""
     lines = lines.sort_by([(name, "ascending") for name in ("group", "gene", "adata_id")])
     n_cells = lines["n_cells"].to_numpy()
     sums = lines["embedding"].combine_chunks().flatten().to_numpy().reshape(len(n_cells), -1).astype(np.float64)

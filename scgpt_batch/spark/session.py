@@ -1,4 +1,4 @@
-"""The Spark session of a command: the one that is there, or a local one with Delta."""
+"""The Spark session of a command: the existing one, or a local one with Delta."""
 
 import io
 import os
@@ -21,26 +21,26 @@ JAVA_HINT = "install Java 17 or 21 (Debian and Ubuntu: apt-get install openjdk-1
 
 
 def get_spark(conf: Mapping[str, str] | None = None) -> SparkSession:
-    """Return the session that spark-submit, Databricks or Connect provides, else build a local one.
+    """Return the session that spark-submit, Databricks or Spark Connect provides, else create a local one.
 
     Parameters
     ----------
     conf
-        Spark settings beside those of `spark-local.conf`; they win over it. A session that is there keeps its own.
+        Spark settings that add to and override those of `spark-local.conf`. An existing session keeps its own settings.
 
     Raises
     ------
     ConfigError
-        A local session is needed and there is no Java that Spark 4 runs on.
+        A local session is needed, but there is no Java version that Spark 4 supports.
     """
     provided = ("PYSPARK_GATEWAY_PORT", "DATABRICKS_RUNTIME_VERSION", "SPARK_REMOTE")
     if SparkSession.getActiveSession() or any(name in os.environ for name in provided):
         return SparkSession.builder.getOrCreate()
     _require_java()
-    # workers run `python3` of the PATH otherwise, which may be another installation
+    # otherwise workers run `python3` from the PATH, which may be another installation
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
-    # else Spark puts the jars of `spark.jars.packages` on Python's path, where each import and task looks into them
+    # otherwise Spark adds the jars of `spark.jars.packages` to Python's path, and each import and task searches them
     builder = SparkSession.builder.appName("scgpt_batch").config("spark.submit.pyFiles", "")
     for name, value in (_read_conf(LOCAL_CONF) | dict(conf or {})).items():
         builder = builder.config(name, value)
@@ -48,7 +48,7 @@ def get_spark(conf: Mapping[str, str] | None = None) -> SparkSession:
 
 
 def separate_stderr() -> None:
-    """Under spark-submit, which merges Python's standard error into standard output, write it to the JVM's instead."""
+    """Write standard error to the JVM's under spark-submit, which otherwise merges it into standard output."""
     if "PYSPARK_GATEWAY_PORT" in os.environ and os.path.sameopenfile(1, 2) and not os.isatty(2):
         sys.stderr = _JvmStderr(launch_gateway().jvm.System.err)
 
@@ -66,7 +66,7 @@ class _JvmStderr(io.TextIOBase):
     def write(self, text: str) -> int:
         try:
             self._stream.print(text)
-        except (Py4JError, OSError):  # the JVM has ended: what is said about that has to go somewhere
+        except (Py4JError, OSError):  # the JVM has exited, so write to this process' own stream
             sys.__stderr__.write(text)  # type: ignore[union-attr]
         return len(text)
 
@@ -83,8 +83,8 @@ def _require_java() -> None:
     home = os.environ.get("JAVA_HOME")
     java = shutil.which(f"{home}/bin/java") if home else shutil.which("java")
     if java is None:
-        raise ConfigError(f"Spark needs Java and none was found: {JAVA_HINT}")
-    told = subprocess.run([java, "-version"], capture_output=True, text=True, check=False).stderr
-    version = re.search(r'version "(\d+)', told)
+        raise ConfigError(f"Spark needs Java, but none was found: {JAVA_HINT}")
+    output = subprocess.run([java, "-version"], capture_output=True, text=True, check=False).stderr
+    version = re.search(r'version "(\d+)', output)
     if version and int(version[1]) < 17:
-        raise ConfigError(f"Spark 4 needs Java 17 or newer, {java} is {version[1]}: {JAVA_HINT}")
+        raise ConfigError(f"Spark 4 needs Java 17 or newer, but {java} is version {version[1]}: {JAVA_HINT}")

@@ -1,6 +1,6 @@
 """The package's Delta tables: their columns, and the only code that reads and writes Delta.
 
-All of it is SQL and DataFrames, so that it runs the same under Spark Connect.
+It uses only SQL and DataFrames, so that it also runs under Spark Connect.
 """
 
 import logging
@@ -67,44 +67,43 @@ FILES = """
     error_message STRING, fingerprint STRING, rows_digest BIGINT, package_version STRING, at TIMESTAMP
 """
 
-# Without these a table is another's. A column of ours that is not among them is added to a table that lacks it.
+# Columns that identify a table as ours. Other columns of ours are added to tables that lack them.
 IDENTITY = {
     "adata_id", "group", "gene", "cell_id", "embedding", "mode", "model_name", "model_version", "params_hash", "run_id",
     "status", "x_data", "adata_obs", "adata_var",
 }  # fmt: skip
 
 _CHECK = "spark.databricks.delta.replaceWhere.constraintCheck.enabled"
-_CHECK_IS_OURS = Lock()  # runs in threads of one session share its settings
+_CHECK_LOCK = Lock()  # threads of one session share its settings
 _VECTOR_LENGTH = "delta.constraints.vector_length"
 
 _ANOTHER_SOURCE = "row of another source"  # raised in SQL, and found in the error's text
 
-COMMIT_TRIES = 12  # over some four minutes
-CREATE_TRIES = 4  # over some seven seconds: another run makes the table at most once
+COMMIT_TRIES = 12  # over about four minutes
+CREATE_TRIES = 4  # over about seven seconds: other runs create the table at most once
 
-# what may be in the way; Hadoop's file systems keep the reason to themselves
-_NO_FOLDER = "No space left, a Read-only file system, no permission, or a file where a folder should be"
-
-
-class FolderTaken(ConfigError):
-    """A table's folder holds files that are not a Delta table; another run may be creating the table."""
-
+# Hadoop does not report the cause; list the likely ones
+_NO_FOLDER = "No space left, a Read-only file system, no permission, or a file in place of a folder"
 
 _PATH = re.compile(r"delta\.`(?P<path>[^`]+)`")
 _NAME = re.compile(r"(`[^`]+`|\w+)(\.(`[^`]+`|\w+)){0,2}")
 
 
+class FolderTaken(ConfigError):
+    """A table's folder has files that are not a Delta table; another run may be creating the table."""
+
+
 class RowOfAnotherSource(ConfigError):
-    """A new row has the key of a row that another file gave."""
+    """A new row has the key of a row from another file."""
 
 
 def table_name(given: str) -> str:
-    """Check a table's spelling: a name of one to three parts, or delta.`path`; a local path becomes absolute.
+    """Return a checked table name: one to three parts, or delta.`path` with the path made absolute if it is local.
 
     Raises
     ------
     ConfigError
-        It is neither, or contains `${`, which Spark replaces in SQL text.
+        It has another form, or contains `${`, which Spark replaces in SQL text.
     """
     if "${" in given:
         raise ConfigError(f"table {given!r} contains ${{...}}, which Spark replaces in SQL: rename the table or folder")
@@ -113,16 +112,16 @@ def table_name(given: str) -> str:
         return f"delta.`{path if '://' in path or path.startswith('dbfs:') else Path(path).absolute()}`"
     if _NAME.fullmatch(given.strip()):
         return given.strip()
-    raise ConfigError(f"{given!r} is no table: use catalog.schema.table or delta.`path`")
+    raise ConfigError(f"{given!r} is not a table name: use catalog.schema.table or delta.`path`")
 
 
 def beside(table: str, suffix: str) -> str:
-    """Name the table that stands beside another: `suffix` goes to its name or path."""
+    """Return the name of a companion table: `suffix` is appended to the name or path."""
     return f"{table[:-1].rstrip('/')}{suffix}`" if table.endswith("`") else f"{table}{suffix}"
 
 
 def exists(spark: SparkSession, table: str) -> bool:
-    """Tell whether there is a Delta table of this name or path."""
+    """Return whether a Delta table of this name or path exists."""
     try:
         if spark.catalog.tableExists(table):
             return True
@@ -133,23 +132,23 @@ def exists(spark: SparkSession, table: str) -> bool:
 
 
 def read(spark: SparkSession, table: str, columns: str, *, version: int | None = None) -> DataFrame:
-    """Read a table or view with at least `columns` (DDL): those it lacks are null, further ones are carried along.
+    """Read a table or view with at least `columns` (DDL): missing ones are null, further ones are passed through.
 
-    Names are found whatever their case and get ours. `version` None reads the newest snapshot.
+    Column names are matched case-insensitively and renamed to ours. `version` None reads the newest snapshot.
 
     Raises
     ------
     ConfigError
-        There is no such table, it has no `adata_id`, or a column's type cannot be read as ours.
+        The table does not exist, has no `adata_id`, or a column's type cannot be converted to ours.
     """
     if not exists(spark, table):
-        raise ConfigError(f"no table {table}")
+        raise ConfigError(f"no table {table}: check its name or path")
     rows = spark.table(table) if version is None else spark.sql(f"SELECT * FROM {table} VERSION AS OF {version}")
     return _completed(rows, table, columns)
 
 
 def read_stream(spark: SparkSession, table: str, columns: str) -> DataFrame:
-    """Read a table as a stream with at least `columns`; rows of files that an update has rewritten come again."""
+    """Read a table as a stream with at least `columns`; rows of files that an update rewrites are repeated."""
     reader = spark.readStream.format("delta").option("ignoreChanges", "true")
     path = _PATH.fullmatch(table)
     return _completed(reader.load(path["path"]) if path else reader.table(table), table, columns)
@@ -157,56 +156,58 @@ def read_stream(spark: SparkSession, table: str, columns: str) -> DataFrame:
 
 def _completed(rows: DataFrame, table: str, columns: str) -> DataFrame:
     wanted = {field.name.lower(): field for field in _fields(rows.sparkSession, columns)}
-    held = {field.name.lower(): field for field in rows.schema}
-    if "adata_id" in wanted and "adata_id" not in held:
+    existing = {field.name.lower(): field for field in rows.schema}
+    if "adata_id" in wanted and "adata_id" not in existing:
         raise ConfigError(f"{table} has no column adata_id: each row needs a key")
-    taken = []
-    for name, field in held.items():
+    columns_read = []
+    for name, field in existing.items():
         column = F.col(_quoted(field.name))
         if name in wanted:
             column = _as_ours(column, field.dataType, wanted[name].dataType, f"{table}: column {field.name}")
-        taken.append(column.alias(wanted[name].name if name in wanted else field.name))
-    lacking = [F.lit(None).cast(field.dataType).alias(field.name) for name, field in wanted.items() if name not in held]
-    return rows.select(*taken, *lacking)
+        columns_read.append(column.alias(wanted[name].name if name in wanted else field.name))
+    missing = [field for name, field in wanted.items() if name not in existing]
+    nulls = [F.lit(None).cast(field.dataType).alias(field.name) for field in missing]
+    return rows.select(*columns_read, *nulls)
 
 
 def create(spark: SparkSession, table: str, columns: str, *, vector_length: int | None = None) -> None:
-    """Create a table with these columns unless it is there.
+    """Create a table with these columns unless it exists.
 
-    A table that is there gets those columns which newer versions of this package added. With `vector_length` the
-    table takes vectors of that length only, and keeps a change feed, so that a search index can follow it.
+    An existing table gets the columns that newer versions of this package added. With `vector_length`, the table
+    accepts vectors of that length only, and keeps a change feed, so that a search index can follow it.
 
     Raises
     ------
     ConfigError
-        A table of this name is another's, or holds vectors of another length, or its folder holds other files;
-        nothing was changed.
+        A table of this name is not ours or has vectors of another length, or its folder has other files; nothing was
+        changed.
     ScgptBatchError
-        Its file system cannot be written.
+        The file system is not writable.
     """
     if exists(spark, table):
         _adapt(spark, table, columns, vector_length)
         return
     schema = table.rsplit(".", 1)[0] if not _PATH.fullmatch(table) and "." in table else None
-    # Unity Catalog checks the right to create schemas before it looks whether the schema exists
+    # Unity Catalog checks the permission to create schemas even if the schema exists
     if schema and not spark.catalog.databaseExists(schema):
         spark.sql(f"CREATE SCHEMA IF NOT EXISTS {schema}")
-    promises = "" if vector_length is None else f"TBLPROPERTIES ({_promises(vector_length)})"
-    statement = f"CREATE TABLE IF NOT EXISTS {table} ({columns}) USING delta {promises}"
-    _retried(table, lambda: _make(spark, table, statement), tries=CREATE_TRIES)
+    properties = "" if vector_length is None else f"TBLPROPERTIES ({_properties(vector_length)})"
+    statement = f"CREATE TABLE IF NOT EXISTS {table} ({columns}) USING delta {properties}"
+    _retried(table, lambda: _create(spark, table, statement), tries=CREATE_TRIES)
 
 
-def _make(spark: SparkSession, table: str, statement: str) -> None:
-    """Make the table and look that it is there.
+def _create(spark: SparkSession, table: str, statement: str) -> None:
+    """Create the table and check that it exists.
 
-    Between the folder of another run's table and its first commit Delta says either that the place is taken, or, asked
-    to make a table at a path, that it is made. A run that was killed there looks the same, until one has waited.
+    While another run has created a table's folder but not its first commit, Delta reports a non-empty location or, for
+    a table at a path, success. A run that was killed at this point leaves the same state, so only waiting tells them
+    apart.
     """
     try:
         spark.sql(statement)
-    except Exception as exc:  # an error of Java's file systems has no class of its own here
+    except Exception as exc:  # errors of Java's file systems have no class of their own in Python
         if is_folder_refused(exc):
-            raise ScgptBatchError(f"cannot make the folder of {table}: {_NO_FOLDER}") from exc
+            raise ScgptBatchError(f"cannot create the folder of {table}; possible causes: {_NO_FOLDER}") from exc
         if not is_location_taken(exc):
             raise
     if not exists(spark, table):
@@ -217,29 +218,28 @@ def _make(spark: SparkSession, table: str, statement: str) -> None:
 
 
 def replace(rows: DataFrame, table: str, condition: Callable[[], str]) -> None:
-    """Write rows in place of those that meet `condition`, in one commit; the rows must all meet it.
+    """Replace the rows that meet `condition` by `rows`, in one commit; all of `rows` must meet it.
 
-    Writing the same again changes nothing. Of two at once on one table the later to commit is refused by Delta and
-    tries again, so it sees what the first has written; `condition` is asked anew for each try. Threads of one process
-    write one after the other.
+    Idempotent. Of two concurrent writers of a table, Delta rejects the later one, which tries again and then sees what
+    the first has written; `condition` is evaluated again for each try. Threads of one process write in turn.
     """
     writer = rows.write.format("delta").mode("overwrite").option("compression", "zstd")
-    with _CHECK_IS_OURS, _lines_unchecked(rows.sparkSession):
+    with _CHECK_LOCK, _lines_unchecked(rows.sparkSession):
         _retried(table, lambda: writer.option("replaceWhere", condition()).saveAsTable(table))
 
 
 @contextmanager
 def _lines_unchecked(spark: SparkSession) -> Iterator[None]:
-    """Keep Delta from asking of each line that is written whether it meets `replaceWhere`.
+    """Switch off Delta's check that each written row meets `replaceWhere`.
 
-    It compares one after the other with each of a wave's thousands of keys, which takes longer than all other work on
-    small rows. Where the setting may not be touched (Databricks serverless), it goes on doing so.
+    The check compares each row with every one of a wave's thousands of keys, which takes longer than all other work on
+    small rows. Where the setting cannot be changed (Databricks serverless), the check stays on.
     """
     before = spark.conf.get(_CHECK, None)
     try:
         spark.conf.set(_CHECK, "false")
     except AnalysisException as exc:
-        logger.info("%s stays as it is, waves of many small rows are written slower: %s", _CHECK, in_one_line(exc))
+        logger.info("cannot change %s, waves of many small rows are written more slowly: %s", _CHECK, in_one_line(exc))
         yield
         return
     try:
@@ -252,12 +252,12 @@ def _lines_unchecked(spark: SparkSession) -> Iterator[None]:
 
 
 def delete_lines(table: str, lines: DataFrame, runs: Sequence[str]) -> None:
-    """Delete the lines of some runs that agree with one of `lines` on all of its columns, in one commit.
+    """Delete the rows of some runs that equal one of `lines` in all of its columns, in one commit.
 
     Parameters
     ----------
     lines
-        Distinct, without nulls.
+        Distinct rows without nulls.
     """
     same = [f"t.{identifier(name)} = s.{identifier(name)}" for name in lines.columns]
     written = f"t.run_id IN ({', '.join(map(literal, runs))})"
@@ -265,22 +265,22 @@ def delete_lines(table: str, lines: DataFrame, runs: Sequence[str]) -> None:
 
 
 def insert(spark: SparkSession, table: str, values: Mapping[str, str | float | datetime]) -> None:
-    """Add one row, by SQL alone: no Python worker that could be lost. Columns not named are null."""
-    spelt = ", ".join(map(literal, values.values()))
-    _retried(table, lambda: spark.sql(f"INSERT INTO {table} ({', '.join(values)}) VALUES ({spelt})"))
+    """Insert one row with SQL, so that no Python worker can be lost. Columns not named are null."""
+    literals = ", ".join(map(literal, values.values()))
+    _retried(table, lambda: spark.sql(f"INSERT INTO {table} ({', '.join(values)}) VALUES ({literals})"))
 
 
 def update(spark: SparkSession, table: str, values: Mapping[str, str | float | datetime], condition: str) -> None:
     """Set columns of the rows that meet `condition`, in one commit."""
-    told = ", ".join(f"{name} = {literal(value)}" for name, value in values.items())
-    _retried(table, lambda: spark.sql(f"UPDATE {table} SET {told} WHERE {condition}"))
+    assignments = ", ".join(f"{name} = {literal(value)}" for name, value in values.items())
+    _retried(table, lambda: spark.sql(f"UPDATE {table} SET {assignments} WHERE {condition}"))
 
 
 def literal(value: str | float | datetime) -> str:
     """Return a string, a number or a time (with its zone) as an SQL literal.
 
-    A string is the same whatever the session's settings: Spark replaces `${name}` in SQL text, and takes backslashes
-    for escapes or not. Strings with such characters are therefore written as bytes.
+    Strings do not depend on the session's settings: Spark replaces `${name}` in SQL text, and may treat backslashes as
+    escapes. Strings with such characters are therefore written as bytes.
     """
     if isinstance(value, datetime):
         return f"TIMESTAMP '{value.isoformat()}'"
@@ -300,7 +300,7 @@ def identifier(name: str) -> str:
         It contains `${`, which Spark replaces in SQL text.
     """
     if "${" in name:
-        raise ConfigError(f"column {name!r} cannot be named in SQL: Spark replaces ${{...}}; rename the column")
+        raise ConfigError(f"column {name!r} contains ${{...}}, which Spark replaces in SQL: rename the column")
     return _quoted(name)
 
 
@@ -309,23 +309,21 @@ def _quoted(name: str) -> str:
 
 
 def _retried(table: str, write: Callable[[], Written], *, tries: int = COMMIT_TRIES) -> Written:
-    """Commit, again when another writer of the table was faster; return what the commit returns."""
+    """Commit, and retry after conflicts with other writers of the table; return the commit's result."""
     for attempt in range(tries):
         try:
             return write()
-        except Exception as exc:  # py4j and Connect have different types for Delta's refusals
+        except Exception as exc:  # py4j and Connect raise different types for conflicts
             if attempt + 1 == tries or not (is_conflict(exc) or isinstance(exc, FolderTaken)):
                 raise
             seconds = random.uniform(0.5, 1.5) * 2 ** min(attempt, 5)
-            logger.info("%s: another writer was faster; again in %.0f s", table, seconds)
+            logger.info("%s: conflict with another writer, retrying in %.0f s", table, seconds)
             time.sleep(seconds)
     raise AssertionError("unreachable")
 
 
 def upsert_rows(spark: SparkSession, table: str, rows: DataFrame, gone: DataFrame | None = None) -> tuple[int, int]:
-    """Insert AnnData rows that are new, replace those whose content or sample changed, delete those that are gone.
-
-    All in one commit.
+    """Insert new AnnData rows, replace those with changed content or sample, and delete `gone`, in one commit.
 
     Parameters
     ----------
@@ -334,7 +332,7 @@ def upsert_rows(spark: SparkSession, table: str, rows: DataFrame, gone: DataFram
 
     Returns
     -------
-    How many rows were inserted or replaced, and how many deleted.
+    Numbers of rows inserted or replaced, and deleted.
 
     Raises
     ------
@@ -355,7 +353,7 @@ def upsert_rows(spark: SparkSession, table: str, rows: DataFrame, gone: DataFram
         WHEN NOT MATCHED AND NOT s._gone THEN INSERT ({", ".join(names)}) VALUES ({values})"""
     try:
         merged = _merge(spark, table, source, clauses)
-    except Exception as exc:  # py4j and Connect have different types for what SQL raises
+    except Exception as exc:  # py4j and Connect raise different types for errors of SQL
         if f"[USER_RAISED_EXCEPTION] {_ANOTHER_SOURCE}" in str(exc):
             raise RowOfAnotherSource(f"{table}: a new row has the adata_id of a row of another file") from exc
         raise
@@ -363,7 +361,7 @@ def upsert_rows(spark: SparkSession, table: str, rows: DataFrame, gone: DataFram
 
 
 def append(spark: SparkSession, table: str, columns: str, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Add lines to a table, in one commit. Columns not named are null."""
+    """Append rows to a table, in one commit. Columns not named are null."""
     schema = _fields(spark, columns)
     rows = spark.createDataFrame([tuple(line.get(field.name) for field in schema) for line in lines], schema)
     _retried(table, lambda: rows.write.format("delta").mode("append").saveAsTable(table))
@@ -376,7 +374,7 @@ def _merge(spark: SparkSession, table: str, rows: DataFrame, clauses: str) -> Ro
     try:
         merged = _retried(table, lambda: spark.sql(f"MERGE INTO {table} t USING {view} s ON {clauses}"))
         counts = merged.first()
-        assert counts is not None  # MERGE answers with one row
+        assert counts is not None  # MERGE returns one row
         return counts
     finally:
         spark.catalog.dropTempView(view)
@@ -396,21 +394,21 @@ def snapshot(spark: SparkSession, table: str) -> int | None:
 
 
 def _newest(spark: SparkSession, table: str) -> Row:
-    """Return what the table's log says of its newest version."""
+    """Return the entry of a table's newest version in its history."""
     newest = spark.sql(f"DESCRIBE HISTORY {table} LIMIT 1").first()
     assert newest is not None  # a table has a version
     return newest
 
 
 def row_hash() -> Column:
-    """A row's content hash: what its `content_hash` says, else computed."""
+    """Return a row's content hash: its `content_hash`, or else the computed one."""
     return F.coalesce("content_hash", content_hash())
 
 
 def content_hash() -> Column:
-    """Hash what decides a row's result, but for its sample: payload, x_dtype and shape.
+    """Return the hash of the columns that determine a row's result, except its sample: payload, x_dtype and shape.
 
-    128 bits as 32 hexadecimal digits, computed in the JVM without touching Python. Null columns change nothing.
+    128 bits as 32 hexadecimal digits, computed in the JVM without Python. Null columns do not change it.
     """
     payload = [F.col(name) for name in (*PAYLOAD_COLUMNS, "x_dtype", "n_obs", "n_vars")]
     halves = [F.lpad(F.lower(F.hex(F.xxhash64(F.lit(seed), *payload))), 16, "0") for seed in (0, 1)]
@@ -422,14 +420,14 @@ def _fields(spark: SparkSession, columns: str) -> StructType:
 
 
 def _as_ours(column: Column, have: DataType, want: DataType, where: str) -> Column:
-    """Take a column whose type is of the same kind as ours; whole numbers are fine keys, dates are fine times."""
+    """Convert a column to our type if it is of the same kind; numbers become keys, dates become timestamps."""
     if have == want or _same_kind(have, want):
         return column
     if isinstance(want, TimestampType) and isinstance(have, TimestampNTZType | DateType):
         return column.cast(want)
     if isinstance(want, StringType) and isinstance(have, NumericType):
         return column.cast(want)
-    raise ConfigError(f"{where} is {have.simpleString()}, {want.simpleString()} is needed")
+    raise ConfigError(f"{where} has type {have.simpleString()}, {want.simpleString()} is needed: cast the column")
 
 
 def _same_kind(have: DataType, want: DataType) -> bool:
@@ -439,36 +437,36 @@ def _same_kind(have: DataType, want: DataType) -> bool:
 
 
 def _adapt(spark: SparkSession, table: str, columns: str, vector_length: int | None) -> None:
-    """Add the columns that a table of ours lacks, after looking that it is one and takes such vectors."""
+    """Add missing columns to a table, after checking that it is ours and has vectors of this length."""
     have = {field.name.lower(): field.dataType for field in spark.table(table).schema}
     wanted = _fields(spark, columns)
     wrong = [f for f in wanted if have.get(f.name.lower(), None if f.name in IDENTITY else f.dataType) != f.dataType]
     if wrong:
-        told = ", ".join(f"{field.name} {field.dataType.simpleString()}" for field in wrong)
-        raise ConfigError(f"{table} is not a table of ours: it lacks {told}; name another")
+        lacking = ", ".join(f"{field.name} {field.dataType.simpleString()}" for field in wrong)
+        raise ConfigError(f"{table} is not a table of scgpt_batch: it lacks {lacking}; use another table")
     if vector_length is not None:
         _check_vector_length(spark, table, vector_length)
     new = [field for field in wanted if field.name.lower() not in have]
     if new:
-        told = ", ".join(f"`{field.name}` {field.dataType.simpleString()}" for field in new)
-        spark.sql(f"ALTER TABLE {table} ADD COLUMNS ({told})")
-        logger.info("%s: columns added: %s", table, told)
+        added = ", ".join(f"`{field.name}` {field.dataType.simpleString()}" for field in new)
+        spark.sql(f"ALTER TABLE {table} ADD COLUMNS ({added})")
+        logger.info("%s: added columns %s", table, added)
 
 
 def _check_vector_length(spark: SparkSession, table: str, length: int) -> None:
-    """Refuse a table of longer or shorter vectors: by its constraint, or by its first vector where it has none."""
+    """Raise ConfigError if the table has vectors of another length, by its constraint or else its first vector."""
     properties = {row["key"]: row["value"] for row in spark.sql(f"SHOW TBLPROPERTIES {table}").collect()}
-    held = properties.get(_VECTOR_LENGTH)
-    if held is None:
+    constraint = properties.get(_VECTOR_LENGTH)
+    if constraint is None:
         first = spark.table(table).select(F.size("embedding")).first()
-        held = _of_length(first[0] if first else length)
-    if held != _of_length(length):
+        constraint = _of_length(first[0] if first else length)
+    if constraint != _of_length(length):
         raise ConfigError(
-            f"{table} takes vectors of one length ({held}) and this model's have {length} numbers: name another table"
+            f"{table} accepts only vectors with {constraint}, but this model's have {length} numbers: use another table"
         )
 
 
-def _promises(vector_length: int) -> str:
+def _properties(vector_length: int) -> str:
     return f"'delta.enableChangeDataFeed' = 'true', '{_VECTOR_LENGTH}' = '{_of_length(vector_length)}'"
 
 
@@ -477,10 +475,10 @@ def _of_length(length: int) -> str:
 
 
 def _found_in_warehouse(spark: SparkSession, table: str) -> bool:
-    """Give a table its name back that an earlier local session wrote.
+    """Register a table of the warehouse folder that an earlier local session wrote; return whether it was found.
 
-    The catalog of local Spark lives in memory and forgets names when Spark stops; the warehouse folder keeps the
-    tables. (Databricks and Hive catalogs do not forget.)
+    Local Spark keeps its catalog in memory, so names are lost when it stops, while the warehouse folder keeps the
+    tables. (Databricks and Hive catalogs are persistent.)
     """
     if _PATH.fullmatch(table) or spark.conf.get("spark.sql.catalogImplementation") != "in-memory":
         return False
@@ -489,48 +487,48 @@ def _found_in_warehouse(spark: SparkSession, table: str) -> bool:
         return False
     warehouse = Path(str(spark.conf.get("spark.sql.warehouse.dir")).removeprefix("file:"))
     folder = warehouse / (f"{schema[-1]}.db/{name}" if schema and schema[-1] != "default" else name)
-    if not any((folder / "_delta_log").glob("*.json")):  # none of it, or killed before its first commit
+    if not any((folder / "_delta_log").glob("*.json")):  # no table, or a run was killed before its first commit
         return False
     if schema:
         spark.sql(f"CREATE SCHEMA IF NOT EXISTS {schema[-1]}")
     spark.catalog.createTable(table, path=str(folder), source="delta")
-    logger.info("%s: found again in %s", table, folder)
+    logger.info("table %s registered again from %s", table, folder)
     return True
 
 
 def delete_older(spark: SparkSession, table: str, column: str, days: int) -> int:
-    """Delete the rows whose date lies more than `days` before today; return how many that were.
+    """Delete the rows whose date is more than `days` before today; return their number.
 
-    They are also gone from the newest files: where deletion vectors only hide them, the files are written anew.
+    Files in which deletion vectors only hide the rows are rewritten without them.
 
     Raises
     ------
     ConfigError
-        The table has no such column of dates or times.
+        The table has no such column of type date or timestamp.
     """
     types = {field.name: field.dataType for field in spark.table(table).schema}
     if not isinstance(types.get(column), DateType | TimestampType | TimestampNTZType):
-        raise ConfigError(f"{table} has no column {column!r} of dates or times: rows older than what?")
+        raise ConfigError(f"{table} has no date or timestamp column {column!r}: check --date-column")
     deleted = spark.sql(f"DELETE FROM {table} WHERE {identifier(column)} < date_sub(current_date(), {days})")
     spark.sql(f"REORG TABLE {table} APPLY (PURGE)")
     return deleted.first()["num_affected_rows"]  # type: ignore[index]
 
 
 def delete_versions(spark: SparkSession, table: str, model: str, versions: Sequence[str]) -> None:
-    """Delete the lines of some versions of a model, in one commit."""
+    """Delete the rows of some versions of a model, in one commit."""
     gone = f"model_name = {literal(model)} AND model_version IN ({', '.join(map(literal, versions))})"
     _retried(table, lambda: spark.sql(f"DELETE FROM {table} WHERE {gone}"))
 
 
 def cluster(spark: SparkSession, table: str, column: str) -> None:
-    """Have Delta keep equal values of a column in the same files (liquid clustering).
+    """Cluster a table by a column, so that equal values are in the same files (liquid clustering).
 
-    Unlike Z-order, which writes the whole table again at each OPTIMIZE, that then touches new files only.
+    Unlike with Z-order, OPTIMIZE then rewrites new files only, not the whole table.
 
     Raises
     ------
     ConfigError
-        The table has no such column, or cannot be clustered by it.
+        The column does not exist, or the table cannot be clustered by it.
     """
     (detail,) = spark.sql(f"DESCRIBE DETAIL {table}").collect()
     if detail["clusteringColumns"] == [column]:
@@ -538,19 +536,19 @@ def cluster(spark: SparkSession, table: str, column: str) -> None:
     try:
         spark.sql(f"ALTER TABLE {table} CLUSTER BY ({identifier(column)})")
     except AnalysisException as exc:
-        raise ConfigError(f"{table} cannot be clustered by {column!r}: {str(exc).splitlines()[0]}") from exc
+        raise ConfigError(f"cannot cluster {table} by {column!r}: {str(exc).splitlines()[0]}") from exc
 
 
 def compact(spark: SparkSession, table: str) -> tuple[int, int]:
-    """Write small files together (and cluster, where the table says how); return how many were removed and added."""
+    """Compact small files (and cluster, if the table is clustered); return how many were removed and added."""
     metrics = spark.sql(f"OPTIMIZE {table}").first()["metrics"]  # type: ignore[index]
     return metrics["numFilesRemoved"], metrics["numFilesAdded"]
 
 
 def vacuum(spark: SparkSession, table: str, hours: int, *, unsafe: bool = False) -> int | None:
-    """Remove the files that no version of the last `hours` needs; return how many, None if the table's log is silent.
+    """Remove files that no version of the last `hours` needs; return how many, None if the history does not say.
 
-    Delta refuses fewer hours than the table's retention (a week) unless `unsafe`: a reader or writer at work may need
+    Delta rejects fewer hours than the table's retention (a week) unless `unsafe`: running readers and writers may need
     the files.
     """
     check = "spark.databricks.delta.retentionDurationCheck.enabled"

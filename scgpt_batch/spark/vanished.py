@@ -1,8 +1,7 @@
-"""What an output table holds of rows, or samples, that its input table no longer has; and its removal.
+"""Finds and removes the results of rows and samples that are no longer in the input table.
 
-The ledger says which rows of the input have embeddings, and by which key: in contextual mode the sample's id where a
-row belongs to a sample. Runs that did not finish may have left embeddings that no ledger line reports; these are found
-by their run.
+The ledger records which rows of the input have embeddings, and under which key: in contextual mode, the sample's id if
+the row belongs to a sample. Unfinished runs can leave embeddings without ledger lines; these are found by their run.
 """
 
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from pyspark.sql import functions as F
 from scgpt_batch.spark import tables
 
 STAMPS = ("mode", "model_name", "model_version", "params_hash")
-LONGEST_RUN = timedelta(days=2)  # what began longer before the last finished run was seen by that
+LONGEST_RUN = timedelta(days=2)  # the last finished run has cleaned up after runs that began earlier than this
 
 
 @dataclass(frozen=True)
@@ -25,11 +24,11 @@ class Vanished:
     Attributes
     ----------
     embeddings
-        Lines of the output table: of rows and of samples that are gone.
+        Lines of the output table, for rows and samples that are gone.
     ledger
-        Lines of the ledger: of rows that are gone.
+        Lines of the ledger, for rows that are gone.
     runs
-        The runs that have written them; lines of others stay.
+        The runs that wrote the lines; lines of other runs stay.
     """
 
     embeddings: pd.DataFrame
@@ -38,25 +37,25 @@ class Vanished:
 
     @property
     def rows(self) -> int:
-        """How many rows are gone."""
+        """Number of rows that are gone."""
         return int(self.ledger["adata_id"].nunique())
 
     def remove(self, spark: SparkSession, output: str, ledger: str) -> None:
-        """Remove the lines: the embeddings first, so that a killed run leaves ledger lines by which to find them."""
+        """Remove the lines, embeddings first: after a kill in between, the ledger lines still identify the rest."""
         for table, lines in ((output, self.embeddings), (ledger, self.ledger)):
             if len(lines):
                 tables.delete_lines(table, spark.createDataFrame(lines), self.runs)
 
 
 def vanished(rows: DataFrame, input_table: str, *, output: str, ledger: str, runs: str, run_id: str) -> Vanished:
-    """Find what the tables of an output hold of rows that `rows`, a snapshot of the input, lacks.
+    """Find the lines of the output tables whose rows are missing in `rows`, a snapshot of the input.
 
-    Of several inputs that share an output table, each run looks at what runs over its own input have written.
+    If several inputs share an output table, only lines that runs over the same input have written are considered.
 
     Parameters
     ----------
     run_id
-        The run that asks, which has written nothing yet.
+        The current run, which has written nothing yet.
     """
     spark = rows.sparkSession
     seen = spark.table(runs).where((F.col("input_table") == input_table) & (F.col("output_table") == output))
@@ -69,7 +68,7 @@ def vanished(rows: DataFrame, input_table: str, *, output: str, ledger: str, run
     found = _written(spark, output, ledger, earlier).join(ids, "adata_id", "left").join(keys, "key", "left")
     key_gone = F.when(F.col("mode") == "contextual", F.isnull("is_key")).otherwise(F.isnull("is_row"))
     found = found.withColumns({"row_gone": F.isnull("is_row"), "key_gone": key_gone})
-    # what no ledger line reports is keyed by a row or by a sample: then only the key can be gone
+    # embeddings without ledger lines have the key of a row or a sample, so only the key can be checked
     found = found.where(F.col("key_gone") | (F.col("row_gone") & F.col("reported")))
     return _sorted(found.toPandas(), tuple(earlier["run_id"]))
 
@@ -81,7 +80,7 @@ def _sorted(found: pd.DataFrame, runs: tuple[str, ...]) -> Vanished:
 
 
 def _written(spark: SparkSession, output: str, ledger: str, runs: pd.DataFrame) -> DataFrame:
-    """What runs have written: adata_id, key, stamps, and whether the ledger reports it."""
+    """Return what runs have written: adata_id, key, stamps, and whether the ledger has a line for it."""
     shared = F.when(F.col("mode") == "contextual", F.col("sample_id"))
     lines = tables.read(spark, ledger, tables.LEDGER).where(F.col("run_id").isin(runs["run_id"].tolist()))
     key = F.coalesce(shared, "adata_id").alias("key")
@@ -92,6 +91,6 @@ def _written(spark: SparkSession, output: str, ledger: str, runs: pd.DataFrame) 
         unfinished = unfinished[unfinished["started_at"] > runs.loc[finished, "started_at"].max() - LONGEST_RUN]
     if unfinished.empty:
         return reported
-    left = spark.table(output).where(F.col("run_id").isin(unfinished["run_id"].tolist()))
+    remaining = spark.table(output).where(F.col("run_id").isin(unfinished["run_id"].tolist()))
     key = F.col("adata_id").alias("key")
-    return reported.unionByName(left.select("adata_id", key, *STAMPS, F.lit(False).alias("reported")).distinct())
+    return reported.unionByName(remaining.select("adata_id", key, *STAMPS, F.lit(False).alias("reported")).distinct())

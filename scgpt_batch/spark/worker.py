@@ -1,7 +1,7 @@
-"""The embedding as a function over Arrow batches: what runs in Spark's Python workers.
+"""The code that runs in Spark's Python workers: embedding as a function over Arrow batches.
 
-`DataFrame.mapInArrow` calls it with batches of `adata_rows` and takes batches of `ANSWERS`. Vectors travel as one
-contiguous buffer under a list array; no Python list of floats is made.
+`DataFrame.mapInArrow` calls it with batches of `adata_rows`; it yields batches of `ANSWERS`. Vectors are passed as one
+contiguous buffer in a list array, without Python lists of floats.
 """
 
 import atexit
@@ -32,8 +32,8 @@ from scgpt_batch.spark.isolation import Result, isolates, results_alone
 
 Batches = Iterable[pa.RecordBatch]
 
-# What goes from workers to the JVM is told by Arrow schemas; Spark's own are made of them (`from_arrow_schema`).
-VECTOR = pa.list_(pa.field("element", pa.float32(), nullable=False))  # else the JVM asks of each number if it is null
+# Arrow schemas of what workers return to the JVM; Spark's schemas are derived from them (`from_arrow_schema`).
+VECTOR = pa.list_(pa.field("element", pa.float32(), nullable=False))  # else the JVM checks each number for null
 
 REPORT = pa.struct(
     [
@@ -43,7 +43,7 @@ REPORT = pa.struct(
     ]
 )  # fmt: skip
 
-# One line an embedding, then one line a row with its report: an embedding is never without the row's report.
+# One line per embedding, then one line with the row's report: an embedding never comes without its row's report.
 ANSWERS = pa.schema(
     [
         ("adata_id", pa.string()), ("content_hash", pa.string()), ("group", pa.string()), ("gene", pa.string()),
@@ -53,12 +53,12 @@ ANSWERS = pa.schema(
 VECTORS = pa.schema([("gene", pa.string()), ("embedding", VECTOR)])
 
 ROW_KEY = ("adata_id", "content_hash")
-LINES = 4096  # of a batch: 8 MB of vectors at d 512
+LINES = 4096  # per batch: 8 MB of vectors at d 512
 
 
 @dataclass(frozen=True)
 class ModelRef:
-    """How a worker finds the registered version: its checkpoint's files where it can see them, else through MLflow."""
+    """Where a worker finds the registered version: the checkpoint's folder if it is readable, else MLflow."""
 
     checkpoint: str
     digest: str
@@ -67,9 +67,9 @@ class ModelRef:
     registry_uri: str
 
     def load(self, device: str | None = None) -> Embedder:
-        """Load the model in this process, or take it from an earlier task of the process."""
+        """Return the model, loaded in this process now or by an earlier task."""
         _use_own_cores_only()
-        _leave_jars_unread()
+        _remove_jars_from_path()
         opened = opened_embedder(self.digest, device)
         if opened is not None:
             return opened
@@ -77,11 +77,11 @@ class ModelRef:
         return load_embedder(folder, digest=self.digest, device=device)
 
     def _fetched(self) -> Path:
-        """Return the checkpoint's folder on this machine: one for all of the executor's processes, fetched once.
+        """Return the checkpoint's folder on this machine, downloaded once for all processes of the executor.
 
-        It lies where Spark keeps temporary files, which it removes when the executor ends.
+        It is in Spark's folder for temporary files, which Spark removes when the executor ends.
         """
-        # seconds to import, and needed only where the driver's folder cannot be seen
+        # takes seconds to import, and is needed only if the driver's folder is not readable here
         import mlflow
 
         from scgpt_batch.registry.resolve import resolve
@@ -98,14 +98,14 @@ class ModelRef:
                 try:
                     checkpoint.rename(folder)
                 except OSError:
-                    if not folder.is_dir():  # else another process was faster
+                    if not folder.is_dir():  # else another process has created it
                         raise
         return folder
 
 
 @cache
 def _temporary_folder() -> str:
-    """Make a folder that is removed when the process exits."""
+    """Create a folder that is removed when the process exits."""
     folder = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
@@ -113,13 +113,13 @@ def _temporary_folder() -> str:
 
 @dataclass(frozen=True)
 class WorkerTask:
-    """What is done with each row, wherever it is done."""
+    """What a worker does with each row."""
 
     model: ModelRef
     parameters: Parameters
-    row_timeout: float  # seconds without an answer, after which the process is taken for hung
-    sums: bool = False  # contextual sums, to be added up over the rows of a sample
-    isolated: bool = False  # each row in a process of its own, also where tasks cannot find out that they should
+    row_timeout: float  # seconds without a result, after which the process is considered hung
+    sums: bool = False  # return contextual sums, to be added over the rows of a sample
+    isolated: bool = False  # each row in its own process, even if the task itself cannot tell
 
     @property
     def options(self) -> dict[str, Any]:
@@ -128,24 +128,24 @@ class WorkerTask:
 
 
 def task_device() -> str | None:
-    """The GPU that Spark's resource scheduling gave this task; None where it gave none: the embedder chooses."""
+    """Return the GPU that Spark assigned to this task; None if it assigned none: the embedder then chooses."""
     context = TaskContext.get()
     gpu = context.resources().get("gpu") if context else None
     return f"cuda:{gpu.addresses[0]}" if gpu and torch.cuda.is_available() else None
 
 
 def _use_own_cores_only() -> None:
-    """Keep numba and torch to the cores that Spark gave the task: workers side by side would fight for them."""
+    """Limit numba and torch to the cores that Spark assigned to the task, so that workers do not compete for cores."""
     cores = int(os.environ.get("OMP_NUM_THREADS", "1"))
     numba.set_num_threads(min(cores, numba.get_num_threads()))
     torch.set_num_threads(cores)
 
 
-def _leave_jars_unread() -> None:
-    """Take jars off Python's search path.
+def _remove_jars_from_path() -> None:
+    """Remove jars from Python's search path.
 
-    Under spark-submit `spark.jars.packages` (Delta) puts some thirty there, and as soon as one import has looked into
-    them, Spark's worker reads all their tables of contents again before each task: 0.4 s.
+    Under spark-submit, `spark.jars.packages` (Delta) adds about thirty. After the first import has searched them,
+    Spark's worker reads all their tables of contents again before each task, which takes 0.4 s.
     """
     sys.path[:] = [path for path in sys.path if not path.endswith(".jar")]
     for jar in [path for path in sys.path_importer_cache if path.endswith(".jar")]:
@@ -153,14 +153,14 @@ def _leave_jars_unread() -> None:
 
 
 def embed_rows(work: WorkerTask) -> Callable[[Batches], Batches]:
-    """Return a function for `mapInArrow` that answers each row.
+    """Return a function for `mapInArrow` that embeds each row.
 
-    A row that takes longer than `row_timeout` ends the process with a traceback in the worker's log. The task is then
-    repeated with each row in a process of its own, which it may take down.
+    If a row takes longer than `row_timeout`, the process exits with a traceback in the worker's log. Spark then
+    repeats the task, with each row in its own process.
     """
 
     def run(batches: Batches) -> Batches:
-        keys: deque[dict[str, Any]] = deque()  # rows are read ahead of their answers, in another thread
+        keys: deque[dict[str, Any]] = deque()  # another thread reads rows ahead of their results
         rows, device = _rows(batches, keys), task_device()
         answers: Iterator[RowResult]
         if work.isolated or isolates():
@@ -184,12 +184,12 @@ def _embedding(work: WorkerTask, device: str | None) -> Callable[[dict[str, Any]
 
 
 def with_its_decisions(row: dict[str, Any]) -> tuple[dict[str, Any], Decisions | None]:
-    """Pair a row with the decisions of its sample, which it carries as bytes; null: it is a sample by itself."""
+    """Return a row with the decisions of its sample, from its column of bytes; null: the row is its own sample."""
     data = row.get("decisions")
     return row, None if data is None else _decisions(data)
 
 
-@lru_cache(maxsize=4)  # rows of a sample follow each other
+@lru_cache(maxsize=4)  # rows of a sample are adjacent
 def _decisions(data: bytes) -> Decisions:
     return Decisions.from_bytes(data)
 
@@ -202,7 +202,7 @@ def _rows(batches: Batches, keys: deque[dict[str, Any]]) -> Iterator[dict[str, A
 
 
 def watched(results: Iterable[Result], seconds: float) -> Iterator[Result]:
-    """End the process when a row takes too long; from C, since what hangs may hold Python's lock."""
+    """Yield results, but exit the process if one takes too long; faulthandler does it from C, without the GIL."""
     try:
         faulthandler.dump_traceback_later(seconds, exit=True)
         for result in results:
@@ -214,7 +214,7 @@ def watched(results: Iterable[Result], seconds: float) -> Iterator[Result]:
 
 
 def static_vectors(model: ModelRef) -> Callable[[Batches], Batches]:
-    """Return a function for `mapInArrow` that answers names of the vocabulary with their static vectors."""
+    """Return a function for `mapInArrow` that returns the static vectors of names in the vocabulary."""
 
     def run(batches: Batches) -> Batches:
         embedder = model.load()
@@ -227,7 +227,7 @@ def static_vectors(model: ModelRef) -> Callable[[Batches], Batches]:
 
 
 def answer_batches(key: dict[str, Any], answer: RowResult) -> Batches:
-    """Spell an answer as Arrow batches of `ANSWERS`: its embeddings, then its report; `key` names the row."""
+    """Yield a row's result as Arrow batches of `ANSWERS`: its embeddings, then its report; `key` identifies the row."""
     vectors = answer.embeddings
     n_lines = len(answer.genes or answer.cell_ids or ())
     for first in range(0, n_lines, LINES):
@@ -252,7 +252,7 @@ def answer_batches(key: dict[str, Any], answer: RowResult) -> Batches:
 
 
 def list_array(vectors: np.ndarray) -> pa.ListArray:
-    """Lay a list array over the rows of a float32 matrix, without copying it."""
+    """Return the rows of a float32 matrix as a list array, without copying."""
     n, d = vectors.shape
     flat = pa.array(np.ascontiguousarray(vectors, dtype=np.float32).ravel())
     return pa.ListArray.from_arrays(np.arange(0, n * d + 1, d, dtype=np.int32), flat, type=VECTOR)

@@ -1,4 +1,4 @@
-"""Frames that Python workers compute, and what is done when a worker is lost or cannot work at all."""
+"""DataFrames that Python workers compute, and what happens if a worker is lost or cannot run the package."""
 
 import logging
 import re
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 Used = TypeVar("Used")
 
-TRIES = 3  # the first as fast as possible, the others with each row in a process of its own
+TRIES = 3  # the first at full speed, the others with each row in its own process
 
 _WRONG = (
     re.compile(r"(?:ModuleNotFoundError|ImportError): ([^\n]+)"),
@@ -27,9 +27,9 @@ _WRONG = (
 
 
 def worker_setup_error(exc: BaseException) -> ConfigError | None:
-    """Return an error that says what the workers' Python lacks, where that is why `exc` was raised; else None.
+    """Return an error that says what the workers' Python lacks, if that caused `exc`; else None.
 
-    Spark carries the worker's own error as the text of its traceback, the cause last.
+    Spark passes on the worker's error as the text of its traceback, with the cause last.
     """
     for pattern in _WRONG:
         if found := pattern.findall(str(exc)):
@@ -43,17 +43,17 @@ def worker_setup_error(exc: BaseException) -> ConfigError | None:
 def computed(
     spark: SparkSession, make: Callable[[bool], DataFrame], use: Callable[[DataFrame], Used], what: str
 ) -> Used:
-    """Keep a frame that workers compute on the executors' disks, and use it.
+    """Persist a DataFrame that workers compute on the executors' disks, and return what `use` returns for it.
 
-    Where a worker is lost on the way, the frame is used again: what tasks had finished is kept, and those that had not
-    take each row in a process of its own. The last try computes the whole frame anew in that way.
+    If a worker is lost, `use` is called again: finished tasks are kept, and unfinished tasks process each row in its
+    own process. The last try recomputes the whole DataFrame in that way.
 
     Parameters
     ----------
     make
-        Makes the frame; True: so that its tasks isolate rows without being told (Spark Connect cannot tell them).
+        Creates the DataFrame; with True, its tasks always isolate rows (Spark Connect cannot pass the setting to them).
     what
-        What is computed, for messages.
+        Description of the computation, for messages.
     """
     frames: list[DataFrame] = []
     try:
@@ -64,12 +64,12 @@ def computed(
             try:
                 with _isolation(spark, on=attempt > 0):
                     return use(frames[-1])
-            except Exception as exc:  # py4j and Connect have different types for one fact
+            except Exception as exc:  # py4j and Connect raise different types
                 lost = is_lost_worker(exc) and worker_setup_error(exc) is None
                 if attempt + 1 == TRIES or not lost:
                     raise
                 logger.warning(
-                    "%s: a Python worker was lost (%s); unfinished tasks are repeated with each row in its own process",
+                    "%s: a Python worker was lost (%s); repeating unfinished tasks with each row in its own process",
                     what, in_one_line(exc),
                 )  # fmt: skip
     finally:
@@ -80,7 +80,7 @@ def computed(
 
 @contextmanager
 def _isolation(spark: SparkSession, *, on: bool) -> Iterator[None]:
-    """Tell the tasks of this thread's jobs to isolate rows."""
+    """Have the tasks of this thread's jobs isolate rows."""
     if not on or is_remote():
         yield
         return

@@ -123,10 +123,13 @@ def test_fail_on_error_false_reports_errors_by_row(spark, model, rows, table):
     [
         (f"ai_query('scgpt', {STRUCT})", "HTTP 400"),
         (f"ai_query('nobody', {STRUCT})", "no endpoint 'nobody'; registered are: closed, scgpt"),
-        (f"ai_query(adata_id, {STRUCT})", "one literal"),
+        (f"ai_query(adata_id, {STRUCT})", "a string literal"),
         (f"ai_query('closed', {STRUCT})", "cannot be reached: ConnectionError"),
         ("ai_query('scgpt', adata_var)", "must be a struct"),
-        (f"ai_query('scgpt', {STRUCT}, modelParameters => named_struct('mode', 'cell'))", "takes no modelParameters"),
+        (
+            f"ai_query('scgpt', {STRUCT}, modelParameters => named_struct('mode', 'cell'))",
+            "do not support modelParameters",
+        ),
         (f"ai_query('scgpt', {STRUCT}, returnType => 'string')", "returnType"),
     ],
 )

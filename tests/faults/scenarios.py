@@ -215,7 +215,7 @@ def two_drivers(bench: Bench, tries: int) -> Result:
         second.start(bench.embed(table, out))
         for driver in (first, second):
             ended = driver.end()
-            seen["another writer was faster"] += ended.said.count("another writer was faster")
+            seen["conflicts with another writer"] += ended.said.count("conflict with another writer")
             seen["rows left to the other"] += ended.told.get("rows_skipped", 0)
             yield from ended.unless(0)
 

@@ -386,7 +386,7 @@ def test_warnings_are_counted_by_kind(spark, run, words, rows, caplog):
     spark.sql(f"UPDATE {rows} SET x_data = transform(x_data, x -> x / 2) WHERE adata_id < 'good-003'")
     told = run(*words)[1]
     assert list(told["warnings"].values()) == [3]
-    assert f"3 rows carry a warning: {next(iter(told['warnings']))}" in caplog.messages
+    assert f"3 rows have a warning: {next(iter(told['warnings']))}" in caplog.messages
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def test_a_table_that_others_wrote_is_read_with_our_columns(spark, table, kind):
     ("columns", "wanted"),
     [
         ("id STRING, adata_var STRING", "adata_id"),
-        ("adata_id STRING, x_data STRING", "x_data is string, array<float> is needed"),
+        ("adata_id STRING, x_data STRING", "x_data has type string, array<float> is needed"),
         ("adata_id STRING, adata_sparsematrix ARRAY<DOUBLE>", "adata_sparsematrix"),
         ("adata_id STRING, adata_obs BINARY", "adata_obs"),
     ],
@@ -204,7 +204,7 @@ def test_a_folder_of_other_files_is_refused(spark, table, tmp_path, monkeypatch)
 
 def test_a_place_that_cannot_be_written_is_named_with_what_may_be_in_the_way(spark, tmp_path):
     (tmp_path / "file").write_text("no folder")
-    with pytest.raises(ScgptBatchError, match=r"cannot make the folder of delta.*/file/table.*Read-only file system"):
+    with pytest.raises(ScgptBatchError, match=r"cannot create the folder of delta.*/file/table.*Read-only file system"):
         tables.create(spark, f"delta.`{tmp_path}/file/table`", tables.LEDGER)
 
 
