@@ -128,7 +128,7 @@ def test_fail_on_error_false_reports_errors_by_row(spark, model, rows, table):
         ("ai_query('scgpt', adata_var)", "must be a struct"),
         (
             f"ai_query('scgpt', {STRUCT}, modelParameters => named_struct('mode', 'cell'))",
-            "do not support modelParameters",
+            "not support modelParameters",
         ),
         (f"ai_query('scgpt', {STRUCT}, returnType => 'string')", "returnType"),
     ],
