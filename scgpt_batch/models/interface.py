@@ -1,7 +1,7 @@
-"""What the inference engine needs of a model family: a row's cells as tokens, and vectors for tokens.
+"""The interface between the inference engine and a model family: cells become tokens, tokens become vectors.
 
-scGPT's are `preprocessing.tokens.ScgptTokenizer` with its `BinnedCells`, and `models.scgpt.ScGPT`. Another family
-brings its own in the same places.
+For scGPT it is implemented by `preprocessing.tokens.ScgptTokenizer`, its `BinnedCells`, and `models.scgpt.ScGPT`.
+Another family implements the same interface in the same places.
 """
 
 from collections.abc import Sequence
@@ -14,16 +14,16 @@ import torch
 
 @dataclass(frozen=True)
 class Tokens:
-    """Cells as token sequences, packed one after the other; each starts with `<cls>`.
+    """The concatenated token sequences of several cells; each sequence starts with `<cls>`.
 
     Attributes
     ----------
     genes
-        Token ids, int64, (T,).
+        Token ids, int64, shape (T,).
     values
-        What the model gets beside each token (scGPT: binned expression), float32, (T,).
+        Value of each token (scGPT: binned expression), float32, shape (T,).
     lengths
-        Tokens of each cell, int64, (B,).
+        Number of tokens of each cell, int64, shape (B,).
     """
 
     genes: np.ndarray
@@ -31,7 +31,7 @@ class Tokens:
     lengths: np.ndarray
 
     def halves(self) -> "tuple[Tokens, Tokens]":
-        """Split after half of the cells."""
+        """Return the tokens of the first half of the cells, and of the second."""
         cells = len(self.lengths) // 2
         at = int(self.lengths[:cells].sum())
         return (
@@ -41,32 +41,37 @@ class Tokens:
 
 
 class CellTokens(Protocol):
-    """The cells of one row, ready to become tokens."""
+    """The preprocessed cells of one row."""
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each cell, special tokens included: int64, (cells,)."""
+        """Number of tokens of each cell, including special tokens: int64, shape (cells,)."""
 
     @property
     def expressed(self) -> np.ndarray:
-        """Mask of the row's genes that at least one cell has a token of: (genes,)."""
+        """Whether any cell has a token of each gene: bool, shape (genes,)."""
 
     def tokens(self, cells: np.ndarray) -> tuple[Tokens, np.ndarray]:
-        """Return the tokens of some cells, in the order of `cells` (positions in the row).
+        """Return the tokens of some cells.
+
+        Parameters
+        ----------
+        cells
+            Positions of the cells in the row, in the order of the result.
 
         Returns
         -------
-        The tokens, and the position of each one's gene in the row, int64, (T,); -1 for special tokens.
+        The tokens, and for each token the position of its gene in the row, int64, shape (T,); -1 for special tokens.
         """
 
 
 class Encoder(Protocol):
-    """A model with its weights on a device."""
+    """A model whose weights are on a device."""
 
     def gene_vectors(self, genes: torch.Tensor) -> torch.Tensor:
-        """Return the static vector of each token id: (n,) -> (n, d)."""
+        """Return the static embedding of each token id: (n,) -> (n, d)."""
 
     def __call__(
         self, genes: torch.Tensor, values: torch.Tensor, lengths: Sequence[int], *, cls_only: bool = False
     ) -> torch.Tensor:
-        """Encode packed cells: a vector for each token, (T, d), or with `cls_only` for each cell, (B, d)."""
+        """Return a vector for each token of packed cells, (T, d), or with `cls_only` for each cell, (B, d)."""

@@ -1,6 +1,6 @@
 """scGPT in plain torch: vocabulary, checkpoint, transformer.
 
-Needs torch and numpy alone (safetensors only for `.safetensors` files); knows no AnnData, Spark or MLflow.
+Requires only torch and numpy, and safetensors for `.safetensors` files.
 """
 
 from scgpt_batch.models.scgpt.checkpoint import Checkpoint, build_model, checkpoint_digest, load_checkpoint

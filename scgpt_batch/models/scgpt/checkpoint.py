@@ -1,8 +1,8 @@
-"""Read a checkpoint folder in the published layout, and refuse one that would give wrong numbers.
+"""Loading of a checkpoint folder in the published layout, with checks that prevent wrong embeddings.
 
-A folder holds `args.json`, `vocab.json` and the weights: `best_model.pt` (a plain state dict), or the same tensors
-as `.safetensors`. Upstream's loader keeps the random initial value of every tensor that is missing or has another
-shape; here each is an error.
+A folder contains `args.json`, `vocab.json` and the weights: `best_model.pt` (a plain state dict), or the same tensors
+as `.safetensors`. A tensor that is missing or has another shape is an error; upstream's loader keeps its random initial
+values instead.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from scgpt_batch.models.scgpt.vocabulary import Vocabulary, read_json_object
 logger = logging.getLogger(__name__)
 WEIGHT_FILES = ("best_model.pt", "best_model.safetensors", "model.safetensors")
 
-# Parts of the published model that embedding a gene or a cell does not use.
+# Parts of the published model that are not used to compute embeddings.
 UNUSED_TENSORS = (
     "decoder.",
     "cls_decoder.",
@@ -35,7 +35,7 @@ UNUSED_TENSORS = (
     "sim.",
     "creterion_cce.",  # upstream's spelling
 )
-NOT_BUILT_TENSORS = {
+UNSUPPORTED_TENSORS = {
     "bn.": "batch normalisation",
     "dsbn.": "domain-specific batch normalisation",
     "batch_encoder.": "batch labels",
@@ -43,27 +43,34 @@ NOT_BUILT_TENSORS = {
 
 
 class Checkpoint:
-    """A checkpoint folder: its shape and vocabulary are read at once, its tensors when they are first asked for.
+    """A checkpoint folder. Configuration and vocabulary are read at once, the tensors when they are first used.
 
     Attributes
     ----------
     config, vocabulary
-        From args.json and vocab.json.
+        Content of args.json and vocab.json.
     digest
-        SHA-256 over the three files; the model's identity in caches, tags and tables.
+        SHA-256 of the three files, which identifies the model in caches, tags and tables.
     tensors
-        The tensors that the model uses, under the names of `ScGPT`, float32 on the CPU.
+        The tensors that the model uses, named as in `ScGPT`, float32 on the CPU.
     ignored
-        Names in the weights file that are known to be unused, or unknown.
+        Names of tensors in the weights file that the model does not use.
     """
 
     def __init__(self, folder: str | Path, *, digest: str | None = None) -> None:
-        """Read args.json and vocab.json; a known `digest` saves reading the weights for it now.
+        """Read args.json and vocab.json.
+
+        Parameters
+        ----------
+        folder
+            The checkpoint folder.
+        digest
+            The digest, if known. The weights are then not read now; the digest is verified when they are.
 
         Raises
         ------
         CheckpointError
-            A file is missing or unreadable, or args.json asks for a part that is not built here.
+            A file is missing or unreadable, or args.json selects a part that this package does not support.
         """
         self.folder = Path(folder)
         self.weights = weights_file(self.folder)
@@ -82,16 +89,19 @@ class Checkpoint:
 
     @cached_property
     def _read(self) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
-        """Read and check the weights file; a CheckpointError says what does not fit."""
+        """The used tensors and the names of the others, read from the weights file and checked."""
         if not self._digest_is_checked and (found := checkpoint_digest(self.folder)) != self.digest:
-            raise CheckpointError(f"{self.folder} has digest {found[:12]}, {self.digest[:12]} was registered")
+            raise CheckpointError(
+                f"{self.folder} has the digest {found[:12]}, but {self.digest[:12]} was registered; its files have "
+                "changed, register the model again"
+            )
         state = _read_state(self.weights)
         expected = _expected_shapes(self.config, len(self.vocabulary))
-        self._refuse_wrong_tensors(state, expected)
+        self._check_tensors(state, expected)
         ignored = sorted(set(state) - set(expected))
         unknown = [name for name in ignored if not name.startswith(UNUSED_TENSORS)]
         if unknown:
-            logger.warning("%s: %d unknown tensors not used, first %r", self.weights, len(unknown), unknown[0])
+            logger.warning("%s: %d unknown tensors are ignored, first: %r", self.weights, len(unknown), unknown[0])
         logger.info(
             "%s: loaded %d of %d tensors (%d layers, d %d, %d tokens), digest %s",
             self.folder, len(expected), len(expected), self.config.nlayers, self.config.embsize,
@@ -99,66 +109,80 @@ class Checkpoint:
         )  # fmt: skip
         return {name: state[name].float() for name in expected}, tuple(ignored)
 
-    def _refuse_wrong_tensors(self, state: dict[str, torch.Tensor], expected: dict[str, tuple[int, ...]]) -> None:
-        """Refuse tensors that are missing, of layers beyond the stated ones, of another shape or not finite."""
+    def _check_tensors(self, state: dict[str, torch.Tensor], expected: dict[str, tuple[int, ...]]) -> None:
+        """Check that all tensors are there, match args.json and vocab.json, and are finite floats."""
         missing = sorted(set(expected) - set(state))
         if missing:
             raise CheckpointError(
-                f"{self.weights} lacks {len(missing)} of {len(expected)} tensors, first {missing[0]!r}; "
-                "upstream would leave them random"
+                f"{self.weights} lacks {len(missing)} of {len(expected)} tensors, first: {missing[0]!r}; use the "
+                "args.json of these weights, or download the checkpoint again"
             )
         layers = {name.split(".")[2] for name in state if name.startswith("transformer_encoder.layers.")}
         if len(layers) > self.config.nlayers:
             raise CheckpointError(
-                f"{self.weights} has tensors of {len(layers)} layers, args.json says nlayers {self.config.nlayers}: "
-                "the last layers would be left out; take the args.json of these weights"
+                f"{self.weights} has {len(layers)} layers, but args.json has nlayers {self.config.nlayers}; use the "
+                "args.json of these weights"
             )
         rows = state["encoder.embedding.weight"].shape[0]
         if rows != len(self.vocabulary):
             raise CheckpointError(
-                f"{self.folder / 'vocab.json'} has {len(self.vocabulary)} tokens (special tokens included), but "
-                f"'encoder.embedding.weight' has {rows} rows: they are not of one model"
+                f"{self.folder / 'vocab.json'} has {len(self.vocabulary)} tokens (including special tokens), but "
+                f"'encoder.embedding.weight' has {rows} rows; use the vocab.json of these weights"
             )
         for name, shape in expected.items():
-            if tuple(state[name].shape) != shape:
-                raise CheckpointError(
-                    f"{self.weights}: tensor {name!r} has shape {tuple(state[name].shape)}, args.json and vocab.json "
-                    f"want {shape}"
-                )
-            if not state[name].is_floating_point():
-                raise CheckpointError(
-                    f"{self.weights}: tensor {name!r} is of type {state[name].dtype}, not a float type"
-                )
-            if not torch.isfinite(state[name]).all():
-                raise CheckpointError(f"{self.weights}: tensor {name!r} holds NaN or infinity")
+            self._check_tensor(name, state[name], shape)
+
+    def _check_tensor(self, name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+        if tuple(tensor.shape) != shape:
+            raise CheckpointError(
+                f"{self.weights}: tensor {name!r} has the shape {tuple(tensor.shape)}, but args.json and vocab.json "
+                f"require {shape}; use the files of one checkpoint"
+            )
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{self.weights}: tensor {name!r} has the type {tensor.dtype}, not a float type")
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{self.weights}: tensor {name!r} contains NaN or infinity; use other weights")
 
 
 def load_checkpoint(folder: str | Path) -> Checkpoint:
-    """Read and check a checkpoint folder with its tensors.
+    """Return a checkpoint whose tensors have been read and checked.
 
     Raises
     ------
     CheckpointError
-        A file is missing or unreadable, a tensor is missing or has another shape, the vocabulary does not fit the
-        embedding table, or args.json asks for a part that is not built here.
+        A file is missing or unreadable, a tensor is missing or has another shape, the vocabulary size differs from the
+        embedding table, or args.json selects a part that this package does not support.
+
+    Examples
+    --------
+    >>> checkpoint = load_checkpoint("checkpoints/scgpt-human")
+    >>> model = build_model(checkpoint)
+    >>> model.gene_vectors(torch.from_numpy(checkpoint.vocabulary.ids(["CD3D", "LYZ"]))).shape
+    torch.Size([2, 512])
     """
     checkpoint = Checkpoint(folder)
-    checkpoint.tensors  # noqa: B018  # reads and checks them now
+    checkpoint.tensors  # noqa: B018  # reads and checks the weights file
     return checkpoint
 
 
 def build_model(checkpoint: Checkpoint, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> ScGPT:
-    """Build the model with a checkpoint's weights, in evaluation mode.
+    """Return the model with the weights of a checkpoint, in evaluation mode.
 
     Parameters
     ----------
+    checkpoint
+        The checkpoint.
+    device
+        Device of the model, such as "cpu" or "cuda:0".
     dtype
-        Type of the transformer layers' matrix products; embedding tables, sums and norms stay float32.
+        Type of the matrix products in the transformer layers. Embedding tables, sums and norms are always float32.
 
     Raises
     ------
     CheckpointError
-        The tensors do not fit the model.
+        See `load_checkpoint`.
+    ConfigError
+        The device does not support `dtype`, see `choose_backend`.
     """
     with torch.device("meta"):
         model = ScGPT(checkpoint.config, len(checkpoint.vocabulary))
@@ -168,7 +192,7 @@ def build_model(checkpoint: Checkpoint, *, device: str = "cpu", dtype: torch.dty
 
 
 def checkpoint_digest(folder: str | Path) -> str:
-    """Return the SHA-256 over args.json, vocab.json and the weights file, in hexadecimal."""
+    """Return the SHA-256 of args.json, vocab.json and the weights file, in hexadecimal."""
     folder = Path(folder)
     digest = hashlib.sha256()
     for path in (_existing(folder / "args.json"), _existing(folder / "vocab.json"), weights_file(folder)):
@@ -178,13 +202,19 @@ def checkpoint_digest(folder: str | Path) -> str:
 
 
 def weights_file(folder: Path) -> Path:
-    """Return the folder's weights file; a CheckpointError says which names are looked for."""
+    """Return the weights file of a checkpoint folder.
+
+    Raises
+    ------
+    CheckpointError
+        There is no weights file, or more than one.
+    """
     if not folder.is_dir():
-        raise CheckpointError(f"no checkpoint folder at {folder}")
+        raise CheckpointError(f"there is no checkpoint folder {folder}")
     found = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()]
     if len(found) != 1:
         raise CheckpointError(
-            f"{folder} must hold exactly one weights file of {', '.join(WEIGHT_FILES)}; it holds "
+            f"{folder} must contain exactly one of {', '.join(WEIGHT_FILES)}, but contains "
             f"{', '.join(path.name for path in found) or 'none'}"
         )
     return found[0]
@@ -192,7 +222,7 @@ def weights_file(folder: Path) -> Path:
 
 def _existing(path: Path) -> Path:
     if not path.is_file():
-        raise CheckpointError(f"the checkpoint has no {path.name}: looked for {path}")
+        raise CheckpointError(f"the checkpoint folder has no {path.name} (expected at {path})")
     return path
 
 
@@ -203,42 +233,48 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
             state: Any = load_file(path)
         else:
-            # weights_only: an unpickler that can run code is never used
+            # weights_only: without it, loading the file could run code
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as exc:  # torch's message advises to load the file unsafely
+    except pickle.UnpicklingError as exc:  # not quoted: torch's message advises to load the file unsafely
         what = re.search(r"GLOBAL (\S+)", str(exc))
-        objects = f", {what[1]} among them" if what else ""
+        objects = f" ({what[1]})" if what else ""
         raise CheckpointError(
-            f"{path} cannot be read as tensors: it holds other Python objects{objects}, which may run code when they "
-            "are loaded; write it anew with torch.save(model.state_dict(), ...)"
+            f"{path} cannot be read as tensors: it contains other Python objects{objects}, which can run code when "
+            "they are loaded; write the file again with torch.save(model.state_dict(), ...)"
         ) from None
-    except Exception as exc:  # torch and safetensors raise many types for one fact: the file is no state dict
+    except Exception as exc:  # torch and safetensors raise many exception types for damaged files
         raise CheckpointError(f"{path} cannot be read as tensors: {exc}") from exc
     if isinstance(state, dict) and any(torch.is_tensor(t) and t.layout != torch.strided for t in state.values()):
-        raise CheckpointError(f"{path} holds sparse tensors: only dense ones are read")
+        raise CheckpointError(f"{path} contains sparse tensors; convert them with .to_dense()")
     if not isinstance(state, dict) or not all(isinstance(n, str) and torch.is_tensor(t) for n, t in state.items()):
-        raise CheckpointError(f"{path} is no plain state dict (tensor name -> tensor)")
+        raise CheckpointError(f"{path} is not a state dict; write it with torch.save(model.state_dict(), ...)")
     return state
 
 
 def _read_state(weights: Path) -> dict[str, torch.Tensor]:
-    """Read the weights under the names of `ScGPT`; refuse what is there twice or belongs to a part not built here."""
+    """Return the tensors of a weights file, named as in `ScGPT`.
+
+    Repeated tensors, and tensors of parts that this package does not support, are an error.
+    """
     state: dict[str, torch.Tensor] = {}
     for name, tensor in _read_tensors(weights).items():
         if _our_name(name) in state:
-            raise CheckpointError(f"{weights} holds {_our_name(name)!r} twice: in both key layouts")
+            raise CheckpointError(
+                f"{weights} contains {_our_name(name)!r} twice, with and without flash attention; remove one of them"
+            )
         state[_our_name(name)] = tensor
     for name in state:
-        for prefix, part in NOT_BUILT_TENSORS.items():
+        for prefix, part in UNSUPPORTED_TENSORS.items():
             if name.startswith(prefix):
-                raise CheckpointError(f"{weights} has tensor {name!r}: the model uses {part}, not built here")
+                raise CheckpointError(f"{weights} has the tensor {name!r}: {part} is not supported")
     return state
 
 
 def _our_name(name: str) -> str:
-    """Translate upstream's two key layouts: with flash attention, Wqkv; without, in_proj_.
+    """Return the name of a tensor in `ScGPT`.
 
-    Both hold one (3d, d) matrix with the rows of q, k and v in this order.
+    With flash attention, upstream names the input projection Wqkv, and without it in_proj. Both are one (3d, d) matrix
+    with the rows of q, k and v in this order.
     """
     return name.replace("self_attn.Wqkv.", "self_attn.in_proj_")
 

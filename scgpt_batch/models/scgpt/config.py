@@ -1,4 +1,4 @@
-"""The shape of an scGPT model, from the `args.json` of its checkpoint."""
+"""The dimensions of an scGPT model, read from `args.json` of its checkpoint."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,8 +7,8 @@ from typing import Any
 from scgpt_batch.errors import CheckpointError
 from scgpt_batch.models.scgpt.vocabulary import PAD
 
-# args.json keys that ask for a part that is not built here, with the values that do not.
-BUILT = {
+# Keys of args.json that select optional parts of upstream's model, and the values that this package supports.
+SUPPORTED = {
     "pre_norm": (False, None),
     "use_batch_labels": (False, None),
     "domain_spec_batchnorm": (False, None),
@@ -20,20 +20,20 @@ BUILT = {
     "explicit_zero_prob": (False, None),
 }
 
-# Bounds of args.json, some twenty times the published model's: beyond, no weights are looked at.
+# Upper limits, about twenty times the published model. Larger values are rejected before any memory is allocated.
 LARGEST = {"embsize": 16_384, "nheads": 1_024, "d_hid": 65_536, "nlayers": 256}
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of the model, with the names that args.json uses."""
+    """The dimensions of the model, named as in args.json."""
 
     embsize: int  # width d of all embeddings
     nheads: int
     d_hid: int  # width of the feed-forward layers
     nlayers: int
-    n_layers_cls: int = 3  # of the classifier, which is not built; kept to compare with what a caller states
-    pad_value: int = -2  # the value that <cls> carries
+    n_layers_cls: int = 3  # layers of the classifier, which embeddings do not use; only checked against a parameter
+    pad_value: int = -2  # value of the <cls> token
 
     def __post_init__(self) -> None:
         for name in ("embsize", "nheads", "d_hid", "nlayers"):
@@ -42,17 +42,23 @@ class ModelConfig:
                     f"args.json: {name} must be at least 1 and at most {LARGEST[name]}, not {getattr(self, name)}"
                 )
         if not -(2**24) <= self.pad_value <= 2**24:
-            raise CheckpointError(f"args.json: pad_value must be a number that float32 holds, not {self.pad_value}")
+            raise CheckpointError(f"args.json: pad_value must be between -2^24 and 2^24, not {self.pad_value}")
         if self.embsize % self.nheads:
-            raise CheckpointError(f"args.json: embsize {self.embsize} is no multiple of nheads {self.nheads}")
+            raise CheckpointError(f"args.json: embsize {self.embsize} must be a multiple of nheads {self.nheads}")
 
     @classmethod
     def from_args(cls, args: Mapping[str, Any]) -> "ModelConfig":
-        """Take the model's shape from args.json; refuse keys that ask for what is not built."""
-        for key, allowed in BUILT.items():
+        """Return the dimensions stated in args.json.
+
+        Raises
+        ------
+        CheckpointError
+            A value is missing, invalid, or selects a part of the model that this package does not support.
+        """
+        for key, allowed in SUPPORTED.items():
             if args.get(key) not in allowed:
                 raise CheckpointError(
-                    f"args.json asks for {key} = {args[key]!r}; this package builds {key} = {allowed[0]!r} only"
+                    f"args.json has {key} = {args[key]!r}; this package supports only {key} = {allowed[0]!r}"
                 )
         if args.get("pad_token", PAD) != PAD:
             raise CheckpointError(f"args.json: pad_token must be {PAD!r}, not {args['pad_token']!r}")
@@ -60,7 +66,7 @@ class ModelConfig:
         for name in ("embsize", "nheads", "d_hid", "nlayers", "n_layers_cls", "pad_value"):
             value = args.get(name, getattr(cls, name, None))
             if name == "pad_value" and isinstance(value, float) and value.is_integer():
-                value = int(value)  # a value of X, which some write as -2.0
+                value = int(value)  # some checkpoints state -2.0
             if not isinstance(value, int) or isinstance(value, bool):
                 raise CheckpointError(f"args.json: {name} must be a whole number, not {value!r}")
             values[name] = value

@@ -1,7 +1,7 @@
-"""The scGPT encoder in plain torch, for inference: genes and binned values in, embeddings out.
+"""The scGPT encoder in plain torch, for inference: from genes and binned values to embeddings.
 
-Numbers are those of upstream's `TransformerModel._encode` in evaluation mode: post-norm layers, ReLU, no positions.
-Cells are packed: B cells of different lengths lie one after the other in T tokens.
+Numerically equivalent to upstream's `TransformerModel._encode` in evaluation mode: post-norm layers, ReLU, no position
+encoding. Cells are packed: the T tokens of B cells of different lengths are concatenated, without padding.
 """
 
 from collections.abc import Sequence
@@ -13,22 +13,22 @@ from torch import nn
 from scgpt_batch.models.attention import Packing, attention, to_device
 from scgpt_batch.models.scgpt.config import ModelConfig
 
-MAX_VALUE = 512  # upstream's ContinuousValueEncoder clamps there; it has no lower bound
+MAX_VALUE = 512  # upper limit of a value in upstream's ContinuousValueEncoder, which has no lower limit
 
 
 class Linear(nn.Linear):
-    """A linear layer that works in the type of its weights, whatever arrives."""
+    """A linear layer that converts its input to the type of its weights."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
 
 
 class GeneEncoder(nn.Module):
-    """Token id -> embedding row, normalised."""
+    """Embedding of token ids, with LayerNorm."""
 
     def __init__(self, n_tokens: int, width: int) -> None:
         super().__init__()
-        # not nn.Embedding(n, d): drawing its weights imports two seconds of torch's decompositions on the meta device
+        # nn.Embedding(n, d) would initialise the weights; on the meta device that imports torch modules for 2 s
         self.embedding = nn.Embedding.from_pretrained(torch.empty(n_tokens, width))
         self.enc_norm = nn.LayerNorm(width)
 
@@ -37,7 +37,7 @@ class GeneEncoder(nn.Module):
 
 
 class ValueEncoder(nn.Module):
-    """Binned expression value -> vector."""
+    """Embedding of binned expression values."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class ValueEncoder(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention within each cell; tensor names as in torch's MultiheadAttention."""
+    """Multi-head self-attention within each cell. Tensors are named as in torch's MultiheadAttention."""
 
     def __init__(self, width: int, n_heads: int) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class SelfAttention(nn.Module):
         return self.out_proj(attention(q, k, v, cells).flatten(1))
 
     def first_token(self, x: torch.Tensor, cells: Packing) -> torch.Tensor:
-        """Attend from the first token of each cell alone: (T, d) -> (B, d)."""
+        """Return the attention output of only the first token of each cell: (T, d) -> (B, d)."""
         d = x.shape[1]
         q = self._project(x[cells.starts], slice(d))
         k, v = self._project(x, slice(d, None)).chunk(2, dim=1)
@@ -91,21 +91,18 @@ class Layer(nn.Module):
         return self._after_attention(x, self.self_attn(x, cells))
 
     def first_token(self, x: torch.Tensor, cells: Packing) -> torch.Tensor:
-        """Give the output of each cell's first token alone: (T, d) -> (B, d)."""
+        """Return the output of only the first token of each cell: (T, d) -> (B, d)."""
         return self._after_attention(x[cells.starts], self.self_attn.first_token(x, cells))
 
     def _after_attention(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        # sums and norms stay in float32 while the matrices may work in bfloat16; sums take the place of `x`, which
-        # nobody needs any more, because fresh memory costs more than the sum
+        # Sums and norms are float32, even if the matrix products use bfloat16. The sums overwrite `x`, because
+        # allocating memory takes longer than adding.
         x = self.norm1(x.add_(attended))
         return self.norm2(x.add_(self.linear2(self.linear1(x).relu_())))
 
 
 class ScGPT(nn.Module):
-    """The encoder of scGPT.
-
-    `forward` takes packed cells; `gene_vectors` is the table of static gene embeddings.
-    """
+    """The encoder of scGPT: `forward` returns contextual vectors, `gene_vectors` static gene embeddings."""
 
     def __init__(self, config: ModelConfig, n_tokens: int) -> None:
         super().__init__()
@@ -119,33 +116,33 @@ class ScGPT(nn.Module):
 
     @torch.inference_mode()
     def gene_vectors(self, genes: torch.Tensor) -> torch.Tensor:
-        """Return the static embedding of each token id: its row of the table after the LayerNorm, (n, d)."""
+        """Return the static embedding of each token id, after the LayerNorm: (n,) -> (n, d)."""
         return self.encoder(genes)
 
     @torch.inference_mode()
     def forward(
         self, genes: torch.Tensor, values: torch.Tensor, lengths: Sequence[int], *, cls_only: bool = False
     ) -> torch.Tensor:
-        """Encode packed cells.
+        """Return the transformer's output for packed cells.
 
         Parameters
         ----------
         genes
-            Token ids, int64, (T,); each cell starts with `<cls>`. Like `values` best on the CPU.
+            Token ids, int64, (T,); each cell starts with `<cls>`. Preferably on the CPU, like `values`.
         values
             Binned expression, float32, (T,).
         lengths
-            Tokens of each cell, in order; their sum is T. Sorted lengths run fastest.
+            Number of tokens of each cell, in order; their sum is T. Sorted lengths are fastest.
         cls_only
-            Give the output of each cell's first token alone, which saves most of the last layer.
+            Return the output of only the first token of each cell, which saves most of the last layer.
 
         Returns
         -------
-        The transformer's output, float32, for each token, (T, d), or with `cls_only` for each cell, (B, d).
+        The output for each token, float32, (T, d), or with `cls_only` for each cell, (B, d).
         """
         device = self.encoder.embedding.weight.device
         cells = Packing(lengths, device, self.backend)
-        # each value is encoded once; they are found on the CPU, so that nothing waits on the device
+        # each distinct value is encoded once; they are found on the CPU, so that nothing waits on the device
         bins, bin_of = (to_device(x, device) for x in distinct(values))
         x = self.encoder(to_device(genes, device)).add_(self.value_encoder(bins)[bin_of])
         *layers, last = self.transformer_encoder["layers"]
@@ -155,10 +152,10 @@ class ScGPT(nn.Module):
 
 
 def distinct(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return values that include all of `values`, and the position of each among them.
+    """Return sorted values that include all of `values`, and the position of each of `values` among them.
 
-    Bins are whole numbers in a small range, which needs no sort: sorting 65,536 of them takes as long as a GPU needs
-    for the whole model.
+    For whole numbers in a small range, as bins are, this avoids a sort. Sorting 65,536 values takes as long as the
+    whole model on a GPU.
     """
     whole = values.int()
     if not len(values) or not torch.equal(whole.to(values.dtype), values):
