@@ -1,4 +1,4 @@
-"""A child process that works on one item at a time, so that native code that crashes or hangs costs that item alone."""
+"""A child process that processes one item at a time. If native code crashes or hangs, only that item is lost."""
 
 import multiprocessing
 import os
@@ -12,88 +12,102 @@ from typing import Any
 
 from scgpt_batch.errors import RowError, Timeout, WorkerCrash
 
-Work = Callable[[], Callable[[Any], Any]]  # prepares the process, then gives the function that it applies to each item
+Setup = Callable[[], Callable[[Any], Any]]  # runs once in the new process and returns the function for the items
 
-START_SECONDS = 600.0  # a new process imports the package and may load a model
+START_SECONDS = 600.0  # limit for the start: the process imports the package and may load a model
 
-# Never forked from the caller itself: threads and CUDA do not survive that. On Linux a server process imports the
-# libraries once, which takes seconds, and is forked for each child; macOS's libraries do not survive even that.
+# Children are not forked from the caller, because threads and CUDA do not survive a fork. On Linux, a fork server
+# imports the libraries once (some seconds) and is forked for each child. On macOS, system libraries do not survive a
+# fork at all, so each child is a new interpreter.
 _LINUX = sys.platform == "linux"
 _CONTEXT = multiprocessing.get_context("forkserver") if _LINUX else multiprocessing.get_context("spawn")
 _CONTEXT.set_forkserver_preload(["scgpt_batch.inference.engine"])
 
 
 class ChildProcess:
-    """A process that is kept for further items until one of them kills it, or takes too long."""
+    """A process that is reused for many items. An item that crashes it or exceeds the time limit ends it."""
 
-    def __init__(self, work: Work) -> None:
-        """Start the process; `work` is picklable and runs once in it.
+    def __init__(self, setup: Setup) -> None:
+        """Start the process and wait until it is ready.
+
+        Parameters
+        ----------
+        setup
+            Picklable function that runs once in the process and returns the function to apply to each item.
 
         Raises
         ------
-        RuntimeError, TimeoutError
-            `work` failed, or took too long.
+        RuntimeError
+            `setup` failed.
+        TimeoutError
+            `setup` took more than `START_SECONDS`.
         """
-        self._pipe, theirs = _CONTEXT.Pipe()
-        self._process: BaseProcess = _CONTEXT.Process(target=_serve, args=(theirs, work), daemon=True)
+        self._pipe, child_end = _CONTEXT.Pipe()
+        self._process: BaseProcess = _CONTEXT.Process(target=_serve, args=(child_end, setup), daemon=True)
         self._process.start()
-        theirs.close()
+        child_end.close()
         if not self._pipe.poll(START_SECONDS):
             self.kill()
-            raise TimeoutError(f"a process for single rows was not ready after {START_SECONDS:g} s")
+            raise TimeoutError(f"the child process was not ready after {START_SECONDS:g} s")
         try:
             failure = self._pipe.recv()
         except (EOFError, ConnectionResetError):
-            failure = self._death()
+            failure = self._exit_reason()
         if failure is not None:
             self.kill()
-            raise RuntimeError(f"a process for single rows did not start: {failure}")
+            raise RuntimeError(f"the child process did not start: {failure}")
 
-    def ask(self, item: Any, seconds: float) -> Any:
-        """Return the function's result for an item.
+    def run(self, item: Any, seconds: float) -> Any:
+        """Return the result of the function for an item.
 
         Raises
         ------
-        WorkerCrash, Timeout
-            The process died with the item, or had no result within `seconds`. The process is gone.
+        WorkerCrash
+            The process crashed or ran out of memory. It has ended.
+        Timeout
+            There was no result within `seconds`. The process has been killed.
         RowError
-            What the function raised.
+            Raised by the function; the process can be used again.
         """
-        with suppress(BrokenPipeError):  # it died since its last result: `_death` says how
+        with suppress(BrokenPipeError):  # the process ended since the last item; recv below fails and says why
             self._pipe.send(item)
         try:
             if not self._pipe.poll(seconds):
                 self.kill()
-                raise Timeout(f"no answer after {seconds:g} s, alone in a process")
+                raise Timeout(f"no result within {seconds:g} s, although the row had a process of its own")
             result = self._pipe.recv()
         except (EOFError, ConnectionResetError):
-            crash = WorkerCrash(f"the process died with the row, alone in it: {self._death()}")
+            crash = _crash(self._exit_reason())
             self.kill()
             raise crash from None
         if isinstance(result, MemoryError):
             self.kill()
-            raise WorkerCrash(f"the process died with the row, alone in it: out of memory: {result}")
+            raise _crash(f"out of memory: {result}")
         if isinstance(result, RowError):
             raise result
         return result
 
     def kill(self) -> None:
-        """End the process; a second time does nothing."""
+        """End the process. Idempotent."""
         self._process.kill()
         self._process.join()
         self._pipe.close()
 
-    def _death(self) -> str:
+    def _exit_reason(self) -> str:
         self._process.join(10)
         code = self._process.exitcode
         return f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
 
 
-def _serve(pipe: Connection, work: Work) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its children itself
+def _crash(reason: str) -> WorkerCrash:
+    return WorkerCrash(f"the process that computed only this row crashed ({reason}); check or split the row")
+
+
+def _serve(pipe: Connection, setup: Setup) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the parent ends its children
     _end_with_parent()
     try:
-        function = work()
+        function = setup()
     except Exception as exc:  # sent to the parent, which raises it
         pipe.send(f"{type(exc).__name__}: {exc}")
         return
@@ -106,14 +120,15 @@ def _serve(pipe: Connection, work: Work) -> None:
 
 
 def _end_with_parent() -> None:
-    """Have Linux end this process when its parent dies: a parent that was killed cannot, and native code may never end.
+    """On Linux, end this process when its parent dies, even if the parent is killed or native code hangs here.
 
-    The end of the pipe that the parent holds closes with it, which sends SIGIO; Python need not run to be ended by it.
+    When the parent dies, its end of the sentinel pipe closes and the kernel sends SIGIO. Its default action ends the
+    process without running Python.
     """
     parent = multiprocessing.parent_process()
     if not _LINUX or parent is None:
         return
-    import fcntl  # Windows has none
+    import fcntl  # not available on Windows
 
     signal.signal(signal.SIGIO, signal.SIG_DFL)
     pipe = parent.sentinel  # the reading end

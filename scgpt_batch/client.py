@@ -1,8 +1,4 @@
-"""Ask an endpoint, the local one or Databricks', for the embeddings of an AnnData.
-
-embed(adata, "http://127.0.0.1:5000", mode="cell", need_preprocess=False)
-embed(adata, "https://WORKSPACE/serving-endpoints/NAME", mode="static", data_is_raw=True, log1p=True)
-"""
+"""Embeddings of an AnnData from an HTTP endpoint: one started by `scgpt-batch serve`, or one on Databricks."""
 
 import gzip
 import os
@@ -22,22 +18,33 @@ from requests.adapters import HTTPAdapter
 from tqdm.auto import tqdm
 from urllib3.util import Retry
 
-from scgpt_batch.errors import ConfigError, EmbeddingWarning, PartsFailed, PayloadError
+from scgpt_batch.errors import ConfigError, EmbeddingWarning, PartsFailed, PayloadError, listed
 from scgpt_batch.inference.results import unpack
 from scgpt_batch.io.rows import PAYLOAD_COLUMNS, to_row, unique_cell_names
 from scgpt_batch.parameters import Parameters
 from scgpt_batch.preprocessing.gene_names import lookup_columns
 
-REQUEST_BYTES = 16_000_000  # of a request's body at Databricks, and at the local endpoint
-CELLS = 2_000  # of one request at most: their vectors in base64 take 6 MB at d 512
+REQUEST_BYTES = 16_000_000  # limit of a request body, on Databricks and on the local endpoint
+CELLS = 2_000  # maximum cells per request; their vectors take 6 MB in base64 at 512 dimensions
 TOO_LARGE = 413
-WARNINGS = 20  # that a call shows
+WARNINGS = 20  # maximum number of warnings shown per call
 RETRIED = (429, 500, 502, 503, 504)
+MESSAGE_LENGTH = 2_000  # characters quoted from an error response
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Cells without an answer: their positions in the AnnData, the HTTP status (None: no answer came), and why."""
+    """A range of cells without embeddings.
+
+    Attributes
+    ----------
+    first, last
+        Positions in the AnnData; `last` is exclusive.
+    status
+        HTTP status; None if there was no response.
+    message
+        The reason.
+    """
 
     first: int
     last: int
@@ -45,8 +52,8 @@ class Failure:
     message: str
 
 
-class _Refused(Exception):
-    """What the endpoint answered instead of embeddings."""
+class _RequestFailed(Exception):
+    """A request returned no embeddings."""
 
     def __init__(self, status: int | None, message: str) -> None:
         super().__init__(message)
@@ -65,59 +72,65 @@ def embed(
     progress: bool = True,
     **parameters: Any,
 ) -> pd.DataFrame:
-    """Embed an AnnData by HTTP.
+    """Return the embeddings of an AnnData, computed by an HTTP endpoint.
 
-    In cell mode with `need_preprocess` false, where a cell's vector depends on the cell alone, the cells are sent in
-    as many requests as the limits want. Elsewhere filters, variable genes and means are those of the whole row, so it
-    goes in one request or not at all.
+    In cell mode with `need_preprocess=False`, the vector of a cell depends only on that cell. The cells are then split
+    over several requests, each within the size limits. In all other cases filters, variable genes and means depend on
+    all cells, so the AnnData is sent in a single request, which fails if it is too large.
 
     Parameters
     ----------
     adata
-        Cells × genes. Of obs and var travel the names and the columns that the parameters name, nothing else.
+        Cells × genes. Only the matrix, the names, and the obs and var columns that the model needs are sent.
     url
-        Of the endpoint; `/invocations` is added.
+        URL of the endpoint; `/invocations` is added if it is missing.
     token
-        Bearer token; by default from the environment: DATABRICKS_TOKEN for a `/serving-endpoints/` URL, else
+        Bearer token. Default: the environment variable DATABRICKS_TOKEN if the URL contains `/serving-endpoints/`, else
         SCGPT_BATCH_TOKEN.
     concurrency
-        Requests at once.
+        Maximum number of concurrent requests.
     retries
-        How often a request is tried again, with growing pauses, after 429, 5xx or a broken connection.
+        How often a request is repeated after status 429, 5xx or a broken connection, with increasing delays.
     timeout_seconds
-        For one request.
+        Time limit of one request, in seconds.
     request_bytes
-        What a request's body may hold before compression.
+        Maximum size of a request body before compression, in bytes.
     progress
-        Show a bar on standard error.
+        Whether to show a progress bar on standard error.
     parameters
-        Those of the model (`scgpt_batch.parameters.Parameters`). `encoding` is float32_base64 unless given.
+        Parameters of the model, see `scgpt_batch.parameters.Parameters`. The default of `encoding` is "float32_base64".
 
     Returns
     -------
-    The columns of the embedding tables, in the order of the cells: `cell_id`, `embedding`; or `group`, `gene`,
-    `embedding`, `n_cells`. Embeddings are float32 (float16 with that encoding). `attrs` has the model's `warnings`
-    and the smallest `coverage` of a request: the share of its counts in known genes.
+    DataFrame with the columns `cell_id` and `embedding` (mode "cell"), or `group`, `gene`, `embedding` and `n_cells`;
+    cells keep their order. Embeddings are float32, or float16 if `encoding` says so. `attrs["warnings"]` has the
+    model's warnings. `attrs["coverage"]` is the share of counts in genes of the vocabulary, the minimum over requests.
 
     Warns
     -----
     EmbeddingWarning
-        For each of the model's warnings, such as genes that are unknown or values that look scaled.
+        Once for each warning of the model, such as unknown genes or values that look scaled.
 
     Raises
     ------
     ConfigError
-        An unknown or impossible parameter, or a URL that is none.
+        A parameter or the URL is invalid, or obs lacks a column that a parameter names.
     PartsFailed
-        Some cells, listed with the reason in `failures`, have no answer; the others' are in `answered`. One reason is
-        LowCoverage: known genes carry less than `min_coverage` (0.2) of the counts.
+        Some cells have no embeddings; `failures` lists them with the reasons, and `answered` has the embeddings of the
+        others.
+
+    Examples
+    --------
+    >>> adata = anndata.read_h5ad("pbmc3k.h5ad")
+    >>> cells = embed(adata, "http://127.0.0.1:5000", mode="cell", need_preprocess=False)
+    >>> genes = embed(adata, "https://WORKSPACE/serving-endpoints/scgpt", mode="static", data_is_raw=True, log1p=True)
     """
-    asked = Parameters.create({"encoding": "float32_base64"}, parameters)
-    document = {"params": {**parameters, "encoding": asked.encoding}}
+    request = Parameters.create({"encoding": "float32_base64"}, parameters)
+    document = {"params": {**parameters, "encoding": request.encoding}}
     session = _session(url, token, retries, concurrency)
-    lean, renamed = _lean(adata, asked)
-    ask = _Asker(session, _invocations(url), timeout_seconds, request_bytes, lean, asked, document)
-    most = CELLS if ask.may_split else max(adata.n_obs, 1)
+    reduced, renamed = _reduced(adata, request)
+    sender = _Sender(session, _invocations(url), timeout_seconds, request_bytes, reduced, request, document)
+    most = CELLS if sender.may_split else max(adata.n_obs, 1)
     parts = [(first, min(first + most, adata.n_obs)) for first in range(0, adata.n_obs, most)]
     found: list[pd.DataFrame] = []
     failures: list[Failure] = []
@@ -126,122 +139,130 @@ def embed(
         ThreadPoolExecutor(concurrency) as pool,
         tqdm(total=adata.n_obs, unit="cell", disable=not progress) as bar,
     ):
-        for (first, last), (answered, failed) in zip(parts, pool.map(ask, parts), strict=True):
-            found += answered
+        for (first, last), (embedded, failed) in zip(parts, pool.map(sender, parts), strict=True):
+            found += embedded
             failures += failed
             bar.update(last - first)
-    told = _distinct_warnings([renamed, *(text for part in found for text in part.attrs["warnings"])])
-    coverage = [part.attrs["coverage"] for part in found if part.attrs["coverage"] is not None]
-    for part in found:
-        part.attrs = {}
-    answer = pd.concat(found, ignore_index=True) if found else pd.DataFrame()
-    answer.attrs = {"warnings": told, "coverage": min(coverage, default=None)}
-    for text in told:
+    result = _joined(found, renamed)
+    for text in result.attrs["warnings"]:
         warnings.warn(text, EmbeddingWarning, stacklevel=2)
     if failures:
-        raise PartsFailed(_told(failures, adata.n_obs), failures=failures, answered=answer)
-    return answer
+        raise PartsFailed(_summary(failures, adata.n_obs), failures=failures, answered=result)
+    return result
 
 
-def _lean(adata: ad.AnnData, asked: Parameters) -> tuple[ad.AnnData, str | None]:
-    """Keep the matrix and those columns that the model may look at; say which cell names were changed."""
-    obs = [name for name in {asked.group_by, asked.batch_key} if name]
+def _joined(parts: list[pd.DataFrame], renamed: str | None) -> pd.DataFrame:
+    """Join the results of several requests; `attrs` has their warnings and the smallest coverage."""
+    messages = _distinct_warnings([renamed, *(text for part in parts for text in part.attrs["warnings"])])
+    coverage = [part.attrs["coverage"] for part in parts if part.attrs["coverage"] is not None]
+    for part in parts:
+        part.attrs = {}  # pandas compares the attrs of all parts when it concatenates them
+    result = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+    result.attrs = {"warnings": messages, "coverage": min(coverage, default=None)}
+    return result
+
+
+def _reduced(adata: ad.AnnData, request: Parameters) -> tuple[ad.AnnData, str | None]:
+    """Return the AnnData with only what the model needs, and a warning if cell names had to be made unique."""
+    obs = [name for name in {request.group_by, request.batch_key} if name]
     missing = [name for name in obs if name not in adata.obs]
     if missing:
-        raise ConfigError(f"obs has no column {missing[0]!r}")
-    names, warning = unique_cell_names(adata.obs_names)  # over all cells: a request may hold some of them
+        raise ConfigError(f"obs has no column {missing[0]!r}; its columns: {listed(adata.obs.columns, missing[0])}")
+    names, warning = unique_cell_names(adata.obs_names)  # of all cells, because one request may have only some of them
     uns = {"log1p": adata.uns["log1p"]} if "log1p" in adata.uns else {}
-    lean = ad.AnnData(
+    reduced = ad.AnnData(
         adata.X, obs=adata.obs[obs].set_axis(names), var=adata.var[lookup_columns(adata.var.columns)], uns=uns
     )
-    return lean, warning
+    return reduced, warning
 
 
 def _distinct_warnings(texts: Iterable[str | None]) -> list[str]:
-    """Return each warning once; requests for many cells may have too many to read."""
+    """Return each warning once, and at most `WARNINGS` of them."""
     distinct = list(dict.fromkeys(filter(None, texts)))
     more = len(distinct) - WARNINGS
     return distinct[:WARNINGS] + ([f"{more} further warnings are not shown"] if more > 0 else [])
 
 
 @dataclass(frozen=True)
-class _Asker:
-    """Sends cells from a position to a position; halves what is too large, where it may be halved."""
+class _Sender:
+    """Sends ranges of cells to the endpoint. A range that is too large is halved, if the mode allows it."""
 
     session: requests.Session
     url: str
     timeout_seconds: float
     request_bytes: int
     adata: ad.AnnData
-    asked: Parameters
+    parameters: Parameters
     document: dict[str, Any]
 
     @property
     def may_split(self) -> bool:
-        """Whether a cell's answer depends on the cell alone."""
-        return self.asked.mode == "cell" and not self.asked.need_preprocess
+        """Whether the result of a cell depends only on that cell."""
+        return self.parameters.mode == "cell" and not self.parameters.need_preprocess
 
     def __call__(self, part: tuple[int, int]) -> tuple[list[pd.DataFrame], list[Failure]]:
         first, last = part
         try:
-            body, told = self._body(first, last)
-            found = self._ask(body)
-            found.attrs["warnings"] = told + found.attrs["warnings"]
+            body, messages = self._body(first, last)
+            found = self._post(body)
+            found.attrs["warnings"] = messages + found.attrs["warnings"]
             return [found], []
-        except _Refused as exc:
+        except _RequestFailed as exc:
             if exc.status != TOO_LARGE or last - first < 2 or not self.may_split:
                 return [], [Failure(first, last, exc.status, str(exc))]
         middle = (first + last) // 2
-        left, right = self((first, middle)), self((middle, last))
-        return left[0] + right[0], left[1] + right[1]
+        lower, upper = self((first, middle)), self((middle, last))
+        return lower[0] + upper[0], lower[1] + upper[1]
 
     def _body(self, first: int, last: int) -> tuple[bytes, list[str]]:
-        """Return a request for some cells, and what was changed to make it."""
-        told: list[str] = []
+        """Return the request body for a range of cells, and warnings about values that were changed."""
+        messages: list[str] = []
         try:
-            row = to_row(self.adata[first:last], warnings=told)
+            row = to_row(self.adata[first:last], warnings=messages)
         except PayloadError as exc:
-            raise _Refused(None, str(exc)) from exc
+            raise _RequestFailed(None, str(exc)) from exc
         payload = {name: row[name] for name in PAYLOAD_COLUMNS if row[name] is not None}
         body = orjson.dumps({"dataframe_records": [payload], **self.document}, option=orjson.OPT_SERIALIZE_NUMPY)
         if len(body) > self.request_bytes:
-            raise _Refused(
+            raise _RequestFailed(
                 TOO_LARGE,
-                f"the request holds {len(body) / 1e6:.1f} MB, the limit {self.request_bytes / 1e6:.1f} MB, and cells "
-                "cannot be sent apart but in mode 'cell' with need_preprocess false: drop genes or cells, or run the "
-                "batch job (scgpt-batch embed)",
+                f"the request has {len(body) / 1e6:.1f} MB, the limit is {self.request_bytes / 1e6:.1f} MB. Requests "
+                "can only be split in mode 'cell' with need_preprocess false: drop genes or cells, or run the batch "
+                "job (scgpt-batch embed)",
             )
-        return body, told
+        return body, messages
 
-    def _ask(self, body: bytes) -> pd.DataFrame:
+    def _post(self, body: bytes) -> pd.DataFrame:
         headers = {"Content-Type": "application/json"}
-        if not _is_databricks(self.url):  # which nowhere says that it takes it
+        if not _is_databricks(self.url):  # Databricks does not document that it accepts compressed requests
             body, headers["Content-Encoding"] = gzip.compress(body, 1), "gzip"
         try:
-            answer = self.session.post(self.url, data=body, headers=headers, timeout=(10, self.timeout_seconds))
+            response = self.session.post(self.url, data=body, headers=headers, timeout=(10, self.timeout_seconds))
         except requests.RequestException as exc:
-            raise _Refused(None, f"no answer: {exc}") from exc
-        if answer.status_code != 200:
-            raise _Refused(answer.status_code, _message(answer))
+            raise _RequestFailed(None, f"no response from {self.url}: {exc}") from exc
+        if response.status_code != 200:
+            raise _RequestFailed(response.status_code, _message(response))
         try:
-            (prediction,) = orjson.loads(answer.content)["predictions"]
-            found = _frame(prediction, self.asked)
+            (prediction,) = orjson.loads(response.content)["predictions"]
+            found = _frame(prediction, self.parameters)
         except (ValueError, KeyError, TypeError) as exc:
-            raise _Refused(200, f"an answer of another form than this package's model gives: {exc}") from exc
-        # versions registered earlier give neither
+            raise _RequestFailed(
+                200, f"unexpected response ({type(exc).__name__}: {exc}); does {self.url} serve an scgpt_batch model?"
+            ) from exc
+        # models registered by earlier versions return neither warnings nor coverage
         found.attrs = {"warnings": prediction.get("warnings") or [], "coverage": prediction.get("coverage")}
         return found
 
 
-def _frame(prediction: dict[str, Any], asked: Parameters) -> pd.DataFrame:
+def _frame(prediction: dict[str, Any], parameters: Parameters) -> pd.DataFrame:
     if prediction["error"] is not None:
-        raise _Refused(200, prediction["error"])
-    if asked.encoding == "list":
+        raise _RequestFailed(200, prediction["error"])
+    if parameters.encoding == "list":
         nested = prediction["cell_embeddings"] or prediction["gene_embeddings"]
         vectors = np.array(nested, np.float32).reshape(-1, prediction["embedding_dim"])
     else:
-        vectors = unpack(prediction["embeddings_base64"], asked.encoding, prediction["embedding_dim"])
-    if asked.mode == "cell":
+        vectors = unpack(prediction["embeddings_base64"], parameters.encoding, prediction["embedding_dim"])
+    if parameters.mode == "cell":
         return pd.DataFrame({"cell_id": prediction["cell_ids"], "embedding": list(vectors)})
     genes = prediction["genes"]
     return pd.DataFrame(
@@ -255,13 +276,13 @@ def _frame(prediction: dict[str, Any], asked: Parameters) -> pd.DataFrame:
 
 
 def _session(url: str, token: str | None, retries: int, concurrency: int) -> requests.Session:
-    """Make a session that pauses and tries again; a Retry-After of the endpoint is kept to."""
+    """Return a session that retries failed requests with increasing delays, and honours Retry-After headers."""
     retry = Retry(
         total=retries,
         backoff_factor=0.5,
         backoff_jitter=0.5,
         status_forcelist=RETRIED,
-        allowed_methods=None,  # POST too: asking twice changes nothing
+        allowed_methods=None,  # includes POST, because the request is idempotent
         raise_on_status=False,
     )
     session = requests.Session()
@@ -280,23 +301,23 @@ def _is_databricks(url: str) -> bool:
 def _invocations(url: str) -> str:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.netloc:
-        raise ConfigError(f"{url!r} is no endpoint: give http://… or https://…/serving-endpoints/NAME")
+        raise ConfigError(f"{url!r} is not the URL of an endpoint: use http://… or https://…/serving-endpoints/NAME")
     return url.rstrip("/").removesuffix("/invocations") + "/invocations"
 
 
-def _message(answer: requests.Response) -> str:
+def _message(response: requests.Response) -> str:
     try:
-        told = orjson.loads(answer.content)
-        return str(told.get("message") or told)[:2000]
+        document = orjson.loads(response.content)
+        return str(document.get("message") or document)[:MESSAGE_LENGTH]
     except (orjson.JSONDecodeError, AttributeError):
-        return answer.text[:2000]
+        return response.text[:MESSAGE_LENGTH]
 
 
-def _told(failures: list[Failure], n_obs: int) -> str:
+def _summary(failures: list[Failure], n_obs: int) -> str:
     cells = sum(failure.last - failure.first for failure in failures)
     first = failures[0]
-    status = "no answer" if first.status is None else f"HTTP {first.status}"
+    status = "" if first.status is None else f"HTTP {first.status}: "
     return (
-        f"{cells} of {n_obs} cells have no answer, in {len(failures)} requests; "
-        f"first cells {first.first} to {first.last - 1}: {status}: {first.message}"
+        f"{cells} of {n_obs} cells have no embedding ({len(failures)} failed requests); "
+        f"first cells {first.first} to {first.last - 1}: {status}{first.message}"
     )

@@ -1,130 +1,149 @@
-"""All errors of the package; the class says who can mend it.
+"""All errors of the package. The class tells what is at fault: the configuration, the data, a request or this package.
 
 * ScgptBatchError
   + ConfigError            the command cannot start: a setting, table, model or program is missing or wrong
-    + CheckpointError      weights, args.json and vocabulary do not fit each other or this package
-  + DataError              foreign data; the message is one line of bounded length
-    + FileError            one file of counts cannot be read; other files are unaffected
-    + RowError             one row has no answer; it is quarantined and the job goes on
-      + PayloadError       the row cannot be read as AnnData
-      + PreprocessError    its genes or cells could not be filtered, normalised or binned
-      + InternalError      a fault of this package stood in the way; another version of it tries the row again
-      + LowCoverage        too little of its counts lies in genes that the model knows
-      + NonFiniteOutput    the model answered NaN or infinity
-      + WorkerCrash        the process that read it died, alone with it
-      + Timeout            it had no answer in the time allowed, alone in a process
-  + RequestRefused         the endpoint does not answer a request; its status says whose fault that is
-  + PartsFailed            the client got no answer for some cells; it holds the others'
+    + CheckpointError      weights, args.json and vocabulary contradict each other, or are not supported
+  + DataError              the input data is at fault; the message is one line of bounded length
+    + FileError            one input file cannot be read; other files are unaffected
+    + RowError             one row failed; the ledger records it, and the job continues
+      + PayloadError       the row is not a valid AnnData
+      + PreprocessError    filtering, normalisation or binning of the row failed
+      + InternalError      a bug in this package; the row is retried with another version of the package
+      + LowCoverage        the genes in the model's vocabulary carry too small a share of the row's counts
+      + NonFiniteOutput    the model returned NaN or infinity
+      + WorkerCrash        the process that computed only this row crashed
+      + Timeout            the process that computed only this row exceeded the time limit
+  + RequestRefused         the endpoint rejects a request; the HTTP status tells a client error from a server error
+  + PartsFailed            the client got no embeddings for some cells; the error carries those of the other cells
 """
 
+import difflib
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from traceback import format_exception
 from typing import Any
 
 logger = logging.getLogger(__name__)
 
-SHOWN, MESSAGE_LENGTH = 100, 2_000  # characters of a wrong value in a message, and of a message about foreign data
+SHOWN = 100  # characters of a wrong value that a message quotes
+NAMES_SHOWN = 20  # names that a message lists
+MESSAGE_LENGTH = 2_000  # maximum characters of a message about input data
 
-# user:password@ of a URI (a password may hold / and @), and parameters of its query that hold a secret
+# user:password@ of a URI (a password may contain / and @), and query parameters whose name suggests a secret
 _USERINFO = re.compile(r"(\w[\w+.-]{0,30})://([^/\s@'\"]{0,256}(?::[^\s@'\"]{0,256})?@(?:[^/\s@'\"]{0,256}@)*)")
 _SECRETS = re.compile(r"(?i)(?<=[?&])((?:\w*password|\w*token|\w*secret|sig)=)[^&\s'\"]+")
 
 
 class ScgptBatchError(Exception):
-    """Anything that this package raises on purpose."""
+    """Base class of all errors that this package raises deliberately."""
 
 
 class ConfigError(ScgptBatchError):
-    """The command cannot start as it was called; the message says what to do."""
+    """The command cannot start as called; the message says what to change."""
 
 
 class CheckpointError(ConfigError):
-    """Weights, args.json and vocab.json do not fit each other or this package."""
+    """Weights, args.json and vocab.json contradict each other, or this package does not support them."""
 
 
 class DataError(ScgptBatchError):
-    """Something is wrong with foreign data.
+    """The input data is at fault.
 
-    The message is one line of bounded length, whatever the data put into it: it goes to tables, logs and clients.
+    The message may quote names from the data and is written to tables, logs and HTTP responses. It is therefore always
+    a single line of at most `MESSAGE_LENGTH` characters.
     """
 
     def __init__(self, message: str) -> None:
-        """Shorten the message and escape its control characters."""
+        """Escape control characters in the message and shorten it."""
         super().__init__(plain_line(message))
 
 
 class FileError(DataError):
-    """One file of counts cannot be read; the message says what is wrong with it. Other files are unaffected."""
+    """One input file cannot be read; other files are unaffected."""
 
 
 class RowError(DataError):
     """One row has no result; other rows are unaffected.
 
-    `report` holds what was counted in the row before the error (an `inference.results.RowReport`), for the ledger.
+    Attributes
+    ----------
+    report
+        The counts and warnings collected before the error, for the ledger: an `inference.results.RowReport`, or None.
     """
 
     report: Any = None
 
 
 class PayloadError(RowError):
-    """The row cannot be read as AnnData; the message names the column and what is wrong."""
+    """The row is not a valid AnnData; the message names the column at fault."""
 
 
 class PreprocessError(RowError):
-    """The row was read, but its genes or cells could not be filtered, normalised or binned."""
+    """The row is a valid AnnData, but filtering, normalisation or binning failed."""
 
 
 class InternalError(RowError):
-    """A fault of this package, not of the row's data: the row is tried again with another version of the package."""
+    """A bug in this package, not a fault of the data. The row is retried with another version of the package."""
 
 
 class LowCoverage(RowError):
-    """Too little of the row's counts lies in genes of the model's vocabulary."""
+    """The genes in the model's vocabulary carry a smaller share of the row's counts than `min_coverage`."""
 
 
 class NonFiniteOutput(RowError):
-    """The model answered NaN or infinity for the row."""
+    """The model returned NaN or infinity for the row."""
 
 
 class WorkerCrash(RowError):
-    """The process that embedded the row died (native crash, out of memory), alone with it."""
+    """The process that computed only this row crashed or ran out of memory."""
 
 
 class Timeout(RowError):
-    """The row had no answer in the time allowed, alone in a process."""
+    """The process that computed only this row exceeded the time limit."""
 
 
 class RequestRefused(ScgptBatchError):
-    """The endpoint does not answer a request; `status` is the HTTP status, the message what to do."""
+    """The endpoint rejects a request; the message says what to change.
+
+    Attributes
+    ----------
+    status
+        HTTP status: 4xx for an error of the client, 5xx for an error of the endpoint or the model.
+    """
 
     def __init__(self, status: int, message: str) -> None:
-        """Say whose fault it is by `status`: 4xx the client's, 5xx the model's."""
         super().__init__(message)
         self.status = status
 
 
 class PartsFailed(ScgptBatchError):
-    """Some cells have no answer; `failures` says which and why, `answered` holds the DataFrame of the others."""
+    """The client got no embeddings for some cells.
+
+    Attributes
+    ----------
+    failures
+        The cells without embeddings and the reasons: a list of `client.Failure`.
+    answered
+        DataFrame with the embeddings of the other cells, so that they need not be computed again.
+    """
 
     def __init__(self, message: str, *, failures: list[Any], answered: Any) -> None:
-        """Keep what was answered: it has been paid for."""
         super().__init__(message)
         self.failures, self.answered = failures, answered
 
 
-_DATA_ERRORS = (ValueError, ArithmeticError)  # of libraries, for values that they cannot take
+_DATA_ERRORS = (ValueError, ArithmeticError)  # raised by scanpy, scipy and pandas for values they do not accept
 
 
 @contextmanager
 def row_errors() -> Iterator[None]:
-    """Raise what a library raises for a row's data as an error of the row.
+    """Convert exceptions of other libraries into errors of the current row.
 
-    scanpy, scipy and pandas refuse values by these classes. Any other exception is a fault of the code and becomes an
-    InternalError, so that the row is tried again with another version of it. A missing package concerns all rows and
-    passes.
+    ValueError and ArithmeticError become a PreprocessError, because libraries raise them for unsuitable data. Any other
+    exception points to a bug and becomes an InternalError, so that a later version of the package retries the row.
+    MemoryError and ImportError affect all rows and are not converted.
     """
     try:
         yield
@@ -135,30 +154,37 @@ def row_errors() -> Iterator[None]:
         raise PreprocessError(f"{type(exc).__name__}: {exc}") from exc
     except Exception as exc:
         _log_fault(exc)
-        raise InternalError(f"{type(exc).__name__}: {exc}; this is a fault of the package, please report it") from exc
+        raise InternalError(f"{type(exc).__name__}: {exc}; this is a bug in scgpt_batch, please report it") from exc
 
 
 def _log_fault(exc: Exception) -> None:
-    """Log a library's error with its traceback; not by `exception`: Spark's workers log without our filter."""
+    """Log an exception with its traceback.
+
+    `logger.exception` would write the traceback unindented in Spark workers, where SafeLogFilter is not installed.
+    """
     logger.error("a row could not be prepared\n    %s", indented("".join(format_exception(exc))))
 
 
 def masked(text: str) -> str:
-    """Return the text with `***` in the place of user name and password in each URI."""
+    """Return the text with user names, passwords and secret query parameters of URIs replaced by `***`."""
     return _SECRETS.sub(r"\1***", _USERINFO.sub(_mask, text))
 
 
 def _mask(found: re.Match[str]) -> str:
     scheme, user = found.groups()
-    is_container = scheme.startswith(("abfs", "wasb")) and ":" not in user  # Azure's storage: abfss://container@account
+    # in Azure's abfss://container@account the part before @ is not a secret
+    is_container = scheme.startswith(("abfs", "wasb")) and ":" not in user
     return found[0] if is_container else f"{scheme}://***@"
 
 
 class SafeLogFilter(logging.Filter):
-    """Masks secrets in what a handler is about to write, tracebacks included, and keeps data from forging log lines."""
+    """Masks secrets in log records and escapes control characters, tracebacks included.
+
+    Names from input data can contain line breaks; without escaping they could imitate log records.
+    """
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Change the record, once however many handlers write it; it is always let through."""
+        """Sanitize the record in place, once even if several handlers write it. No record is dropped."""
         if getattr(record, "is_safe", False):
             return True
         record.is_safe = True
@@ -170,37 +196,53 @@ class SafeLogFilter(logging.Filter):
 
 
 class EmbeddingWarning(UserWarning):
-    """Embeddings were computed, but something about the input deserves a look; the message says what."""
+    """Embeddings were computed, but the input looks unusual; the message says in what way."""
 
 
 def in_one_line(exc: Exception) -> str:
-    """Say an error in one line: its first, without py4j's own call, and the root cause of a Java trace."""
-    told = str(exc) if isinstance(exc, ScgptBatchError) else f"{type(exc).__name__}: {str(exc).strip()}"
-    lines = [line for line in told.strip().splitlines() if "An error occurred while calling" not in line]
+    """Return an error as one line, without secrets.
+
+    Of a Java stack trace, the line consists of the first message and the root cause; py4j's own first line is dropped.
+    """
+    text = str(exc) if isinstance(exc, ScgptBatchError) else f"{type(exc).__name__}: {str(exc).strip()}"
+    lines = [line for line in text.strip().splitlines() if "An error occurred while calling" not in line]
     first = lines[0].removeprefix(": ") if lines else type(exc).__name__
     causes = [line.removeprefix("Caused by: ") for line in lines if line.startswith("Caused by: ")]
     return printable(masked(f"{first}: {causes[-1]}" if causes else first))
 
 
 def shortened(text: str) -> str:
-    """Return a text for a message: its start, where it is long."""
+    """Return a value for use in a message: unchanged, or its first `SHOWN` characters and its length."""
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}… ({len(text):,} characters)"
 
 
+def listed(names: Iterable[object], given: str = "") -> str:
+    """Return names for a message, quoted, with the one that resembles `given` as a suggestion.
+
+    >>> listed(["counts", "raw"], "count")
+    "'counts', 'raw' (did you mean 'counts'?)"
+    """
+    known = [shortened(str(name)) for name in names]
+    more = f", … ({len(known):,} in total)" if len(known) > NAMES_SHOWN else ""
+    close = difflib.get_close_matches(given[:SHOWN], known[:1_000], 1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    return (", ".join(map(repr, known[:NAMES_SHOWN])) or "none") + more + hint
+
+
 def plain_line(text: str) -> str:
-    """Return a message about foreign data as one line of bounded length."""
+    """Return a message about input data as one line of at most `MESSAGE_LENGTH` characters."""
     line = printable(text[: MESSAGE_LENGTH + 1])
     return line if len(line) <= MESSAGE_LENGTH else f"{line[: MESSAGE_LENGTH - 1]}…"
 
 
 def indented(text: str) -> str:
-    """Return a log message with its further lines indented and control characters escaped.
+    """Return a log message with control characters escaped and all lines but the first indented.
 
-    A log line that starts a record then comes from the logger, never from data.
+    Only lines that the logger itself writes then start at the margin; text from data cannot imitate them.
     """
     return "\n    ".join(map(printable, text.splitlines()))
 
 
 def printable(text: str) -> str:
-    """Return the text in one line, control characters escaped: an id with a line end must not forge a log line."""
+    """Return the text as one line, with control characters and line breaks escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

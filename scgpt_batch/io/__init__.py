@@ -1,1 +1,4 @@
-"""Files of single-cell counts: where they are, what they contain, and slices of it. Knows neither Spark nor MLflow."""
+"""Reading single-cell count files slice by slice, and converting between AnnData and table rows.
+
+Nothing here depends on Spark or MLflow.
+"""

@@ -1,7 +1,7 @@
-"""obs and var of an .h5ad or .zarr file, in every layout that anndata and the R packages have written.
+"""Partial reads of obs and var from .h5ad and .zarr files, in all layouts that anndata and R packages have written.
 
-Columns are read one by one, and only for the rows that are asked for. anndata's own partial readers do not cover the
-older layouts: they return whole columns there, which no longer match the rows.
+anndata's own partial readers do not support the older layouts: they return whole columns, which do not match the
+selected rows.
 """
 
 from collections.abc import Sequence
@@ -15,41 +15,42 @@ from anndata.io import read_elem
 
 from scgpt_batch.errors import FileError
 
-_CATEGORIES = "_categories"  # anndata 0.6: uns["<column>_categories"] holds the categories of an integer column
+_DAMAGED = "the file is damaged, write it again"
+_CATEGORIES = "_categories"  # anndata 0.6 stores the categories of an integer column in uns["<column>_categories"]
 
 
 def open_annotations(group: Any, key: str, uns: Any = None) -> "Annotations | CompoundAnnotations":
-    """Open the table `key` of a group.
+    """Return a reader for the table `key` of a group.
 
     Parameters
     ----------
     group, key
-        Where the table is, such as a file and "obs".
+        Location of the table, such as the open file and "obs".
     uns
         The file's `uns`, where anndata 0.6 stored categories.
 
     Raises
     ------
     FileError
-        There is no such table, or it has no names.
+        The table is missing, is not a table, or has no row names.
     """
     if key not in group:
-        raise FileError(f"there is no {key}")
+        raise FileError(f"there is no {key}; is it an AnnData file?")
     node = group[key]
     if is_array(node):
         if not node.dtype.names:
-            raise FileError(f"{key} is an array of {node.dtype}, not a table")
+            raise FileError(f"{key} is an array of {node.dtype}, not a table; write the file again with anndata")
         return CompoundAnnotations(node, key, uns)
     return Annotations(node, key)
 
 
 def is_array(node: Any) -> bool:
-    """Tell whether a node of a file is an array rather than a group."""
+    """Return whether a node of a file is an array rather than a group."""
     return isinstance(node, (h5py.Dataset, zarr.Array))
 
 
 class Annotations:
-    """A table stored as a group of columns (anndata 0.7 and newer; R packages, with or without the attributes)."""
+    """A table stored as a group of columns: anndata from 0.7 on, and R packages, which omit some attributes."""
 
     def __init__(self, group: Any, key: str) -> None:
         self.group, self.key = group, key
@@ -61,19 +62,19 @@ class Annotations:
             self.columns = _texts(order)
         for name in self.columns:
             if name not in group:
-                raise FileError(f"{key} lists the column {name!r}, but does not contain it")
+                raise FileError(f"{key} lists the column {name!r}, but does not contain it; {_DAMAGED}")
         self.n = self._length(self._index)
 
     def names(self, positions: np.ndarray | None = None) -> np.ndarray:
-        """Read the names of these rows, as strings."""
+        """Return the row names as strings; by default of all rows."""
         return _as_names(self._read(self._index, positions))
 
     def column(self, name: str, positions: np.ndarray | None = None) -> pd.Series:
-        """Read one column of these rows."""
+        """Return one column; by default of all rows."""
         return pd.Series(self._read(name, positions), name=name)
 
     def read(self, positions: np.ndarray | None = None) -> pd.DataFrame:
-        """Read all columns of these rows, named by the rows' names."""
+        """Return all columns, indexed by the row names; by default of all rows."""
         return _table({name: self._read(name, positions) for name in self.columns}, self.names(positions), self.key)
 
     def _index_key(self) -> str:
@@ -82,7 +83,7 @@ class Annotations:
         for name in candidates:
             if name in self.group:
                 return name
-        raise FileError(f"{self.key} has no column of names ({' or '.join(candidates)})")
+        raise FileError(f"{self.key} has no row names ({' or '.join(candidates)}); {_DAMAGED}")
 
     def _length(self, name: str) -> int:
         node = self.group[name]
@@ -96,16 +97,16 @@ class Annotations:
             values = _column(self.group[name], self.group, positions)
         except FileError as exc:
             raise FileError(f"{where}: {exc}") from exc
-        except Exception as exc:  # h5py, zarr and anndata raise many types for damaged data
+        except Exception as exc:  # h5py, zarr and anndata raise many exception types for damaged data
             raise FileError(f"{where} cannot be read: {type(exc).__name__}: {exc}") from exc
         wanted = self.n if positions is None else len(positions)
         if len(values) != wanted:
-            raise FileError(f"{where} has {len(values)} values for {wanted} rows")
+            raise FileError(f"{where} has {len(values)} values for {wanted} rows; {_DAMAGED}")
         return values
 
 
 class CompoundAnnotations:
-    """A table stored as one array of records (anndata 0.6 and older)."""
+    """A table stored as one array of records: anndata 0.6 and older."""
 
     def __init__(self, records: Any, key: str, uns: Any) -> None:
         self.records, self.key, self.uns = records, key, uns
@@ -113,15 +114,15 @@ class CompoundAnnotations:
         self.n = int(records.shape[0])
 
     def names(self, positions: np.ndarray | None = None) -> np.ndarray:
-        """Read the names of these rows, as strings."""
+        """Return the row names as strings; by default of all rows."""
         return _as_names(_as_values(self._take(positions)[self._index]))
 
     def column(self, name: str, positions: np.ndarray | None = None) -> pd.Series:
-        """Read one column of these rows."""
+        """Return one column; by default of all rows."""
         return pd.Series(self._values(name, self._take(positions)), name=name)
 
     def read(self, positions: np.ndarray | None = None) -> pd.DataFrame:
-        """Read all columns of these rows, named by the rows' names."""
+        """Return all columns, indexed by the row names; by default of all rows."""
         records = self._take(positions)
         values = {name: self._values(name, records) for name in self.columns}
         return _table(values, _as_names(_as_values(records[self._index])), self.key)
@@ -137,7 +138,7 @@ class CompoundAnnotations:
         return _as_values(values) if categories is None else _categorical(values, categories)
 
     def _categories(self, name: str, dtype: np.dtype) -> np.ndarray | None:
-        """Return the column's categories if `uns` holds some that fit all of its codes."""
+        """Return the column's categories if `uns` has one for each of its codes, else None."""
         key = f"{name}{_CATEGORIES}"
         if dtype.kind not in "iu" or self.uns is None or is_array(self.uns) or key not in self.uns:
             return None
@@ -149,16 +150,16 @@ class CompoundAnnotations:
 def _table(values: dict[str, Any], names: np.ndarray, key: str) -> pd.DataFrame:
     for name, column in values.items():
         if len(column) != len(names):
-            raise FileError(f"{key}[{name!r}] has {len(column)} values for {len(names)} names")
+            raise FileError(f"{key}[{name!r}] has {len(column)} values for {len(names)} names; {_DAMAGED}")
     return pd.DataFrame(values, index=pd.Index(names, dtype=object))
 
 
 def _column(node: Any, table: Any, positions: np.ndarray | None) -> Any:
-    """Read a column: by its stated encoding, else by its members."""
+    """Read a column; its attributes and members tell which layout it has."""
     if is_array(node):
         if "categories" not in node.attrs:
             return _as_values(_take(node, positions))
-        reference = node.attrs["categories"]  # anndata 0.7: an object reference, or in zarr a path
+        reference = node.attrs["categories"]  # anndata 0.7: an object reference in HDF5, a path in zarr
         categories = table.file[reference] if isinstance(node, h5py.Dataset) else table[str(reference)]
         return _categorical(_take(node, positions), _as_values(categories[...]))
     members = set(node)
@@ -174,11 +175,11 @@ def _column(node: Any, table: Any, positions: np.ndarray | None) -> Any:
 
 def _categorical(codes: np.ndarray, categories: np.ndarray) -> Any:
     if codes.dtype.kind not in "iu":
-        raise FileError(f"codes of categories are {codes.dtype}, not integers")
+        raise FileError(f"category codes have the type {codes.dtype}, not integers; {_DAMAGED}")
     codes = codes.astype(np.int64)
     if codes.size and (codes.min() < -1 or codes.max() >= len(categories)):
         worst = codes.min() if codes.min() < -1 else codes.max()
-        raise FileError(f"code {worst} is out of range: there are {len(categories)} categories")
+        raise FileError(f"category code {worst} is out of range: there are {len(categories)} categories; {_DAMAGED}")
     named = pd.Index(categories)
     if named.is_unique and not named.hasnans:
         return pd.Categorical.from_codes(codes, named)
@@ -187,7 +188,7 @@ def _categorical(codes: np.ndarray, categories: np.ndarray) -> Any:
 
 
 def _take(array: Any, positions: np.ndarray | None) -> np.ndarray:
-    """Read these rows of an array; strings of HDF5 are decoded."""
+    """Return rows of an array, by default all; HDF5 strings are decoded."""
     if isinstance(array, h5py.Dataset) and h5py.check_string_dtype(array.dtype):
         array = array.asstr("utf-8")
     if positions is None:
@@ -200,7 +201,7 @@ def _take(array: Any, positions: np.ndarray | None) -> np.ndarray:
 
 
 def _as_values(values: np.ndarray) -> np.ndarray:
-    """Turn every kind of string array into objects; numbers stay as they are."""
+    """Return string arrays of any kind as object arrays of str, and numbers unchanged."""
     if values.dtype.kind == "S":
         return np.char.decode(values, "utf-8").astype(object)
     if values.dtype.kind in "UT":
@@ -213,7 +214,7 @@ def _as_values(values: np.ndarray) -> np.ndarray:
 
 
 def _as_names(values: Any) -> np.ndarray:
-    """Turn an index of any type into strings; a missing name is empty."""
+    """Return names of any type as strings; a missing name becomes an empty string."""
     if pd.api.types.infer_dtype(values, skipna=False) == "string":
         return np.asarray(values, dtype=object)
     names = np.empty(len(values), dtype=object)
@@ -222,7 +223,7 @@ def _as_names(values: Any) -> np.ndarray:
 
 
 def _texts(attribute: Any) -> list[str]:
-    """Read an attribute that holds one string or several."""
+    """Return an attribute, which may be one string or several, as a list."""
     if isinstance(attribute, h5py.Empty):
         return []
     values: Sequence[Any] = [attribute] if isinstance(attribute, (str, bytes)) else list(np.atleast_1d(attribute))

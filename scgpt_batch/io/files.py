@@ -1,7 +1,7 @@
-"""Files of single-cell counts -> rows: planned without reading a matrix, read slice by slice of cells.
+"""Conversion of single-cell count files into rows: `plan` divides files into tasks, `read` returns the rows of a task.
 
-Files are never held whole, so one may be larger than memory; only text matrices (10x mtx) are read whole, by one task.
-Nothing here knows Spark.
+A file is read in slices of cells, so it may be larger than memory. The exception are 10x text matrices (.mtx), which
+one task reads completely.
 """
 
 import re
@@ -14,17 +14,17 @@ import numpy as np
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field
 
-from scgpt_batch.errors import ConfigError, FileError, plain_line
+from scgpt_batch.errors import ConfigError, FileError, listed, plain_line
 from scgpt_batch.io.layers import AUTO
 from scgpt_batch.io.locations import ID_FROM, find_sources, name_sources, stem
 from scgpt_batch.io.open_file import CountsFile, named_errors, open_counts
 from scgpt_batch.io.rows import MISSING_LABEL, string_labels, to_row
 from scgpt_batch.io.tenx import TenXFolder
 
-PARTITION_CELLS = 5_000  # of a task: some seconds of reading, some 100 MB
-CSC_PARTITION_VALUES = 50_000_000  # the same where X is stored by gene and each task reads all of it; 1 GB of memory
-CSC_BLOCK_VALUES = 10_000_000  # of X in memory at a time while such a file is read
-NAMES_BLOCK = 100_000  # names of cells in memory at a time while repeated ones are looked for
+PARTITION_CELLS = 5_000  # cells per task: a few seconds of reading, about 100 MB
+CSC_PARTITION_VALUES = 50_000_000  # values per task if X is stored gene by gene; about 1 GB of memory
+CSC_BLOCK_VALUES = 10_000_000  # values in memory at a time while such an X is read
+NAMES_BLOCK = 100_000  # cell names in memory at a time during the search for repeated names
 
 ONE_A_FILE, NO_SAMPLE = "file", "none"
 
@@ -32,48 +32,48 @@ _LIKE_AN_ADATA_ID = re.compile(r".*:\d+-\d+", re.DOTALL)
 
 
 class ReadOptions(BaseModel):
-    """How a file becomes rows."""
+    """How files are divided into rows."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     cells_per_row: int = Field(1000, ge=1)
-    split_by: str = ""  # obs column: cells of different values never share a row
-    gene_symbols: str = ""  # var column that holds the gene symbols
+    split_by: str = ""  # obs column; cells with different values never share a row
+    gene_symbols: str = ""  # var column with the gene symbols; empty: var_names
     layer: str = AUTO  # X, raw, the name of a layer, or auto
-    sample_id: str = ONE_A_FILE  # file, none, or the obs column that says which sample a cell belongs to
+    sample_id: str = ONE_A_FILE  # "file", "none", or an obs column with the sample of each cell
     id_from: str = Field("name", pattern="|".join(ID_FROM))
 
     @property
     def obs_columns(self) -> list[str]:
-        """The obs columns whose values separate rows."""
+        """The obs columns by which cells are separated into rows."""
         sample = [] if self.sample_id in (ONE_A_FILE, NO_SAMPLE) else [self.sample_id]
         return list(dict.fromkeys([self.split_by] * bool(self.split_by) + sample))
 
 
 @dataclass(frozen=True)
 class Slice:
-    """The cells of one row: a file, the group they belong to, and which of the group's cells they are.
+    """The cells of one row: a range of cells within a group of a file.
 
     Attributes
     ----------
     path
         The file.
     group
-        Label of the group; None where all cells are in one.
+        Label of the group; None if the file is not divided into groups.
     start, stop
-        The range among the group's cells.
+        The range within the group.
     name
-        The file's readable name; empty: its stem.
+        Readable name of the file; empty: its stem.
     sample_id
-        The sample that the cells belong to.
+        Sample of the cells; None: the row is its own sample.
     layer
-        The matrix to read.
+        Matrix to read.
     file_cells
-        Cells of the whole file.
+        Number of cells in the file, to detect that it has changed since planning.
     renamed
-        Cells whose name another cell of the file has: index in the row, and the unique name.
+        New names for cells whose name is repeated in the file: pairs of index in the row and new name.
     notes
-        What a person should know about the file.
+        Remarks about the file for the user, such as which matrix is read.
     """
 
     path: str
@@ -104,21 +104,23 @@ class Group:
 
 
 def plan(patterns: Sequence[str], options: ReadOptions, names: Mapping[str, str] | None = None) -> list[list[Slice]]:
-    """Cut files into rows and rows into tasks; reads names of cells, a sample of X, and the columns asked for.
+    """Divide files into tasks, each a list of slices of one file.
+
+    Of each file this reads the cell names, a sample of the matrix, and the columns that `options` names.
 
     Parameters
     ----------
     patterns
         Paths, globs and URIs.
     options
-        How files become rows.
+        How files are divided into rows.
     names
-        The readable name of each file; default: names that tell these files apart.
+        Readable name of each file. Default: the shortest names that are unique among these files.
 
     Raises
     ------
     ConfigError
-        A file is missing, is of an unsupported format, or lacks a column or layer that was asked for.
+        A file is missing, has an unsupported format, or lacks a column or layer that `options` names.
     FileError
         A file cannot be read.
     """
@@ -128,12 +130,12 @@ def plan(patterns: Sequence[str], options: ReadOptions, names: Mapping[str, str]
 
 
 def plan_file(source: str, name: str, options: ReadOptions) -> list[list[Slice]]:
-    """Cut one file into rows and rows into tasks.
+    """Divide one file into tasks, each a list of slices.
 
     Raises
     ------
     ConfigError, FileError
-        As `plan`.
+        See `plan`.
     """
     with open_counts(source, options.layer) as file:
         _check_columns(file, options)
@@ -142,31 +144,38 @@ def plan_file(source: str, name: str, options: ReadOptions) -> list[list[Slice]]
         renamed = repeated_names(file)
         notes = [f"{file.layer} is read: {file.reason}"]
         if renamed:
-            notes.append(f"{len(renamed)} cells have the name of another; the later ones get -1, -2, ...")
+            notes.append(f"{len(renamed)} repeated cell names get a suffix (-1, -2, ...)")
         return list(_tasks(source, name, file, options, renamed, tuple(notes)))
 
 
 def read(slices: Sequence[Slice], options: ReadOptions) -> Iterator[dict[str, Any]]:
-    """Read the rows of one task, all of one file: payload columns with adata_id, sample_id and source.
+    """Yield the rows of one task, all from the same file.
+
+    A row has the payload columns of `io.rows.to_row`, and `adata_id`, `sample_id`, `source`, `layer` and `notes`.
 
     Raises
     ------
     ConfigError, FileError
-        The file cannot be read; the message names it.
+        The file cannot be read, or a matrix contains values that cannot be embedded, such as negative ones. The message
+        names the file.
     """
     source = slices[0].path
     with named_errors(source), open_counts(source, slices[0].layer) as file:
         if file.n_obs != slices[0].file_cells:
-            raise FileError(f"changed while it was read: {slices[0].file_cells} cells are now {file.n_obs}")
+            before, now = slices[0].file_cells, file.n_obs
+            raise FileError(f"changed while it was read: it had {before} cells and now has {now}; run ingest again")
         groups = {group.label: group.positions for group in _groups(slices[0].name, file, options)}
         rows = [_positions(piece, groups) for piece in slices]
-        every = np.concatenate(rows)
-        obs, var = file.obs(every), _genes(file, options.gene_symbols)
-        _check_identity(obs, file.names(every))
+        positions_read = np.concatenate(rows)
+        obs, var = file.obs(positions_read), _genes(file, options.gene_symbols)
+        _check_identity(obs, file.names(positions_read))
         first = 0
         for piece, positions, x in zip(slices, rows, file.matrices(rows, CSC_BLOCK_VALUES), strict=True):
             if x.shape != (len(positions), len(var)):
-                raise FileError(f"{piece.layer} of row {piece.adata_id} is {x.shape}, not {(len(positions), len(var))}")
+                wanted = (len(positions), len(var))
+                raise FileError(
+                    f"row {piece.adata_id!r}: {piece.layer} was read with the shape {x.shape}, not {wanted}"
+                )
             cells = _renamed(obs.iloc[first : first + len(positions)], piece)
             first += len(positions)
             notes: list[str] = list(piece.notes)
@@ -176,26 +185,29 @@ def read(slices: Sequence[Slice], options: ReadOptions) -> Iterator[dict[str, An
 
 
 def repeated_names(file: CountsFile) -> dict[int, str]:
-    """Find the cells whose name an earlier cell has; give each a name of its own, as `obs_names_make_unique` does."""
+    """Return new unique names for the cells whose name repeats that of an earlier cell, by position in the file.
+
+    The names equal those of `AnnData.obs_names_make_unique`. Only hashes of the names are kept in memory.
+    """
     blocks = [np.arange(first, min(first + NAMES_BLOCK, file.n_obs)) for first in range(0, file.n_obs, NAMES_BLOCK)]
     hashes = np.concatenate([pd.util.hash_array(file.names(block), categorize=False) for block in blocks])
     repeated = np.flatnonzero(pd.Series(hashes).duplicated(keep=False))
     if not len(repeated):
         return {}
-    every = np.sort(hashes)
-    times: dict[str, int] = {}
+    sorted_hashes = np.sort(hashes)
+    suffixes: dict[str, int] = {}
     renamed: dict[int, str] = {}
-    given: set[str] = set()
+    new_names: set[str] = set()
     for position, name in zip(repeated.tolist(), file.names(repeated), strict=True):
-        if name not in times:
-            times[name] = 0
+        if name not in suffixes:
+            suffixes[name] = 0
             continue
         while True:
-            times[name] += 1
-            unique = f"{name}-{times[name]}"
-            if unique not in given and not _contains(every, unique):
+            suffixes[name] += 1
+            unique = f"{name}-{suffixes[name]}"
+            if unique not in new_names and not _contains(sorted_hashes, unique):
                 break
-        given.add(unique)
+        new_names.add(unique)
         renamed[position] = unique
     return renamed
 
@@ -209,8 +221,8 @@ def _contains(hashes: np.ndarray, name: str) -> bool:
 def _check_columns(file: CountsFile, options: ReadOptions) -> None:
     wanted = [("obs", column) for column in options.obs_columns]
     for table, column in [*wanted, *([("var", options.gene_symbols)] if options.gene_symbols else [])]:
-        if column not in (there := file.columns(table)):
-            raise ConfigError(f"{table} has no column {column!r}; it has {', '.join(map(repr, there)) or 'none'}")
+        if column not in (columns := file.columns(table)):
+            raise ConfigError(f"{table} has no column {column!r}; its columns: {listed(columns, column)}")
 
 
 def _tasks(
@@ -240,7 +252,7 @@ def _new_names(positions: np.ndarray, renamed: Mapping[int, str]) -> tuple[tuple
 
 
 def _partition_cells(file: CountsFile) -> int:
-    """How many cells a task takes."""
+    """Return the maximum number of cells of a task."""
     if isinstance(file, TenXFolder):
         return file.n_obs
     if not file.is_csc:
@@ -249,7 +261,7 @@ def _partition_cells(file: CountsFile) -> int:
 
 
 def _groups(name: str, file: CountsFile, options: ReadOptions) -> list[Group]:
-    """Group a file's cells by the columns that separate rows, and say which sample each group belongs to."""
+    """Group the cells of a file by `options.obs_columns`; each group has one sample."""
     columns = options.obs_columns
     if not columns:
         return [Group(None, _sample(name, None, options, ()), np.arange(file.n_obs))]
@@ -260,12 +272,19 @@ def _groups(name: str, file: CountsFile, options: ReadOptions) -> list[Group]:
         label = ":".join(parts)
         groups.append(Group(label, _sample(name, label, options, parts), np.sort(positions)))
     if len({group.label for group in groups}) != len(groups):
-        raise ConfigError(f"values of {' and '.join(columns)} give two groups one label; a value contains ':'")
+        raise ConfigError(
+            f"two combinations of values of the obs columns {' and '.join(columns)} have the same label, because a "
+            "value contains ':'; replace it in the file"
+        )
     return groups
 
 
 def _sample(name: str, label: str | None, options: ReadOptions, values: Sequence[str]) -> str | None:
-    """Name the sample of a group; never like a row's id, which ends in a range of cells."""
+    """Return the sample of a group.
+
+    Row ids end in a range of cells, such as ":0-1000". A sample whose name has that form gets a ":" at its end, so that
+    the two cannot be equal.
+    """
     if options.sample_id == NO_SAMPLE:
         return None
     if options.sample_id == ONE_A_FILE:
@@ -279,14 +298,14 @@ def _sample(name: str, label: str | None, options: ReadOptions, values: Sequence
 def _positions(piece: Slice, groups: Mapping[str | None, np.ndarray]) -> np.ndarray:
     found = groups.get(piece.group, np.empty(0, np.int64))[piece.start : piece.stop]
     if len(found) != piece.stop - piece.start:
-        raise FileError(f"changed while it was read: row {piece.adata_id} has {len(found)} cells")
+        raise FileError(f"changed while it was read: row {piece.adata_id!r} has {len(found)} cells; run ingest again")
     return found
 
 
 def _check_identity(obs: pd.DataFrame, names: np.ndarray) -> None:
-    """Refuse a table of cells whose rows are not the cells that were asked for."""
+    """Check that obs has exactly the selected cells, so that no embedding is written under another cell's name."""
     if len(obs) != len(names) or (obs.index.to_numpy(object) != names).any():
-        raise FileError(f"obs was read for {len(names)} cells, but returned {len(obs)} rows or other cells")
+        raise FileError(f"obs was read for {len(names)} cells, but {len(obs)} rows or other cells were returned")
 
 
 def _renamed(obs: pd.DataFrame, piece: Slice) -> pd.DataFrame:
@@ -299,7 +318,7 @@ def _renamed(obs: pd.DataFrame, piece: Slice) -> pd.DataFrame:
 
 
 def _genes(file: CountsFile, gene_symbols: str) -> pd.DataFrame:
-    """Read var, named by symbols where asked for; a missing name is empty, and repeated names stay."""
+    """Return var, indexed by `gene_symbols` if given. A missing symbol becomes an empty string; repeated ones stay."""
     var = file.var()
     if not gene_symbols:
         return var

@@ -1,8 +1,8 @@
-"""Checks of an HDF5 file before anything of it is read.
+"""Security checks of an HDF5 file before its content is read.
 
-HDF5 lets a file refer to others: by external raw storage, external links and virtual datasets. A file that somebody
-else wrote could so return the content of any file that this process may read. And a few bytes can declare a dataset of
-any size, for which a reader would allocate memory. Files of counts need none of this, so it is refused.
+An HDF5 file can refer to other files (external storage, external links, virtual datasets), so a malicious file could
+return the content of any file that this process may read. It can also declare a dataset of any size in a few bytes, for
+which a reader would allocate memory. Count files need neither, so both are rejected.
 """
 
 import math
@@ -13,23 +13,23 @@ import h5py
 
 from scgpt_batch.errors import FileError
 
-MAX_OBJECTS = 1_000_000  # of one file; each takes some microseconds to check
-FREE_BYTES = 64 * 2**20  # a dataset may declare this much, whatever it stores
-MAX_RATIO = 1_100  # gzip compresses at most 1,032 times
+MAX_OBJECTS = 1_000_000  # objects per file; checking one takes a few microseconds
+FREE_BYTES = 64 * 2**20  # declared size up to which a dataset is not compared with what it stores
+MAX_RATIO = 1_100  # declared to stored bytes; gzip compresses at most 1,032 times
 
 _HARD = h5py.h5l.TYPE_HARD
 _LINKS = {h5py.h5l.TYPE_SOFT: "a soft link", h5py.h5l.TYPE_EXTERNAL: "a link to another file"}
 
 
 def open_hdf5(path: Path | Any, *, sliced: tuple[str, ...] = ()) -> h5py.File:
-    """Open an HDF5 file for reading after checking it.
+    """Open an HDF5 file for reading, after the security checks.
 
     Parameters
     ----------
     path
         A path, or an open binary file.
     sliced
-        Names of datasets and groups that are read in bounded slices only, so that their declared size does not matter.
+        Names of datasets and groups whose declared size is not checked, because they are only read in bounded slices.
 
     Raises
     ------
@@ -49,42 +49,42 @@ def open_hdf5(path: Path | Any, *, sliced: tuple[str, ...] = ()) -> h5py.File:
 
 
 def check_hdf5(file: h5py.File, *, sliced: tuple[str, ...] = ()) -> None:
-    """Refuse a file that refers to other files, or declares more data than it can contain.
+    """Check that a file does not refer to other files, and declares no more data than it can contain.
 
     Raises
     ------
     FileError
-        Names the object and what is wrong with it.
+        A check failed; the message names the object.
     """
-    seen = 0
+    n_objects = 0
 
-    # both return what is wrong: h5py stops there (an exception from a callback is not always passed on)
-    def link(name: bytes, info: Any) -> str | None:
-        nonlocal seen
-        seen += 1
-        named = repr(name.decode(errors="replace"))
-        if seen > MAX_OBJECTS:
-            return f"contains more than {MAX_OBJECTS:,} objects (at {named})"
+    # Both callbacks return the problem instead of raising: h5py then stops, and does not always pass exceptions on.
+    def check_link(name: bytes, info: Any) -> str | None:
+        nonlocal n_objects
+        n_objects += 1
+        quoted = repr(name.decode(errors="replace"))
+        if n_objects > MAX_OBJECTS:
+            return f"it contains more than {MAX_OBJECTS:,} objects (at {quoted}); export the counts to a new file"
         if info.type != _HARD:
             kind = _LINKS.get(info.type, "a link of an unknown kind")
-            return f"{named} is {kind}, which can point to data outside the file: copy the data into the file"
+            return f"{quoted} is {kind}, which can point to data outside the file: copy the data into the file"
         return None
 
-    def dataset(name: str, node: Any) -> str | None:
+    def check_dataset(name: str, node: Any) -> str | None:
         if not isinstance(node, h5py.Dataset):
             return None
-        return _fault_of(name, node, check_size=not _is_sliced(name, node, sliced))
+        return _problem(name, node, check_size=not _is_sliced(name, node, sliced))
 
-    wrong = file.id.links.visit(link, info=True) or file.visititems(dataset)
-    if wrong:
-        raise FileError(f"refused: {wrong}")
+    problem = file.id.links.visit(check_link, info=True) or file.visititems(check_dataset)
+    if problem:
+        raise FileError(f"rejected for security: {problem}")
 
 
 def _is_sliced(name: str, node: h5py.Dataset, sliced: tuple[str, ...]) -> bool:
     return node.ndim == 2 and any(name == prefix or name.startswith(f"{prefix}/") for prefix in sliced)
 
 
-def _fault_of(name: str, node: h5py.Dataset, *, check_size: bool) -> str | None:
+def _problem(name: str, node: h5py.Dataset, *, check_size: bool) -> str | None:
     creation = node.id.get_create_plist()
     if creation.get_external_count():
         return f"{name!r} stores its values in another file: copy the data into the file"
@@ -95,5 +95,5 @@ def _fault_of(name: str, node: h5py.Dataset, *, check_size: bool) -> str | None:
         declared = max(declared, math.prod(node.chunks) * node.dtype.itemsize)
     stored = node.id.get_storage_size()
     if check_size and declared > max(FREE_BYTES, MAX_RATIO * stored):
-        return f"{name!r} declares {declared / 2**20:,.0f} MB, but stores {stored:,} bytes"
+        return f"{name!r} declares {declared / 2**20:,.0f} MB, but stores only {stored:,} bytes: write the file again"
     return None

@@ -1,18 +1,18 @@
-"""Which matrix of an AnnData file holds the counts: X, raw or a layer."""
+"""Choice of the matrix of an AnnData file that contains the counts: X, raw or a layer."""
 
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from scgpt_batch.errors import ConfigError, FileError
+from scgpt_batch.errors import ConfigError, FileError, listed
 from scgpt_batch.io.annotations import is_array
 
 AUTO = "auto"
-SAMPLED_VALUES = 300_000  # of a matrix, from three places, to tell counts from other values
+SAMPLED_VALUES = 300_000  # values read, from three places of a matrix, to tell counts from other values
 
 
 class StoredMatrix(NamedTuple):
-    """A matrix of a file, and the table of its genes: `home[genes]`."""
+    """A matrix of a file. The table of its genes is `home[genes]`."""
 
     node: Any
     home: Any
@@ -20,7 +20,7 @@ class StoredMatrix(NamedTuple):
 
 
 def stored_matrices(group: Any) -> dict[str, StoredMatrix]:
-    """List the matrices of an AnnData group by name, in the order in which counts are looked for."""
+    """Return the matrices of an AnnData group by name, in the order in which they are searched for counts."""
     found = {}
     if "X" in group and _is_matrix(group["X"]):
         found["X"] = StoredMatrix(group["X"], group, "var")
@@ -42,22 +42,29 @@ def stored_matrices(group: Any) -> dict[str, StoredMatrix]:
 
 
 def choose_layer(group: Any, wanted: str) -> tuple[str, str]:
-    """Choose the matrix to read: its name, and the reason for a person to read.
+    """Return the name of the matrix to read, and the reason for the choice in words.
+
+    Parameters
+    ----------
+    group
+        An AnnData group.
+    wanted
+        "X", "raw", the name of a layer, or "auto": the first matrix with counts, else the first without negative
+        values.
 
     Raises
     ------
     ConfigError
-        There is no such matrix, or (`auto`) each contains negative values.
+        There is no such matrix, or `wanted` is "auto" and all matrices contain negative values.
     FileError
-        The file has no matrix at all.
+        The file has no matrix.
     """
     matrices = stored_matrices(group)
     if not matrices:
-        members = ", ".join(sorted(group)) or "nothing"
-        raise FileError(f"there is no X, raw or layer: it contains {members}")
+        raise FileError(f"there is no X, raw or layer; the file has only {listed(sorted(group))}")
     if wanted != AUTO:
         if wanted not in matrices:
-            raise ConfigError(f"there is no layer {wanted!r}; --layer can be {', '.join(matrices)} or auto")
+            raise ConfigError(f"there is no layer {wanted!r}; set --layer to auto or one of {listed(matrices, wanted)}")
         return wanted, "as set by --layer"
     kinds: dict[str, str] = {}
     for name, matrix in matrices.items():
@@ -67,15 +74,15 @@ def choose_layer(group: Any, wanted: str) -> tuple[str, str]:
             return name, f"it contains counts (whole numbers){others}"
     for name, kind in kinds.items():
         if kind == "fractions":
-            return name, f"no matrix contains counts: {_listed(kinds)}. These values look normalised"
+            return name, f"no matrix contains counts: {_described(kinds)}. These values look normalised"
     raise ConfigError(
-        f"no matrix contains counts: {_listed(kinds)}. Negative values are scaled and cannot be embedded; add the "
-        "counts to the file as a layer and name it with --layer"
+        f"no matrix contains counts: {_described(kinds)}. Scaled values cannot be embedded; add the counts to the file "
+        "as a layer and name it with --layer"
     )
 
 
 def kind_of_values(node: Any) -> str:
-    """Tell by a bounded sample whether a matrix contains "counts", "fractions" or "negative values"."""
+    """Return "counts", "fractions" or "negative values", judged by a bounded sample of a matrix."""
     values = _sample(node)
     if not values.size:
         return "counts"
@@ -89,7 +96,7 @@ def kind_of_values(node: Any) -> str:
 
 
 def _is_matrix(node: Any) -> bool:
-    """Tell whether X is there: newer anndata stores its absence as a null."""
+    """Return whether a node is a matrix; newer versions of anndata store a missing X as a null."""
     return node.attrs.get("encoding-type") != "null" and (not is_array(node) or len(node.shape) == 2)
 
 
@@ -104,5 +111,5 @@ def _sample(node: Any) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def _listed(kinds: dict[str, str]) -> str:
+def _described(kinds: dict[str, str]) -> str:
     return ", ".join(f"{name} contains {kind}" for name, kind in kinds.items())

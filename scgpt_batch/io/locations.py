@@ -1,4 +1,4 @@
-"""Where files of counts are: paths, globs and URIs; their readable names; and what tells that one has changed."""
+"""Locations of input files: paths, globs and URIs, readable names for them, and fingerprints that detect changes."""
 
 import glob
 import os
@@ -10,7 +10,7 @@ from typing import Any
 
 from scgpt_batch.errors import ConfigError
 
-HEAD_BYTES = 65_536  # of a file, hashed to tell that it has changed
+HEAD_BYTES = 65_536  # bytes at the start of a file that go into its fingerprint
 SUFFIXES = (".zarr.zip", ".h5ad", ".h5mu", ".hdf5", ".h5", ".zarr", ".zip", ".mtx.gz", ".mtx")
 PACKAGES = {
     "s3": "s3fs",
@@ -27,12 +27,16 @@ _METADATA = (".zmetadata", "zarr.json", ".zattrs", ".zgroup")
 
 
 def is_remote(source: str) -> bool:
-    """Tell whether a source is a URI rather than a path."""
+    """Return whether a source is a URI rather than a local path."""
     return "://" in source
 
 
 def canonical(given: str) -> str:
-    """Return a path as this machine sees it: of `file://`, `dbfs:/` and `~`; other URIs stay as they are."""
+    """Return the local path for `file://`, `dbfs:/` and `~`; other URIs are returned unchanged.
+
+    >>> canonical("dbfs:/Volumes/main/lab/pbmc.h5ad")
+    '/Volumes/main/lab/pbmc.h5ad'
+    """
     if given.startswith("file:"):
         plain = given.removeprefix("file:")
         return "/" + plain.lstrip("/") if plain.startswith("/") else plain
@@ -43,12 +47,12 @@ def canonical(given: str) -> str:
 
 
 def find_sources(patterns: Sequence[str]) -> list[str]:
-    """Resolve paths, globs and URIs to files and folders; one that is named twice counts once.
+    """Return the files and folders that paths, globs and URIs refer to, each once.
 
     Raises
     ------
     ConfigError
-        There is nothing of this name, or its file system needs a package.
+        A pattern matches nothing, or reading it requires a package that is not installed.
     """
     found: dict[str, str] = {}
     for pattern in patterns:
@@ -66,7 +70,7 @@ def _matches(pattern: str) -> list[str]:
         sources = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern))  # noqa: PTH207  # absolute too
         sources = [str(Path(name).absolute()) for name in sources]
     if not sources:
-        raise ConfigError(f"no file {pattern}")
+        raise ConfigError(f"no file matches {pattern}; check the path and that this machine can read it")
     return sources
 
 
@@ -77,14 +81,14 @@ def _file_system(url: str) -> tuple[Any, str]:
     protocol = url.split("://", 1)[0]
     try:
         return fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as exc:  # a ValueError where fsspec does not know the protocol
+    except (ImportError, ValueError) as exc:  # fsspec raises ValueError for an unknown protocol
         if package := PACKAGES.get(protocol):
-            raise ConfigError(f"{url}: reading {protocol}:// needs another package: pip install {package}") from exc
+            raise ConfigError(f"{url}: reading {protocol}:// needs a package: pip install {package}") from exc
         raise ConfigError(f"{url}: {exc}") from exc
 
 
 def is_folder(source: str) -> bool:
-    """Tell whether a source is a folder."""
+    """Return whether a source is a folder."""
     if is_remote(source):
         system, path = _file_system(source)
         return bool(system.isdir(path))
@@ -92,7 +96,7 @@ def is_folder(source: str) -> bool:
 
 
 def list_folder(source: str) -> list[str]:
-    """Return the names in a folder."""
+    """Return the names of the files and folders in a folder."""
     if is_remote(source):
         system, path = _file_system(source)
         return [name.rstrip("/").rsplit("/", 1)[-1] for name in system.ls(path, detail=False)]
@@ -100,7 +104,7 @@ def list_folder(source: str) -> list[str]:
 
 
 def open_binary(source: str) -> Any:
-    """Open a file for reading bytes at any place."""
+    """Open a file for reading bytes, with random access."""
     if is_remote(source):
         system, path = _file_system(source)
         return system.open(path, "rb")
@@ -116,7 +120,11 @@ def size_of(source: str) -> int:
 
 
 def stem(source: str) -> str:
-    """Return the last part of a path or URI, without the suffix of a file of counts."""
+    """Return the last part of a path or URI, without the suffix of a supported format.
+
+    >>> stem("s3://lab/runs/pbmc.zarr.zip")
+    'pbmc'
+    """
     return _without_suffix(source.rstrip("/").rsplit("/", 1)[-1])
 
 
@@ -132,33 +140,33 @@ def name_sources(
     id_from: str = "name",
     known: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """Give each source a readable name that no other has, from which the ids of its rows are made.
+    """Return a unique readable name for each source; the ids of its rows start with it.
 
-    A name is the file's stem; where that is taken, as many of its folders are put before it as are needed. A source
-    keeps the name that its rows in the table have.
+    The name is the file's stem, preceded by as many of its folders as make it unique. A source that is already in the
+    table keeps its name.
 
     Parameters
     ----------
     sources
         Files to name.
     id_from
-        The shortest name: the stem ("name"), folder and stem ("parent"), or the whole path ("path").
+        The shortest possible name: the stem ("name"), folder and stem ("parent"), or the whole path ("path").
     known
-        Names in the table: of each source, these and others.
+        Names of the sources that are already in the table.
     """
     known = known or {}
     named = {source: name for source in sources if (name := known.get(source)) in candidates(source, id_from)}
     taken = {name for source, name in known.items() if source not in sources or source in named}
-    open_ones = {source: candidates(source, id_from) for source in sources if source not in named}
-    times = Counter(name for names in open_ones.values() for name in names)
-    for source, names in open_ones.items():
-        free = (name for name in names if times[name] == 1 and name not in taken)
+    unnamed = {source: candidates(source, id_from) for source in sources if source not in named}
+    uses = Counter(name for names in unnamed.values() for name in names)
+    for source, names in unnamed.items():
+        free = (name for name in names if uses[name] == 1 and name not in taken)
         named[source] = next(free, source)
     return {source: named[source] for source in sources}
 
 
 def candidates(source: str, id_from: str = "name") -> list[str]:
-    """List the names of a source from the shortest on: first without its suffix, then with it."""
+    """Return the possible names of a source, shortest first; names without its suffix precede those with it."""
     head, _, last = source.rstrip("/").rpartition("/")
     folders = head.split("/") if head else []
     first = {"name": 0, "parent": min(1, len(folders)), "path": len(folders)}[id_from]
@@ -170,7 +178,7 @@ def candidates(source: str, id_from: str = "name") -> list[str]:
 
 
 def fingerprint(source: str) -> str:
-    """Say by size, time and the hash of its start what a file or folder is, without reading all of it."""
+    """Return a fingerprint of a file or folder, from sizes, times and the start of files, without reading all of it."""
     digest = blake2b(digest_size=16)
     if is_remote(source):
         system, path = _file_system(source)

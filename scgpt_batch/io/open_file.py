@@ -1,4 +1,4 @@
-"""Open any supported file of counts by what it contains; refuse others by name, with what to do."""
+"""Opening count files of any supported format; for other formats, errors that say how to convert them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,26 +17,26 @@ from scgpt_batch.io.tenx import MATRIX_FILE, TenXFolder, TenXH5, tenx_files, ten
 
 CountsFile = AnnDataFile | TenXH5 | TenXFolder
 
-# read in slices of cells, so that their declared size allocates nothing
+# these are read in slices of cells, so a wrong declared size does not allocate memory
 _SLICED = ("X", "layers", "raw/X", "raw.X", "mod", "tables")
 _HDF5 = (".h5ad", ".h5", ".hdf5", ".h5mu")
 _ZARR_MARKS = {".zgroup", "zarr.json", ".zmetadata"}
 _UNSUPPORTED = {
     ".loom": "convert it: anndata.io.read_loom(...).write_h5ad(...)",
     ".h5seurat": "convert it in R: SeuratDisk::Convert(..., dest = 'h5ad')",
-    ".rds": "convert it in R, such as by zellkonverter::writeH5AD",
+    ".rds": "convert it in R, e.g. with zellkonverter::writeH5AD",
     ".csv": "convert it: anndata.io.read_csv(...).write_h5ad(...)",
 }
 
 
 @contextmanager
 def open_counts(source: str, layer: str = AUTO) -> Iterator[CountsFile]:
-    """Open a file of counts, whichever format it has.
+    """Open a count file of any supported format, as a context manager.
 
     Parameters
     ----------
     source
-        A path or URI, as `find_sources` returns it.
+        A path or URI, as returned by `find_sources`.
     layer
         The matrix to read: "X", "raw", the name of a layer, or "auto" (the first that contains counts).
 
@@ -46,6 +46,11 @@ def open_counts(source: str, layer: str = AUTO) -> Iterator[CountsFile]:
         The format is not supported, or there is no such layer.
     FileError
         The file cannot be read.
+
+    Examples
+    --------
+    >>> with open_counts("pbmc3k.h5ad") as file:
+    ...     print(file.n_obs, file.layer, file.columns("obs"))
     """
     with named_errors(source):
         if _is_mtx(source):
@@ -62,7 +67,7 @@ def open_counts(source: str, layer: str = AUTO) -> Iterator[CountsFile]:
 
 @contextmanager
 def named_errors(source: str) -> Iterator[None]:
-    """Raise what any library raises about a file as a FileError that names it."""
+    """Convert exceptions about a file into a FileError (or ConfigError) whose message starts with the file."""
     try:
         yield
     except MemoryError:
@@ -72,12 +77,12 @@ def named_errors(source: str) -> Iterator[None]:
             raise
         kind = type(exc) if isinstance(exc, (ConfigError, FileError)) else FileError
         raise kind(f"{source}: {exc}") from exc
-    except Exception as exc:  # h5py, zarr, scipy and anndata raise many types for one fact
+    except Exception as exc:  # h5py, zarr, scipy and anndata raise many exception types for damaged files
         raise FileError(f"{source}: cannot be read: {type(exc).__name__}: {exc}") from exc
 
 
 def source_fingerprint(source: str) -> str:
-    """Say what a file is by size, time and the hash of its start; of a text matrix, with the files beside it."""
+    """Return a fingerprint that changes when the file changes; of a 10x text matrix, of all its files."""
     with named_errors(source):
         if MATRIX_FILE.fullmatch(_last(source)) and not is_folder(source):
             return " ".join(map(fingerprint, _tenx_files(source).values()))
@@ -90,7 +95,7 @@ def _open_store(source: str) -> Any:
         return _open_zarr(source)
     if lower.endswith(".zip"):
         if is_remote(source):
-            raise ConfigError("a zip file cannot be read from there: copy it to a folder or a volume, or unpack it")
+            raise ConfigError("a remote .zip file is not supported: unpack it, or copy it to a local folder or volume")
         return zarr.open_group(zarr.storage.ZipStore(source, mode="r"), mode="r")
     if not lower.endswith(_HDF5):
         raise ConfigError(_unsupported(source))
@@ -98,7 +103,11 @@ def _open_store(source: str) -> Any:
 
 
 def _open_zarr(source: str) -> Any:
-    """Open a zarr store; of a SpatialData store whose table has another zarr format than the rest, the table."""
+    """Open a zarr store.
+
+    If the table of a SpatialData store has another zarr format than the store, the store seems to have no tables. The
+    table is then opened directly.
+    """
     root: Any = zarr.open_group(source, mode="r")
     for folder in TABLES:
         if folder in root and not list(root[folder]):
@@ -126,8 +135,8 @@ def _last(source: str) -> str:
 def _unsupported(source: str) -> str:
     lower = source.lower()
     if lower.endswith(".gz"):
-        return "compressed files are not supported: unpack it first, with gunzip"
+        return "a gzip-compressed file is not supported: unpack it first, with gunzip"
     for suffix, how in _UNSUPPORTED.items():
         if lower.endswith(suffix):
             return f"{suffix} is not supported: {how}"
-    return "is not a .h5ad, .h5mu, .zarr, .zarr.zip, 10x .h5 or 10x mtx folder"
+    return "the format is not supported: use .h5ad, .h5mu, .zarr, .zarr.zip, 10x .h5 or a 10x mtx folder"

@@ -1,4 +1,4 @@
-"""Rows of a stored CSR matrix, and number types that scipy can compute with."""
+"""Reading rows of a stored CSR matrix, and conversion to number types that scipy supports."""
 
 from typing import Any
 
@@ -7,30 +7,39 @@ import scipy.sparse as sp
 
 from scgpt_batch.errors import FileError
 
-MAX_GAP = 8  # rows between two wanted ones that are read with them: one read takes as long as some of these
+MAX_GAP = 8  # selected rows at most this far apart are read together, which is faster than a read for each
 
 
 def native(values: np.ndarray) -> np.ndarray:
-    """Return the same numbers in this machine's byte order; half precision as float32, which holds them exactly."""
+    """Return the values in the machine's byte order, and float16 as float32, which represents them exactly."""
     if values.dtype == np.float16:
         return values.astype(np.float32)
     return values.astype(values.dtype.newbyteorder("="), copy=False)
 
 
 def csr_rows(group: Any, positions: np.ndarray, n_columns: int) -> sp.csr_matrix:
-    """Read rows (in ascending order) of a matrix stored as data, indices and indptr.
+    """Return rows of a matrix that is stored as data, indices and indptr.
+
+    Parameters
+    ----------
+    group
+        Group of an HDF5 file or zarr store with the three arrays.
+    positions
+        Rows to read, ascending.
+    n_columns
+        Number of columns of the matrix.
 
     Raises
     ------
     FileError
-        The three arrays do not fit each other.
+        The three arrays are inconsistent.
     """
     if not len(positions):
         return sp.csr_matrix((0, n_columns), dtype=native(np.empty(0, group["data"].dtype)).dtype)
     base = int(positions[0])
     ends = np.asarray(group["indptr"][base : int(positions[-1]) + 2]).astype(np.int64)
     if len(ends) != positions[-1] - base + 2 or (np.diff(ends) < 0).any() or (np.diff(ends) > n_columns).any():
-        raise FileError("indptr of the matrix does not fit its shape")
+        raise FileError("indptr does not match the shape of the matrix; the file is damaged, write it again")
     runs = np.split(positions, np.flatnonzero(np.diff(positions) > MAX_GAP) + 1)
     parts = [_run(group, run, ends[run[0] - base : run[-1] - base + 2], n_columns) for run in runs]
     return sp.vstack(parts, format="csr") if len(parts) > 1 else parts[0]
@@ -48,12 +57,12 @@ def _run(group: Any, run: np.ndarray, ends: np.ndarray, n_columns: int) -> sp.cs
 
 
 def checked_csr(data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, shape: tuple[int, int]) -> sp.csr_matrix:
-    """Build a CSR matrix of arrays that a file contains.
+    """Return a CSR matrix made of arrays from a file.
 
     Raises
     ------
     FileError
-        They do not fit each other.
+        The arrays are inconsistent.
     """
     if indices.dtype.kind != "i":
         indices = indices.astype(np.int64)
@@ -61,5 +70,5 @@ def checked_csr(data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, shape
         matrix = sp.csr_matrix((native(data), native(indices), indptr), shape)
         matrix.check_format(full_check=True)
     except ValueError as exc:
-        raise FileError(f"data, indices and indptr of the matrix do not fit: {exc}") from exc
+        raise FileError(f"data, indices and indptr of the matrix are inconsistent: {exc}; write the file anew") from exc
     return matrix

@@ -43,7 +43,7 @@ class IsolatedReader(RowReader):
         process = self._places.get()
         try:
             process = process or ChildProcess(self._start)
-            return process.ask((row, parameters, args, kwargs), self._seconds)
+            return process.run((row, parameters, args, kwargs), self._seconds)
         except (WorkerCrash, Timeout):
             process = None
             raise

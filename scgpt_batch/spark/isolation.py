@@ -40,7 +40,7 @@ def results_alone(
             process = process or ChildProcess(work)
             result: Result | RowError
             try:
-                result = process.ask(row, seconds)
+                result = process.run(row, seconds)
             except WorkerCrash as exc:
                 process, result = None, exc
             except Timeout as exc:

@@ -352,7 +352,9 @@ def test_native_crash_fails_one_request(registered, tmp_path):
     with EndpointProcess(registered.uri, tmp_path, path=crashing) as endpoint:
         for _ in range(2):  # one crash, and one in the process that follows it
             message = refusal(endpoint.post({"dataframe_records": [payload(few)], "params": fit}), 500)
-            assert message == "row 0: the process died with the row, alone in it: signal 11"
+            assert (
+                message == "row 0: the process that computed only this row crashed (signal 11); check or split the row"
+            )
         recorded, well = ask(endpoint, few, row(n_obs=200), on_error="record", **fit)
         assert recorded["error"].startswith("WorkerCrash") and well["error"] is None and well["genes"]
         assert endpoint.stop()[0] == 0
@@ -436,7 +438,9 @@ def test_client_halves_too_large_requests(guarded, monkeypatch):
 def test_client_splits_only_independent_cells(endpoint):
     adata = random_adata(50, len(GENES), genes=GENES)
     assert len(client.embed(adata, endpoint.url, progress=False, request_bytes=3000, **CELLS)) == 50
-    with pytest.raises(PartsFailed, match=r"50 of 50 cells have no answer.*cannot be sent apart .*batch job"):
+    with pytest.raises(
+        PartsFailed, match=r"50 of 50 cells have no embedding.*can only be split in mode 'cell'.*batch job"
+    ):
         client.embed(adata, endpoint.url, progress=False, request_bytes=3000, mode="static")
 
 
@@ -451,7 +455,7 @@ def test_client_passes_on_model_warnings(endpoint):
 
 def test_client_raises_on_low_coverage(endpoint):
     adata = random_adata(6, len(GENES), genes=[GENES[0], *(f"Mouse{i}" for i in range(30))])
-    with pytest.raises(PartsFailed, match=r"6 of 6 cells have no answer.*1 of 31 gene names"):
+    with pytest.raises(PartsFailed, match=r"6 of 6 cells have no embedding.*1 of 31 gene names"):
         client.embed(adata, endpoint.url, progress=False, **CELLS)
 
 
@@ -470,7 +474,7 @@ def test_client_rejects_unknown_parameters(endpoint):
         client.embed(adata, endpoint.url, mod="cell")
     with pytest.raises(ConfigError, match="obs has no column 'plate'"):
         client.embed(adata, endpoint.url, mode="contextual", group_by="plate")
-    with pytest.raises(ConfigError, match="no endpoint"):
+    with pytest.raises(ConfigError, match="not the URL of an endpoint"):
         client.embed(adata, "localhost:5000")
 
 
@@ -512,7 +516,7 @@ def test_client_retries_without_losing_cells(monkeypatch):
     monkeypatch.setattr(client, "CELLS", 2)
     monkeypatch.setenv("DATABRICKS_TOKEN", "d-token")
     url = f"http://127.0.0.1:{server.server_port}/serving-endpoints/scgpt"
-    with pytest.raises(PartsFailed, match=r"2 of 7 cells have no answer.*cells 2 to 3: HTTP 400: no") as caught:
+    with pytest.raises(PartsFailed, match=r"2 of 7 cells have no embedding.*cells 2 to 3: HTTP 400: no") as caught:
         client.embed(random_adata(7, 5), url, progress=False, concurrency=1, **CELLS)
     server.shutdown()
     (failure,) = caught.value.failures

@@ -51,14 +51,14 @@ HOSTILE = {
     "deep var": (lambda row: {"adata_var": '{"columns":' * 1_000_000}, "adata_var is not JSON: maximum recursion"),
     "huge number": (lambda row: {"adata_obs": labels(0).replace("0", "9" * 1_000_000)}, "adata_obs is not JSON"),
     "indptr beyond data": (lambda row: {"x_indptr": [0, 1, 2, 2**40]}, "x_indptr ends at 1099511627776, x_data has"),
-    "indptr negative": (lambda row: {"x_indptr": [0, -(2**40), 2, 3]}, "x_indptr must start at 0 and never fall"),
+    "indptr negative": (lambda row: {"x_indptr": [0, -(2**40), 2, 3]}, "x_indptr must start at 0 and never decrease"),
     "indptr overflowing": (
         lambda row: {
             "x_indptr": [0, 2**63 - 1, -(2**63), -1, len(row["x_data"])],
             "adata_obs": split(["a", "b", "c", "d"], donor=["d"] * 4),
             "n_obs": 4,
         },
-        "x_indptr must start at 0 and never fall",
+        "x_indptr must start at 0 and never decrease",
     ),
     "indices beyond genes": (
         lambda row: {"x_indices": [*row["x_indices"][:-1], 2**31 - 1]},
@@ -70,7 +70,7 @@ HOSTILE = {
     "n_obs negative": (lambda row: {"n_obs": -(2**31)}, "n_obs says -2147483648, but adata_obs has 3 rows"),
     "n_obs huge": (lambda row: {"n_obs": 2**31 - 1}, "n_obs says 2147483647, but adata_obs has 3 rows"),
     "n_vars negative": (lambda row: {"n_vars": -1}, "n_vars says -1, but adata_var has 40 rows"),
-    "n_vars huge": (lambda row: {"n_vars": 2**31 - 1}, "n_vars says 2147483647, but adata_var has 40 rows"),
+    "n_vars huge": (lambda row: {"n_vars": 2**31 - 1}, "n_vars is 2147483647, but adata_var has 40 rows"),
     "long cell name": (
         lambda row: {"adata_obs": split(["a", "b", LONG], donor=["d"] * 3)},
         "adata_obs contains a name of 10,000,000 characters ('xxx",

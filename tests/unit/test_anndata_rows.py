@@ -261,87 +261,96 @@ def test_small_rows_are_good():
 
 DAMAGE = {
     # the CSR columns
-    "index too large": (small_row(x_indices=[0, 3, 1]), "x_indices holds 3, adata_var has genes 0 to 2"),
-    "index negative": (small_row(x_indices=[0, 2, -1]), "x_indices holds -1"),
-    "index beyond int64": (small_row(x_indices=[0, 2, 2**63]), "x_indices .* huge"),
-    "index beyond int64, unsigned": (small_row(x_indices=np.array([0, 2, 2**63], np.uint64)), "x_indices .* huge"),
-    "index beyond float64": (small_row(x_indices=[0, 2, 10**400]), "x_indices holds what is no number"),
-    "index fractional": (small_row(x_indices=[0, 1.5, 1]), "x_indices holds .*fractions"),
-    "index NaN": (small_row(x_indices=[0, float("nan"), 1]), "x_indices holds NaN"),
-    "index null": (small_row(x_indices=[0, None, 1]), "x_indices holds 1 nulls"),
-    "index text": (small_row(x_indices=["0", "2", "1"]), "x_indices holds what is no number"),
-    "gene twice in a cell": (small_row(x_indices=[2, 2, 1]), "x_indices names a gene twice"),
-    "indptr falls": (small_row(x_indptr=[0, 4, 3]), "x_indptr must start at 0 and never fall"),
-    "indptr falls, unsigned": (small_row(x_indptr=np.array([0, 4, 3], np.uint64)), "x_indptr .*never fall"),
+    "index too large": (small_row(x_indices=[0, 3, 1]), "x_indices contains 3, but the genes of adata_var are 0 to 2"),
+    "index negative": (small_row(x_indices=[0, 2, -1]), "x_indices contains -1"),
+    "index beyond int64": (small_row(x_indices=[0, 2, 2**63]), "x_indices .* whole numbers below 2\^53"),
+    "index beyond int64, unsigned": (
+        small_row(x_indices=np.array([0, 2, 2**63], np.uint64)),
+        "x_indices .* whole numbers below 2\^53",
+    ),
+    "index beyond float64": (small_row(x_indices=[0, 2, 10**400]), "x_indices must contain numbers"),
+    "index fractional": (small_row(x_indices=[0, 1.5, 1]), "x_indices must contain .*fractions"),
+    "index NaN": (small_row(x_indices=[0, float("nan"), 1]), "x_indices must contain whole numbers .*NaN"),
+    "index null": (small_row(x_indices=[0, None, 1]), "x_indices contains 1 nulls"),
+    "index text": (small_row(x_indices=["0", "2", "1"]), "x_indices must contain numbers"),
+    "gene twice in a cell": (small_row(x_indices=[2, 2, 1]), "x_indices contains the same gene twice"),
+    "indptr falls": (small_row(x_indptr=[0, 4, 3]), "x_indptr must start at 0 and never decrease"),
+    "indptr falls, unsigned": (small_row(x_indptr=np.array([0, 4, 3], np.uint64)), "x_indptr .*never decrease"),
     "indptr falls, int8": (
         small_row(x_indptr=np.array([0, 100, -100, 3], np.int8), adata_obs=table(["a", "b", "c"])),
-        "x_indptr .*never fall",
+        "x_indptr .*never decrease",
     ),
     "indptr with overflowing differences": (
         small_row(x_indptr=[0, 2**63 - 1, -(2**63), -1, 3], adata_obs=table(["a", "b", "c", "d"])),
-        "x_indptr .*never fall",
+        "x_indptr .*never decrease",
     ),
     "indptr starts late": (small_row(x_indptr=[1, 2, 3]), "x_indptr must start at 0"),
-    "indptr ends early": (small_row(x_indptr=[0, 1, 2]), "x_indptr ends at 2, x_data has 3 values"),
+    "indptr ends early": (small_row(x_indptr=[0, 1, 2]), "x_indptr ends at 2, but x_data has 3 values"),
     "indptr ends late": (small_row(x_indptr=[0, 2, 4]), "x_indptr ends at 4"),
-    "indptr short": (small_row(x_indptr=[0, 3]), "x_indptr has 2 entries, 2 cells in adata_obs want 3"),
+    "indptr short": (small_row(x_indptr=[0, 3]), "x_indptr has 2 entries, but 2 cells in adata_obs need 3"),
     "indptr long": (small_row(x_indptr=[0, 2, 3, 3]), "x_indptr has 4 entries"),
     "indptr empty": (small_row(x_indptr=[]), "x_indptr has 0 entries"),
-    "data short": (small_row(x_data=[1, 2]), "x_data has 2 values, x_indices 3"),
-    "indices short": (small_row(x_indices=[0, 2]), "x_data has 3 values, x_indices 2"),
+    "data short": (small_row(x_data=[1, 2]), "x_data has 2 values, but x_indices has 3"),
+    "indices short": (small_row(x_indices=[0, 2]), "x_data has 3 values, but x_indices has 2"),
     "data NaN": (small_row(x_data=[1, float("nan"), 3]), "x_data contains NaN .*cell 0, gene 'g2'"),
     "data infinite": (small_row(x_data=[1, 2, float("inf")]), "x_data contains .*infinity .*cell 1, gene 'g1'"),
-    "data beyond float64": (small_row(x_data=[1, 2, 10**400]), "x_data holds what is no number"),
+    "data beyond float64": (small_row(x_data=[1, 2, 10**400]), "x_data must contain numbers"),
     "data negative": (small_row(x_data=[1, 2, -3]), "x_data contains negative values \\(first: cell 1, gene 'g1'\\)"),
-    "data null": (small_row(x_data=[1, None, 3]), "x_data holds 1 nulls"),
-    "data text": (small_row(x_data=["1", "2", "3"]), "x_data holds what is no number"),
-    "data bools": (small_row(x_data=[True, False, True]), "x_data holds what is no number"),
-    "data bools among numbers": (small_row(x_data=[True, 2**70, 3]), "x_data holds .* bool"),
-    "data complex": (small_row(x_data=[1j, 2, 3]), "x_data holds what is no number"),
-    "data dates": (small_row(x_data=np.array([1, 2, 3], "M8[D]")), "x_data holds what is no number"),
+    "data null": (small_row(x_data=[1, None, 3]), "x_data contains 1 nulls"),
+    "data text": (small_row(x_data=["1", "2", "3"]), "x_data must contain numbers"),
+    "data bools": (small_row(x_data=[True, False, True]), "x_data must contain numbers"),
+    "data bools among numbers": (small_row(x_data=[True, 2**70, 3]), "x_data must contain numbers.* bool"),
+    "data complex": (small_row(x_data=[1j, 2, 3]), "x_data must contain numbers"),
+    "data dates": (small_row(x_data=np.array([1, 2, 3], "M8[D]")), "x_data must contain numbers"),
     "data nested": (small_row(x_data=[[1], [2], [3]]), "x_data must be a flat list"),
-    "data ragged": (small_row(x_data=[[1], [2, 3]]), "x_data is ragged"),
+    "data ragged": (small_row(x_data=[[1], [2, 3]]), "x_data contains lists of different lengths"),
     "data a string": (small_row(x_data="123"), "x_data must be a flat list"),
     "data an object": (small_row(x_data={"0": 1}), "x_data must be a flat list"),
     # dense
-    "dense ragged": (small_dense([[1, 0, 2], [0, 3]]), "adata_sparsematrix: cell 1 has 2 values, adata_var 3"),
-    "dense cell too few": (small_dense([[1, 0, 2]]), "adata_sparsematrix has 1 cells, adata_obs 2"),
+    "dense ragged": (small_dense([[1, 0, 2], [0, 3]]), "adata_sparsematrix: cell 1 has 2 values, but adata_var has 3"),
+    "dense cell too few": (small_dense([[1, 0, 2]]), "adata_sparsematrix has 1 cells, but adata_obs has 2"),
     "dense flat": (small_dense([1, 2]), "adata_sparsematrix: cell 0 must be a flat list"),
     "dense too deep": (small_dense([[[1], [0], [2]]] * 2), "adata_sparsematrix: cell 0 must be a flat list"),
-    "dense null": (small_dense([[1, None, 2], [0, 3, 0]]), "adata_sparsematrix: cell 0 holds 1 nulls"),
+    "dense null": (small_dense([[1, None, 2], [0, 3, 0]]), "adata_sparsematrix: cell 0 contains 1 nulls"),
     "dense null cell": (small_dense([[1, 0, 2], None]), "adata_sparsematrix: cell 1 must be a flat list"),
-    "dense text": (small_dense([["1", "0", "2"], [0, 3, 0]]), "adata_sparsematrix: cell 0 holds what is no number"),
+    "dense text": (small_dense([["1", "0", "2"], [0, 3, 0]]), "adata_sparsematrix: cell 0 must contain numbers"),
     "dense NaN": (small_dense([[1, 0, 2], [0, float("nan"), 0]]), "sparsematrix contains NaN .*cell 1, gene 'g1'"),
     "dense infinite": (small_dense([[float("inf"), 0, 2], [0, 3, 0]]), "adata_sparsematrix contains .*infinity"),
     "dense negative": (small_dense([[1, 0, -2], [0, 3, 0]]), "sparsematrix contains negative .*cell 0, gene 'g2'"),
     "dense a number": (small_dense(np.array(1.0)), "adata_sparsematrix must be a list of lists"),
     "dense a string": (small_dense("[[1]]"), "adata_sparsematrix must be a list of lists, not str"),
-    "scipy of another shape": (small_dense(sp.csr_matrix((3, 2))), r"adata_sparsematrix is \(3, 2\)"),
-    "scipy index too large": (small_scipy(indices=[0, 2, 9]), "x_indices holds 9"),
-    "scipy indptr falls": (small_scipy(indptr=[0, 9, 3]), "x_indptr .*never fall"),
-    "scipy complex": (small_dense(sp.csr_matrix(np.array(SMALL) * 1j)), "x_data holds what is no number"),
+    "scipy of another shape": (small_dense(sp.csr_matrix((3, 2))), r"adata_sparsematrix has the shape \(3, 2\)"),
+    "scipy index too large": (small_scipy(indices=[0, 2, 9]), "x_indices contains 9"),
+    "scipy indptr falls": (small_scipy(indptr=[0, 9, 3]), "x_indptr .*never decrease"),
+    "scipy complex": (small_dense(sp.csr_matrix(np.array(SMALL) * 1j)), "x_data must contain numbers"),
     # which matrix
     "no matrix": (TABLES, "no matrix: x_data, x_indices, x_indptr and adata_sparsematrix are null"),
     "half a matrix": (small_row(x_indptr=None), "no matrix: x_indptr"),
     "two matrices": (small_row(adata_sparsematrix=SMALL), "adata_sparsematrix and x_data, .* are both given"),
     # what the row says of itself
-    "n_obs disagrees": (small_row(n_obs=3), "n_obs says 3, but adata_obs has 2 rows"),
-    "n_vars disagrees": (small_row(n_vars=2), "n_vars says 2, but adata_var has 3 rows"),
-    "n_obs a string": (small_row(n_obs="2"), "n_obs says '2'"),
-    "n_obs a list": (small_row(n_obs=np.array([2, 2])), "n_obs says"),
-    "x_dtype unknown": (small_row(x_dtype="float12"), "x_dtype is 'float12', none of"),
+    "n_obs disagrees": (small_row(n_obs=3), "n_obs is 3, but adata_obs has 2 rows"),
+    "n_vars disagrees": (small_row(n_vars=2), "n_vars is 2, but adata_var has 3 rows"),
+    "n_obs a string": (small_row(n_obs="2"), "n_obs is '2'"),
+    "n_obs a list": (small_row(n_obs=np.array([2, 2])), "n_obs is array"),
+    "x_dtype unknown": (small_row(x_dtype="float12"), "x_dtype is 'float12', but must be one of"),
     "x_dtype no number": (small_row(x_dtype="str"), "x_dtype is 'str'"),
     "x_dtype no name": (small_row(x_dtype=["int32"]), "x_dtype is"),
-    "x_dtype cuts fractions": (small_row(x_data=[1, 2.5, 3], x_dtype="int32"), r"x_dtype says int32, .*2\.5"),
-    "x_dtype overflows": (small_row(x_data=[1, 200, 3], x_dtype="int8"), r"x_dtype says int8, .*200"),
-    "x_dtype overflows float32": (small_row(x_data=[1e300, 2, 3], x_dtype="float32"), "x_data .* beyond float32"),
+    "x_dtype cuts fractions": (small_row(x_data=[1, 2.5, 3], x_dtype="int32"), r"x_dtype is int32, .*2\.5"),
+    "x_dtype overflows": (small_row(x_data=[1, 200, 3], x_dtype="int8"), r"x_dtype is int8, .*200"),
+    "x_dtype overflows float32": (
+        small_row(x_data=[1e300, 2, 3], x_dtype="float32"),
+        "x_data .* outside the range of float32",
+    ),
     # obs and var
-    "obs missing": (small_row(adata_obs=None), "adata_obs is null: the row needs its table of cells"),
-    "var missing": (small_row(adata_var=None), "adata_var is null: the row needs its table of genes"),
-    "obs too short": (small_row(adata_obs=table(["c0"])), "x_indptr has 3 entries, 1 cells in adata_obs"),
-    "obs too long": (small_dense(SMALL, adata_obs=table(list("abc"))), "has 2 cells, adata_obs 3"),
-    "var too short": (small_row(adata_var=table(["g0", "g1"])), "x_indices holds 2, adata_var has genes 0 to 1"),
-    "var too long": (small_dense(SMALL, adata_var=table(list("abcd"))), "cell 0 has 3 values, adata_var 4"),
+    "obs missing": (small_row(adata_obs=None), "adata_obs is null; every row needs its table of cells"),
+    "var missing": (small_row(adata_var=None), "adata_var is null; every row needs its table of genes"),
+    "obs too short": (small_row(adata_obs=table(["c0"])), "x_indptr has 3 entries, but 1 cells in adata_obs"),
+    "obs too long": (small_dense(SMALL, adata_obs=table(list("abc"))), "has 2 cells, but adata_obs has 3"),
+    "var too short": (
+        small_row(adata_var=table(["g0", "g1"])),
+        "x_indices contains 2, but the genes of adata_var are 0 to 1",
+    ),
+    "var too long": (small_dense(SMALL, adata_var=table(list("abcd"))), "cell 0 has 3 values, but adata_var has 4"),
     "cell without a name": (small_row(adata_obs=table(["c0", None])), "adata_obs: 1 cells have no name"),
     "no cells": (small_row(adata_obs=table([]), x_indptr=[0]), "the row is empty: adata_obs has 0 cells"),
     "no cells, dense": (small_dense([], adata_obs=table([])), "the row is empty: adata_obs has 0 cells"),
@@ -358,11 +367,11 @@ DAMAGE = {
     "var index no list": (small_row(adata_var='{"columns":[],"index":"abc","data":[]}'), "adata_var: .*must be lists"),
     "var data short": (
         small_row(adata_var='{"columns":["a"],"index":["x","y","z"],"data":[[1]]}'),
-        "adata_var: 3 names in index, 1 rows in data",
+        "adata_var: index has 3 names, but data has 1 rows",
     ),
     "var data ragged": (
         small_row(adata_var='{"columns":["a"],"index":["x","y","z"],"data":[[1],[1,2],[3]]}'),
-        "adata_var: row 'y' of data does not have the 1 columns",
+        "adata_var: row 'y' of data must be a list of 1 values",
     ),
     "var name nested": (small_row(adata_var=table(["g0", ["x"], "g2"])), "adata_var: names .* must be strings"),
     "var name of 1,001 characters": (
@@ -377,7 +386,7 @@ DAMAGE = {
     "sample_id of 8,001 characters": (small_row(sample_id="x" * 8_001), "sample_id contains a key of 8,001 characters"),
     "var column twice": (
         small_row(adata_var='{"columns":["a","a"],"index":["x"],"data":[[1,2]]}'),
-        "adata_var: a column name is given twice",
+        "adata_var: a column name is repeated",
     ),
 }
 
@@ -392,14 +401,14 @@ def test_nulls_in_arrow_arrays_are_named():
     good = to_row(random_adata(2, 3, seed=2))
     for name in ("x_data", "x_indices", "x_indptr"):
         (row,) = through_arrow(good | {name: np.array([None, *good[name][1:].tolist()])})
-        with pytest.raises(PayloadError, match=f"{name} holds 1 nulls"):
+        with pytest.raises(PayloadError, match=f"{name} contains 1 nulls"):
             from_row(row)
 
 
 @pytest.mark.parametrize("cells", [[[1, None, 2], [0, 3, 0]], [[1, 0, 2], None]], ids=["value", "cell"])
 def test_nulls_in_arrow_matrix_are_named(cells):
     (row,) = through_arrow(dict.fromkeys(ROW_TYPES) | small_dense(cells))
-    with pytest.raises(PayloadError, match="adata_sparsematrix holds 1 nulls"):
+    with pytest.raises(PayloadError, match="adata_sparsematrix contains 1 nulls"):
         from_row(row)
 
 

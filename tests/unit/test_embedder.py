@@ -534,7 +534,9 @@ def test_the_report_tells_cells_matches_and_their_share_of_the_counts(embed):
     assert report.warnings == ()
 
 
-@pytest.mark.parametrize("values", [[2.0**24, 1.0], [3e38, 3e38]], ids=["2^24 and ones", "beyond float32 together"])
+@pytest.mark.parametrize(
+    "values", [[2.0**24, 1.0], [3e38, 3e38]], ids=["2^24 and ones", "outside the range of float32 together"]
+)
 def test_coverage_is_summed_in_float64(embedder, values):
     x = np.full((1000, 2), values[1], np.float32)
     x[0, 0] = values[0]

@@ -257,7 +257,7 @@ def test_a_named_layer_is_read_and_another_is_refused_by_name(tmp_path, counts):
     counts.layers["ambient"] = counts.X * 3
     counts.write_h5ad(tmp_path / "f.h5ad")
     assert abs(cells(read_all(tmp_path / "f.h5ad", layer="ambient")).X - counts.X * 3).max() == 0
-    with pytest.raises(ConfigError, match="no layer 'spliced'; --layer can be X, ambient or auto"):
+    with pytest.raises(ConfigError, match="no layer 'spliced'; set --layer to auto or one of 'X', 'ambient'"):
         read_all(tmp_path / "f.h5ad", layer="spliced")
 
 
@@ -413,7 +413,7 @@ def test_the_rna_of_mudata_and_the_table_of_spatialdata_are_read(tmp_path, count
         ("f.h5ad.gz", "gunzip"),
         ("f.loom", "read_loom"),
         ("f.rds", "writeH5AD"),
-        ("f.txt", "is not a .h5ad, .h5mu, .zarr"),
+        ("f.txt", "format is not supported: use .h5ad, .h5mu, .zarr"),
         ("empty.h5ad", "cannot be opened as HDF5"),
     ],
 )
@@ -425,7 +425,7 @@ def test_what_cannot_be_read_is_refused_by_name(tmp_path, name, message):
 
 def test_a_folder_of_files_says_how_to_name_them(tmp_path, counts):
     counts.write_h5ad(tmp_path / "a.h5ad")
-    with pytest.raises(ConfigError, match=r"holds no barcodes.tsv.gz; for the files in it use '.*/\*.h5ad'"):
+    with pytest.raises(ConfigError, match=r"has no barcodes.tsv.gz\); for the files in it use '.*/\*.h5ad'"):
         read_all(tmp_path)
 
 

@@ -78,8 +78,8 @@ def test_nullable_columns_keep_their_missing_values(tmp_path, monkeypatch):
         (lambda file: file["obs"].move("donor", "lost"), "column 'donor'"),
         (lambda file: replace(file, "obs/n_genes", np.arange(11)), "n_genes.*11 values for 12"),
         (lambda file: replace(file, "obs/cell_type/codes", np.full(12, 9, "i1")), "code 9 is out of range"),
-        (lambda file: replace(file, "obs/_index", np.arange(13)), "12 rows, not 13"),
-        (lambda file: replace(file, "var/_index", np.arange(4)), "var 4 genes"),
+        (lambda file: replace(file, "obs/_index", np.arange(13)), "12 cells, not 13"),
+        (lambda file: replace(file, "var/_index", np.arange(4)), "var has 4 genes"),
     ],
     ids=["column missing", "short column", "code without category", "too many names", "too few genes"],
 )

@@ -56,7 +56,7 @@ def declared_chunk(file, secret):
         (external_link, "'obs/leak' is a link to another file"),
         (soft_link, "'obs/leak' is a soft link"),
         (virtual_dataset, "'uns/leak' is a virtual dataset"),
-        (declared_only, "'uns/huge' declares 6,104 MB, but stores 0 bytes"),
+        (declared_only, "'uns/huge' declares 6,104 MB, but stores only 0 bytes"),
         (declared_chunk, "'uns/chunk' declares 1,024 MB"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
