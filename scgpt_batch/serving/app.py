@@ -1,7 +1,7 @@
-"""The local endpoint: MLflow's scoring app with our own /invocations, which logs requests and reports errors by cause.
+"""The local endpoint: the routes of MLflow's scoring server, with logged requests and errors reported by cause.
 
-MLflow's /invocations returns status 400 and a traceback for every failure, and writes its JSON through pandas. This one
-accepts the same requests, has MLflow check them against the model's signature, and responds in the same format.
+MLflow's own /invocations returns status 400 and a traceback for every failure, and writes its JSON through pandas. This
+one accepts the same requests, has MLflow check them against the model's signature, and responds in the same format.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ import mlflow
 import orjson
 import uvicorn
 from fastapi import FastAPI
-from mlflow.pyfunc import PyFuncModel, scoring_server
+from mlflow.pyfunc import PyFuncModel
 from prometheus_client import CONTENT_TYPE_LATEST, Counter
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -52,8 +52,7 @@ from scgpt_batch.settings import ServeSettings, Summary
 logger = logging.getLogger(__name__)
 
 TOKEN = "SCGPT_BATCH_TOKEN"
-FROM_MLFLOW = ("/ping", "/health", "/version")
-NEED_NO_TOKEN = ("/ping", "/health")
+HEALTH_ROUTES = ("/ping", "/health")  # need no token
 JSON = "application/json"
 CLIENT_CLOSED_REQUEST = 499  # nginx's code for a client that disconnected before the response
 UNAUTHORIZED_LOG_SECONDS = 60.0  # between two log lines on requests without a valid token
@@ -143,7 +142,7 @@ class Endpoint:
 
     def __init__(self, model: PyFuncModel, settings: ServeSettings, metrics: Metrics, *, served_entity: str) -> None:
         """Load the weights for static mode in advance, so that the first request does not wait for them."""
-        self._model, self._settings, self.metrics = model, settings, metrics
+        self._settings, self.metrics = settings, metrics
         self._served_entity = served_entity
         self.log: InferenceLog | None = None
         self._embedder: Embedder = model.unwrap_python_model().embedder
@@ -163,10 +162,11 @@ class Endpoint:
         _ = self._embedder.gene_table
 
     def app(self, token: str) -> FastAPI:
-        """Return MLflow's app with our /invocations; with a token, all routes but the health checks require it."""
-        app = scoring_server.init(self._model)
-        app.user_middleware.clear()  # MLflow's time-out; ours says what to do
-        app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", "") in FROM_MLFLOW]
+        """Return the app with its routes; with a token, all but the health checks require it."""
+        app = FastAPI(openapi_url=None)
+        for path in HEALTH_ROUTES:
+            app.add_api_route(path, _healthy, methods=["GET"])
+        app.add_api_route("/version", _mlflow_version, methods=["GET"])
         app.add_route("/invocations", self.invocations, methods=["POST"])
         app.add_route("/metrics", self.prometheus, methods=["GET"])
         if token:
@@ -319,6 +319,15 @@ class Endpoint:
         )  # fmt: skip
 
 
+async def _healthy() -> Response:
+    """Respond as MLflow's server does once the model is loaded."""
+    return Response("\n", media_type=JSON)
+
+
+async def _mlflow_version() -> Response:
+    return Response(mlflow.__version__, media_type=JSON)
+
+
 @asynccontextmanager
 async def _within(
     seconds: float, what: str, advice: str = "send a smaller body, or use a faster connection"
@@ -416,7 +425,7 @@ class _BearerToken:
         self._unauthorized, self._unlogged, self._logged_at = unauthorized, 0, -math.inf
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "http" and scope["path"] not in NEED_NO_TOKEN:
+        if scope["type"] == "http" and scope["path"] not in HEALTH_ROUTES:
             header = dict(scope["headers"]).get(b"authorization", b"")
             if not hmac.compare_digest(header, self._wanted):
                 self._count(scope["client"])
