@@ -43,7 +43,7 @@ def summary(command, **options):
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def test_a_cluster_that_shares_no_model_folder_embeds_with_one_gpu_a_task(spark, home, tracking_uri, cells):
+def test_cluster_without_shared_folder_uses_one_gpu_per_task(spark, home, tracking_uri, cells):
     rows, out = f"delta.`{home}/rows`", f"delta.`{home}/out`"
     assert (
         main(["ingest", "--input", str(cells), "--table", rows, "--cells-per-row", "10", "--sample-id", "none"]) == OK

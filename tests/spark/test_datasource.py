@@ -42,7 +42,7 @@ def assert_same_cells(found, adata):
         assert ((theirs.astype(str) == ours.astype(str)) | (theirs.isna() & ours.isna())).all(), name
 
 
-def test_real_cells_come_back_in_tasks_of_cells(reader, spark, data, pbmc3k, tmp_path):
+def test_real_cells_are_read_in_several_tasks(reader, spark, data, pbmc3k, tmp_path):
     rows = reader(data / "pbmc3k.h5ad", cells_per_row=400, split_by="cell_type")
     assert rows.schema == spark.createDataFrame([], ROWS_DDL).schema
     lines = rows.toArrow().to_pylist()
@@ -59,7 +59,7 @@ def test_real_cells_come_back_in_tasks_of_cells(reader, spark, data, pbmc3k, tmp
 
 @pytest.mark.parametrize("layout", ["csr", "csc", "dense", "zarr"])
 @pytest.mark.parametrize("split_by", ["", "donor"])
-def test_slices_of_any_layout_are_the_cells_of_the_file(tmp_path, monkeypatch, layout, split_by):
+def test_slices_of_any_layout_match_the_file(tmp_path, monkeypatch, layout, split_by):
     monkeypatch.setattr(files, "PARTITION_CELLS", 100)
     monkeypatch.setattr(files, "CSC_PARTITION_VALUES", 2_000)
     monkeypatch.setattr(files, "CSC_BLOCK_VALUES", 700)
@@ -92,7 +92,7 @@ def test_globs_and_lists_of_files_are_read(reader, tmp_path):
         ({"colour": "red"}, "colour"),
     ],
 )
-def test_a_wrong_option_is_told_before_anything_is_read(reader, data, options, wanted):
+def test_wrong_option_fails_before_reading(reader, data, options, wanted):
     with pytest.raises(Exception, match=f"ConfigError: .*{wanted}"):
         reader(data / "pbmc3k.h5ad", **options).count()
 
@@ -126,7 +126,7 @@ def test_a_slice_names_its_row():
     assert Slice("/data/a.h5ad", "T cell", 0, 7).adata_id == "a:T cell:0-7"
 
 
-def test_recorded_errors_are_rows_and_other_files_are_read(tmp_path):
+def test_on_error_record_reads_the_other_files(tmp_path):
     random_adata(5, 8).write_h5ad(tmp_path / "good.h5ad")
     random_adata(30, 200).write_h5ad(tmp_path / "corrupt.h5ad", compression="gzip")
     with h5py.File(tmp_path / "corrupt.h5ad") as file:

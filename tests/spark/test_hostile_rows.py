@@ -155,7 +155,7 @@ def test_hostile_rows_fail_alone_in_bounded_time_and_memory(spark, run, tmp_path
 
 
 @pytest.mark.parametrize("n_obs", ["-3", "cast('NaN' AS double)", "cast('Infinity' AS double)", "1e300", "10L"])
-def test_a_stated_size_decides_waves_whatever_it_is(spark, n_obs):
+def test_impossible_n_obs_still_plans_waves(spark, n_obs):
     """Tables that others wrote may hold any number type."""
     rows = spark.range(3).selectExpr(
         "cast(id AS string) AS adata_id", f"if(id = 0, {n_obs}, 3) AS n_obs", "'hash' AS content_hash",
@@ -181,7 +181,7 @@ def test_a_file_with_a_long_label_fails_alone_in_ingest(spark, run, tmp_path):
     assert "column 'donor' contains a label of 1,001 characters" in line["error_message"]
 
 
-def test_labels_of_any_characters_come_through_ingest_and_embed(spark, run, tmp_path, model, golden):
+def test_labels_with_any_characters_are_kept(spark, run, tmp_path, model, golden):
     """As labels that split and name rows, as samples and as groups; the column's own name is as odd."""
     odd = ["o'brien", 'a"b`c', "back\\slash\\", "${env:HOME}", "$spark", FORGED, "a;--", "é\u2028ü", "%s{}", "a=b&c/.."]
     genes = json.loads(next(iter(small_rows(1, golden)))["adata_var"])["index"]

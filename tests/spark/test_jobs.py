@@ -53,7 +53,7 @@ def embeddings(spark, table, key):
 
 
 @pytest.mark.parametrize("mode", ["static", "contextual", "cell"])
-def test_the_tables_hold_what_the_model_answers(spark, run, home, model, rows_table, golden, mode):
+def test_tables_match_the_model(spark, run, home, model, rows_table, golden, mode):
     out = f"delta.`{home}/{mode}`"
     code, told, _ = run("embed", "--model-uri", model, "--input-table", rows_table, "--output-table", out,
                         "--mode", mode, *BINS_ONLY)  # fmt: skip
@@ -72,7 +72,7 @@ def test_the_tables_hold_what_the_model_answers(spark, run, home, model, rows_ta
         assert_close(vectors[mine], answer.embeddings[np.argsort(names)], atol=1e-5)
 
 
-def test_every_line_is_stamped_and_every_row_is_in_the_ledger(spark, run, home, model, rows_table):
+def test_lines_are_stamped_and_rows_are_in_the_ledger(spark, run, home, model, rows_table):
     out = f"delta.`{home}/stamped`"
     _, told, _ = run("embed", "--model-uri", model, "--input-table", rows_table, "--output-table", out, *BINS_ONLY)
     stamps = spark.table(out).select("mode", "model_name", "model_version", "run_id").distinct().collect()
@@ -86,7 +86,7 @@ def test_every_line_is_stamped_and_every_row_is_in_the_ledger(spark, run, home, 
     assert mlflow.get_run(told["run_id"]).data.metrics["rows_ok"] == 4
 
 
-def test_rows_with_a_result_are_skipped_until_content_or_parameters_change(spark, run, home, model, golden):
+def test_rerun_skips_embedded_rows(spark, run, home, model, golden):
     table, out = f"delta.`{home}/again`", f"delta.`{home}/again_out`"
     write_rows(spark, small_rows(3, golden), table)
     embed = ["embed", "--model-uri", model, "--input-table", table, "--output-table", out, *BINS_ONLY]
@@ -137,7 +137,7 @@ def damaged_rows(golden):
     }  # fmt: skip
 
 
-def test_a_bad_row_costs_one_row_and_the_ledger_names_its_fault(spark, run, home, model, golden):
+def test_bad_row_fails_alone_with_its_reason(spark, run, home, model, golden):
     bad = damaged_rows(golden)
     template = next(small_rows(1, golden))
     good = list(small_rows(100, golden))
@@ -169,7 +169,7 @@ def test_a_bad_row_costs_one_row_and_the_ledger_names_its_fault(spark, run, home
     assert (code, told["rows_failed"]) == (OK, len(bad))
 
 
-def test_the_same_key_with_several_contents_is_refused(spark, run, home, model, golden):
+def test_key_with_several_contents_is_rejected(spark, run, home, model, golden):
     table = f"delta.`{home}/ambiguous`"
     rows = [row | {"adata_id": "one"} for row in small_rows(2, golden)]
     write_rows(spark, rows, table)
@@ -186,7 +186,7 @@ def test_equal_copies_of_a_row_are_embedded_once(spark, run, home, model, golden
     assert spark.table(out).groupBy("gene").count().where("count > 1").count() == 0
 
 
-def test_a_table_of_others_without_hashes_and_shapes_is_read(spark, run, home, model, golden):
+def test_input_without_hashes_and_shapes_is_read(spark, run, home, model, golden):
     rows = [{"adata_id": r["adata_id"], "adata_obs": r["adata_obs"], "adata_var": r["adata_var"],
              "adata_sparsematrix": from_row(r).X.toarray().tolist(),
              "note": "mine"} for r in small_rows(2, golden)]  # fmt: skip
@@ -208,7 +208,7 @@ def test_a_table_of_others_without_hashes_and_shapes_is_read(spark, run, home, m
     assert spark.table(out).select(F.length("content_hash")).distinct().first()[0] == 32
 
 
-def test_equal_static_vectors_lie_side_by_side_and_cost_little(spark, run, home, model, golden):
+def test_equal_static_vectors_compress_well(spark, run, home, model, golden):
     table, out = f"delta.`{home}/many`", home / "many_out"
     write_rows(spark, small_rows(60, golden), table)
     run("embed", "--model-uri", model, "--input-table", table, "--output-table", f"delta.`{out}`", *BINS_ONLY)
@@ -234,7 +234,7 @@ def test_equal_static_vectors_lie_side_by_side_and_cost_little(spark, run, home,
         (["--config", "/nowhere.yml"], "/nowhere.yml"),
     ],
 )
-def test_a_wrong_call_ends_with_one_line_that_says_what(spark, run, home, model, rows_table, argv, wanted):
+def test_wrong_usage_is_one_line(spark, run, home, model, rows_table, argv, wanted):
     base = {"--model-uri": model, "--input-table": rows_table, "--output-table": f"delta.`{home}/never`"}
     base |= dict(zip(argv[::2], argv[1::2], strict=True))
     code, told, err = run("embed", *(word for pair in base.items() for word in pair))
@@ -244,12 +244,12 @@ def test_a_wrong_call_ends_with_one_line_that_says_what(spark, run, home, model,
     assert not (home / "never").exists()
 
 
-def test_an_output_table_of_another_kind_is_refused(spark, run, home, model, rows_table):
+def test_output_table_of_another_kind_is_rejected(spark, run, home, model, rows_table):
     code, _, err = run("embed", "--model-uri", model, "--input-table", rows_table, "--output-table", rows_table)
     assert code == WRONG_USAGE and "lacks" in err
 
 
-def test_a_table_by_name_is_found_again_by_the_next_session(spark, run, model, rows_table):
+def test_named_table_is_found_by_the_next_session(spark, run, model, rows_table):
     from scgpt_batch.spark import tables
 
     warehouse = spark.conf.get("spark.sql.warehouse.dir").removeprefix("file:")
@@ -261,7 +261,7 @@ def test_a_table_by_name_is_found_again_by_the_next_session(spark, run, model, r
     assert spark.table("lab.genes").count() == spark.table(f"delta.`{warehouse}/lab.db/genes`").count() == 8800
 
 
-def test_mlflow_spark_udf_answers_every_row_with_one_load_per_process(spark, model, rows_table):
+def test_mlflow_spark_udf_loads_once_per_process(spark, model, rows_table):
     udf = mlflow.pyfunc.spark_udf(spark, model, params={"need_preprocess": False, "on_error": "record"})
     columns = ["x_data", "x_indices", "x_indptr", "adata_obs", "adata_var"]
     rows = spark.table(rows_table).select(*columns)
@@ -320,7 +320,7 @@ def test_every_kind_of_file_gives_the_same_rows(spark, run, tmp_path, cells, kin
     assert abs(sp.vstack([row.X for row in rows]) - sp.csr_matrix(adata.X)).max() == 0
 
 
-def test_an_unchanged_file_is_skipped_and_a_changed_one_replaces_its_rows(spark, run, tmp_path, cells):
+def test_only_changed_files_are_ingested_again(spark, run, tmp_path, cells):
     path, table = tmp_path / "mine.h5ad", f"delta.`{tmp_path}/rows`"
     adata = ad.read_h5ad(cells)
     adata.write_h5ad(path)
@@ -357,7 +357,7 @@ def test_rows_that_a_file_no_longer_has_are_removed(spark, run, tmp_path, cells)
     assert spark.table(table).where("adata_id LIKE 'other:%'").count() == 1
 
 
-def test_files_of_one_name_do_not_replace_each_others_rows(spark, run, tmp_path, cells):
+def test_files_with_the_same_name_keep_their_rows(spark, run, tmp_path, cells):
     table = f"delta.`{tmp_path}/rows`"
     paths = [tmp_path / folder / "sample.h5ad" for folder in ("one", "two")]
     for i, path in enumerate(paths):
@@ -369,7 +369,7 @@ def test_files_of_one_name_do_not_replace_each_others_rows(spark, run, tmp_path,
     assert ids == ["sample:0-60", "two/sample:0-59"]
 
 
-def test_a_failing_file_costs_only_itself(spark, run, tmp_path, cells):
+def test_failing_file_does_not_affect_others(spark, run, tmp_path, cells):
     table = f"delta.`{tmp_path}/rows`"
     good, corrupt, cut = (tmp_path / f"{name}.h5ad" for name in ("good", "corrupt", "cut"))
     ad.read_h5ad(cells).write_h5ad(good)
@@ -392,7 +392,7 @@ def test_a_failing_file_costs_only_itself(spark, run, tmp_path, cells):
     assert lines[1]["error_message"].startswith(f"{cut}: cannot be opened as HDF5")
 
 
-def test_genes_of_a_file_do_not_depend_on_how_it_is_cut_into_rows(spark, run, tmp_path, model, golden, cells):
+def test_genes_do_not_depend_on_cells_per_row(spark, run, tmp_path, model, golden, cells):
     """By default a file is one sample: its rows share the choice of variable genes."""
     rows, out = f"delta.`{tmp_path}/rows`", f"delta.`{tmp_path}/out`"
     assert run("ingest", "--input", cells, "--table", rows, "--cells-per-row", "20")[1]["rows"] == 3
@@ -406,7 +406,7 @@ def test_genes_of_a_file_do_not_depend_on_how_it_is_cut_into_rows(spark, run, tm
     assert {row[0] for row in spark.table(out).select("gene").distinct().collect()} == set(whole.genes)
 
 
-def test_cells_are_split_by_a_column_and_genes_take_their_symbols(spark, run, tmp_path, cells):
+def test_split_by_column_and_gene_symbols(spark, run, tmp_path, cells):
     adata = ad.read_h5ad(cells)
     adata.var_names = adata.var["gene_ids"].astype(str)
     adata.write_h5ad(tmp_path / "ids.h5ad")
@@ -429,14 +429,14 @@ def test_cells_are_split_by_a_column_and_genes_take_their_symbols(spark, run, tm
         (["--cells-per-row", "0"], "cells_per_row"),
     ],
 )
-def test_ingest_says_what_is_wrong_with_a_file_or_column(spark, run, tmp_path, cells, argv, wanted):
+def test_ingest_errors_name_file_or_column(spark, run, tmp_path, cells, argv, wanted):
     base = {"--input": str(cells), "--table": f"delta.`{tmp_path}/rows`"} | dict([argv])
     code, _, err = run("ingest", *(word for pair in base.items() for word in pair))
     assert code == WRONG_USAGE and wanted in err.strip().splitlines()[-1]
     assert not (tmp_path / "rows").exists()
 
 
-def test_settings_come_from_file_environment_and_flags_in_this_order(spark, run, tmp_path, cells, monkeypatch):
+def test_flags_override_environment_and_file(spark, run, tmp_path, cells, monkeypatch):
     config = tmp_path / "c.yml"
     config.write_text(f"ingest:\n  input: ['{cells}']\n  table: delta.`{tmp_path}/file`\n  cells_per_row: 30\n")
     assert run("ingest", "--config", config)[1]["rows"] == 2
@@ -463,7 +463,7 @@ def test_spark_submit_runs_the_job_file(home, model, rows_table):
     assert " INFO " in done.stderr
 
 
-def test_workers_that_have_the_model_search_no_jars(spark, golden):
+def test_workers_with_a_loaded_model_search_no_jars(spark, golden):
     """Under spark-submit the jars of `spark.jars.packages` lie on the workers' path: each is read before each task."""
     checkpoint = golden / "checkpoint_flash"
     model = ModelRef(str(checkpoint), load_embedder(checkpoint).digest, "", "", "")
@@ -479,7 +479,7 @@ def test_workers_that_have_the_model_search_no_jars(spark, golden):
     assert {row["jars"] for row in spark.range(2).mapInArrow(jars, "jars LONG").collect()} == {0}
 
 
-def test_workers_and_driver_of_our_own_session_have_no_jars_on_their_path(spark):
+def test_local_session_has_no_jars_on_python_path(spark):
     def jars(batches):
         for _ in batches:
             yield pa.RecordBatch.from_pydict({"jars": [sum(path.endswith(".jar") for path in sys.path)]})

@@ -61,7 +61,7 @@ def assert_each_cell_once(spark, folder, *, cells=36, rows=12):
     assert ledger.count() == ledger.select("adata_id").distinct().count() == rows
 
 
-def test_a_worker_that_is_lost_while_vectors_are_written_costs_a_repeat(spark, run, tmp_path, words, monkeypatch):
+def test_lost_worker_repeats_the_wave(spark, run, tmp_path, words, monkeypatch):
     static_vectors, fallen = embed.static_vectors, tmp_path / "fallen"
 
     def die_once(model):
@@ -83,7 +83,7 @@ def test_a_worker_that_is_lost_while_vectors_are_written_costs_a_repeat(spark, r
     assert out.count() == summary["embeddings"] == out.select("adata_id", "gene").distinct().count()
 
 
-def test_a_run_that_dies_between_two_commits_is_completed_without_duplicates(spark, run, tmp_path, words, monkeypatch):
+def test_run_killed_between_commits_is_completed(spark, run, tmp_path, words, monkeypatch):
     replace, lines = tables.replace, []
 
     def die(rows, table, condition):
@@ -106,7 +106,7 @@ def test_a_run_that_dies_between_two_commits_is_completed_without_duplicates(spa
     assert status == {"failed", "finished"}
 
 
-def test_two_runs_at_once_leave_what_one_leaves(spark, tmp_path, words):
+def test_concurrent_runs_produce_the_tables_of_one(spark, tmp_path, words):
     codes = []
     both = [threading.Thread(target=lambda: codes.append(main([*words]))) for _ in range(2)]
     for one in both:
@@ -117,7 +117,7 @@ def test_two_runs_at_once_leave_what_one_leaves(spark, tmp_path, words):
     assert_each_cell_once(spark, tmp_path)
 
 
-def test_a_plan_says_what_is_missing_and_writes_nothing(spark, run, tmp_path, words):
+def test_plan_counts_pending_rows_and_writes_nothing(spark, run, tmp_path, words):
     code, plan, _ = run(*words, "--plan")
     assert (code, plan["rows"], plan["cells"], plan["waves"], plan["partitions"]) == (OK, 12, 36, 3, 12)
     assert plan["seconds_expected"] is None and not (tmp_path / "out").exists()
@@ -160,7 +160,7 @@ def scanned(spark, since):
     return columns
 
 
-def test_an_idle_run_reads_neither_payload_nor_vectors(spark, run, tmp_path, words, rows):
+def test_run_without_pending_rows_reads_no_payload(spark, run, tmp_path, words, rows):
     spark.sql(f"UPDATE {rows} SET content_hash = md5(adata_id)")  # as ingest does; without, payload must be hashed
     run(*words)
     before = last_query(spark)
@@ -206,7 +206,7 @@ def test_a_wave_reads_the_payload_of_its_own_files(spark, run, tmp_path, words, 
     assert payload_files(spark, before) == [len(spark.table(table).inputFiles()) - files]
 
 
-def test_rows_without_a_time_are_found_by_the_range_of_their_keys(spark, tmp_path, golden):
+def test_rows_without_time_are_read_by_key_range(spark, tmp_path, golden):
     table, made = f"delta.`{tmp_path}/table`", list(small_rows(12, golden))
     for part in (made[:4], made[4:8], made[8:]):
         write_rows(spark, part, table)
@@ -222,7 +222,7 @@ def test_rows_without_a_time_are_found_by_the_range_of_their_keys(spark, tmp_pat
 
 @settings(max_examples=100, deadline=None)
 @given(st.data())
-def test_waves_are_bounded_and_of_neighbours_and_begin_with_the_largest_row(data):
+def test_waves_are_bounded_and_start_with_the_largest_row(data):
     n = data.draw(st.integers(1, 40))
 
     def column(values):
@@ -258,7 +258,7 @@ def test_waves_are_bounded_and_of_neighbours_and_begin_with_the_largest_row(data
         assert sum(wave["adata_id"].isin(sample["adata_id"]).any() for wave in waves) == 1
 
 
-def test_a_stream_takes_new_rows_alone(spark, run, tmp_path, words, rows, golden):
+def test_stream_embeds_new_rows_only(spark, run, tmp_path, words, rows, golden):
     words = [*words, "--trigger", "available-now", "--checkpoint-location", str(tmp_path / "checkpoint")]
     assert run(*words)[1]["rows_ok"] == 12
     more = [row | {"adata_id": f"new-{i}"} for i, row in enumerate(small_rows(2, golden, seed=5))]
@@ -268,12 +268,12 @@ def test_a_stream_takes_new_rows_alone(spark, run, tmp_path, words, rows, golden
     assert_each_cell_once(spark, tmp_path, cells=42, rows=14)
 
 
-def test_trigger_wants_a_checkpoint(run, words):
+def test_trigger_needs_a_checkpoint(run, words):
     code, _, err = run(*words, "--trigger", "available-now")
     assert code == WRONG_USAGE and "checkpoint_location" in err
 
 
-def test_tasks_are_even_and_each_has_a_partition(spark):
+def test_tasks_are_even_and_have_own_partitions(spark):
     sizes = [4000, *[300] * 20]
     pending = spark.createDataFrame(
         [(f"r{i}", n, None, None, None) for i, n in enumerate(sizes)],
@@ -288,7 +288,7 @@ def test_tasks_are_even_and_each_has_a_partition(spark):
     assert len(found) == n and found[0] == 4000 and max(found[1:]) - min(found[1:]) <= 300
 
 
-def test_rows_of_a_sample_share_decisions_and_one_mean(spark, run, tmp_path, model, golden, pbmc3k):
+def test_rows_of_a_sample_share_decisions_and_means(spark, run, tmp_path, model, golden, pbmc3k):
     embedder = load_embedder(golden / "checkpoint_flash")
     known = [name for name in pbmc3k.var_names if name in embedder.vocabulary]
     cells = pbmc3k[:90, known].copy()
@@ -354,7 +354,7 @@ def deadly(function, folder, bad):
     return make
 
 
-def test_only_the_task_of_a_deadly_row_is_repeated_in_isolation(spark, run, tmp_path, words, monkeypatch):
+def test_only_the_task_of_a_deadly_row_is_isolated(spark, run, tmp_path, words, monkeypatch):
     monkeypatch.setattr(embed, "embed_rows", deadly(embed.embed_rows, tmp_path, ("adata_id", "good-005")))
     code, told, err = run(*words, "--wave-cells", 36)
     assert (code, told["rows_ok"]) == (OK, 12), err
@@ -363,7 +363,7 @@ def test_only_the_task_of_a_deadly_row_is_repeated_in_isolation(spark, run, tmp_
     assert spark.table(f"delta.`{tmp_path}/out`").count() == 36
 
 
-def test_workers_without_the_package_end_the_run_at_once(spark, run, tmp_path, words, monkeypatch, caplog):
+def test_workers_without_the_package_fail_the_run(spark, run, tmp_path, words, monkeypatch, caplog):
     """A real worker whose Python sees the libraries, but not this package."""
     python = tmp_path / "python"
     libraries = Path(np.__file__).parents[1]  # on PYTHONPATH its .pth files, which name this package, do not count
@@ -398,7 +398,7 @@ def test_warnings_are_counted_by_kind(spark, run, words, rows, caplog):
         ("CD3D and HLA-A2 are left out (2 columns)", "CD3D and HLA-A2 are left out"),
     ],
 )
-def test_the_kind_of_a_warning_leaves_names_and_numbers_out(warning, kind):
+def test_warning_kind_omits_names_and_numbers(warning, kind):
     assert embed.warning_kind(warning) == kind
 
 

@@ -81,7 +81,7 @@ def test_failed_row_is_tried_again_when_its_reason_is_gone(spark, embed, table, 
 # Rows that are gone
 
 
-def test_embed_removes_what_the_tables_hold_of_deleted_rows(spark, embed, table, out, golden):
+def test_results_of_deleted_rows_are_removed(spark, embed, table, out, golden):
     write_rows(spark, small_rows(3, golden), table)
     assert embed(*CELL)[1]["rows_removed"] == 0
     spark.sql(f"DELETE FROM {table} WHERE adata_id = 'good-001'")
@@ -93,7 +93,7 @@ def test_embed_removes_what_the_tables_hold_of_deleted_rows(spark, embed, table,
     assert [row["rows_removed"] for row in runs] == [0, 1, 0]
 
 
-def test_means_follow_the_rows_that_are_deleted_from_a_sample(spark, embed, table, out, golden, tmp_path):
+def test_means_follow_deleted_rows_of_a_sample(spark, embed, table, out, golden, tmp_path):
     write_rows(spark, with_samples(golden, ["s", "s", "t", "t"]), table)
     assert embed(*CONTEXTUAL)[1]["rows_ok"] == 4
     spark.sql(f"DELETE FROM {table} WHERE adata_id = 'good-001' OR sample_id = 't'")
@@ -144,14 +144,14 @@ def other_model(model, tmp_path):
     return str(folder)
 
 
-def test_other_code_ends_the_run_before_anything_is_written(spark, embed, table, out, golden, other_model, tmp_path):
+def test_other_code_fails_before_writing(spark, embed, table, out, golden, other_model, tmp_path):
     write_rows(spark, small_rows(2, golden), table)
     code, _, err = embed(*CELL, model_uri=other_model)
     assert code == WRONG_USAGE and "--allow-other-code" in err.strip().splitlines()[-1]
     assert not (tmp_path / "out").exists()
 
 
-def test_other_code_that_is_allowed_is_stamped(spark, embed, table, out, golden, other_model):
+def test_allowed_other_code_is_stamped(spark, embed, table, out, golden, other_model):
     write_rows(spark, small_rows(2, golden), table)
     assert embed(*CELL, "--allow-other-code", "true", model_uri=other_model)[0] == OK
     for name in (out, beside(out, "runs")):

@@ -75,7 +75,7 @@ def embed_sums(ref, parameters):
     return run
 
 
-def test_the_means_of_larger_samples_are_those_of_the_joined_cells(spark, rows, samples, embedder, ref):
+def test_sample_means_match_the_joined_cells(spark, rows, samples, embedder, ref):
     parameters = Parameters(
         mode="contextual", hvg_flavor="seurat", result_normed_key="", log1p=True, result_log1p_key="", subset_hvg=30
     )
@@ -107,7 +107,7 @@ def dies_with_part_0(work):
     return lambda row: os._exit(1) if row["adata_id"].endswith("-0") else compute(row)
 
 
-def test_a_row_that_kills_its_process_has_no_part_in_the_decisions(ref, rows, monkeypatch):
+def test_crashing_row_is_left_out_of_decisions(ref, rows, monkeypatch):
     monkeypatch.setattr("scgpt_batch.spark.sample_decisions._statistics_of_row", dies_with_part_0)
     work = WorkerTask(ref, Parameters(mode="cell"), row_timeout=60, isolated=True)
     given = rows.where("sample_id = 's1'").withColumn("decisions", F.lit(None).cast("binary")).toArrow()

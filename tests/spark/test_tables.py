@@ -43,7 +43,7 @@ def vectors(spark, *, length=4, model="scgpt", version="1", genes=GENES, at="202
 
 @pytest.mark.parametrize("escaped", ["false", "true"])
 @pytest.mark.parametrize("value", ["plain", "it's", "a\\b\\n", "${env:HOME} ${spark.app.name}", "a\nb", 'ü`"', ""])
-def test_a_literal_is_its_value_whatever_the_settings(spark, value, escaped):
+def test_literals_do_not_depend_on_settings(spark, value, escaped):
     spark.conf.set("spark.sql.parser.escapedStringLiterals", escaped)
     try:
         assert spark.sql(f"SELECT {tables.literal(value)}").first()[0] == value
@@ -51,14 +51,14 @@ def test_a_literal_is_its_value_whatever_the_settings(spark, value, escaped):
         spark.conf.unset("spark.sql.parser.escapedStringLiterals")
 
 
-def test_names_that_spark_would_replace_are_refused():
+def test_names_that_spark_would_replace_are_rejected():
     with pytest.raises(ConfigError, match="Spark replaces"):
         tables.table_name("delta.`/data/${env:HOME}`")
     with pytest.raises(ConfigError, match="Spark replaces"):
         tables.identifier("${env:HOME}")
 
 
-def test_rows_older_than_a_column_of_any_name_are_deleted(spark, table, tmp_path):
+def test_delete_older_accepts_any_column_name(spark, table, tmp_path):
     name = "o'day \\ `quoted`"
     days = F.expr("date_sub(current_date(), cast(id * 100 AS int)) AS day")
     spark.range(1, 3).select(days).toDF(name).write.format("delta").option(
@@ -67,7 +67,7 @@ def test_rows_older_than_a_column_of_any_name_are_deleted(spark, table, tmp_path
     assert tables.delete_older(spark, table, name, 150) == 1
 
 
-def test_a_view_and_times_without_a_zone_are_read(spark, table):
+def test_views_and_zoneless_times_are_read(spark, table):
     spark.sql(f"CREATE TABLE {table} (adata_id STRING, ingested_at TIMESTAMP_NTZ, day DATE) USING delta")
     spark.sql(f"INSERT INTO {table} VALUES ('a', TIMESTAMP_NTZ '2026-11-01 01:40:00', DATE '2026-11-01')")
     spark.sql(f"CREATE OR REPLACE VIEW of_others AS SELECT adata_id, day AS ingested_at FROM {table}")
@@ -90,7 +90,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("kind", OTHERS)
-def test_a_table_that_others_wrote_is_read_with_our_columns(spark, table, kind):
+def test_foreign_table_is_read_with_our_columns(spark, table, kind):
     columns, properties, more = OTHERS[kind]
     spark.sql(f"CREATE TABLE {table} ({columns}) USING delta {properties}")
     spark.sql(f"""INSERT INTO {table} SELECT id, array(1.5d, 2d), array(0, 2), array(0L, 2L), null, 'var'
@@ -114,13 +114,13 @@ def test_a_table_that_others_wrote_is_read_with_our_columns(spark, table, kind):
         ("adata_id STRING, adata_obs BINARY", "adata_obs"),
     ],
 )
-def test_a_table_that_cannot_be_read_as_rows_is_refused(spark, table, columns, wanted):
+def test_unreadable_input_table_is_rejected(spark, table, columns, wanted):
     spark.sql(f"CREATE TABLE {table} ({columns}) USING delta")
     with pytest.raises(ConfigError, match=wanted):
         tables.read(spark, table, tables.ADATA_ROWS)
 
 
-def test_an_older_table_of_ours_gets_the_new_columns_and_keeps_its_rows(spark, table):
+def test_older_table_gets_new_columns(spark, table):
     older = tables.GENE_EMBEDDINGS.replace(", n_cells INT", "")
     spark.sql(f"CREATE TABLE {table} ({older}) USING delta")
     append(vectors(spark).drop("n_cells"), table)
@@ -137,7 +137,7 @@ def test_an_older_table_of_ours_gets_the_new_columns_and_keeps_its_rows(spark, t
     [(("params_hash STRING, ", ""), "params_hash string"), (("n_cells INT", "n_cells STRING"), "n_cells int")],
     ids=["lacks a key", "another type"],
 )
-def test_a_table_that_is_not_ours_is_refused_and_stays_as_it_is(spark, table, change, wanted):
+def test_foreign_output_table_is_rejected_unchanged(spark, table, change, wanted):
     spark.sql(f"CREATE TABLE {table} ({tables.GENE_EMBEDDINGS.replace(*change)}) USING delta")
     before = spark.table(table).schema
     with pytest.raises(ConfigError, match=wanted):
@@ -145,7 +145,7 @@ def test_a_table_that_is_not_ours_is_refused_and_stays_as_it_is(spark, table, ch
     assert spark.table(table).schema == before
 
 
-def test_runs_that_make_a_table_at_once_all_find_it_made(spark, table):
+def test_concurrent_runs_can_create_one_table(spark, table):
     def make(_):
         return tables.create(spark, table, tables.LEDGER)
 
@@ -155,7 +155,7 @@ def test_runs_that_make_a_table_at_once_all_find_it_made(spark, table):
 
 
 @pytest.mark.parametrize("named", [False, True])
-def test_a_table_that_another_run_is_about_to_commit_is_waited_for(spark, table, tmp_path, named):
+def test_table_being_created_is_waited_for(spark, table, tmp_path, named):
     """Between its folder and its first commit Delta says that the place is taken, or that the table is made."""
     folder, name = _place(spark, table, tmp_path, "committed_late", named=named)
     tables.create(spark, f"delta.`{tmp_path}/other`", tables.LEDGER)
@@ -172,9 +172,7 @@ def test_a_table_that_another_run_is_about_to_commit_is_waited_for(spark, table,
 
 
 @pytest.mark.parametrize("named", [False, True])
-def test_what_a_run_left_that_was_killed_while_it_made_a_table_is_told_and_can_be_removed(
-    spark, table, tmp_path, monkeypatch, named
-):
+def test_half_created_table_is_reported_and_removable(spark, table, tmp_path, monkeypatch, named):
     monkeypatch.setattr(tables, "CREATE_TRIES", 2)  # nobody is going to commit it
     folder, name = _place(spark, table, tmp_path, "half_made", named=named)
     (folder / "_delta_log").mkdir(parents=True)
@@ -193,7 +191,7 @@ def _place(spark, table, tmp_path, name, *, named):
     return Path(spark.conf.get("spark.sql.warehouse.dir").removeprefix("file:")) / name, name
 
 
-def test_a_folder_of_other_files_is_refused(spark, table, tmp_path, monkeypatch):
+def test_folder_with_other_files_is_rejected(spark, table, tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "CREATE_TRIES", 2)
     (tmp_path / "table").mkdir()
     (tmp_path / "table" / "notes.txt").write_text("mine")
@@ -202,14 +200,14 @@ def test_a_folder_of_other_files_is_refused(spark, table, tmp_path, monkeypatch)
     assert [file.name for file in (tmp_path / "table").iterdir()] == ["notes.txt"]
 
 
-def test_a_place_that_cannot_be_written_is_named_with_what_may_be_in_the_way(spark, tmp_path):
+def test_unwritable_folder_is_named_with_possible_causes(spark, tmp_path):
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(ScgptBatchError, match=r"cannot create the folder of delta.*/file/table.*Read-only file system"):
         tables.create(spark, f"delta.`{tmp_path}/file/table`", tables.LEDGER)
 
 
 @pytest.mark.parametrize("theirs", [None, "true"])
-def test_lines_are_not_compared_with_each_key_of_a_wave_and_the_setting_is_left_as_it_was(spark, table, theirs):
+def test_replace_where_check_is_off_while_writing(spark, table, theirs):
     """Delta would refuse lines that do not meet the condition; what it costs to ask grows with lines times keys."""
     check = "spark.databricks.delta.replaceWhere.constraintCheck.enabled"
     tables.create(spark, table, tables.GENE_EMBEDDINGS, vector_length=4)
@@ -226,7 +224,7 @@ def test_lines_are_not_compared_with_each_key_of_a_wave_and_the_setting_is_left_
     assert spark.table(table).count() == len(GENES)
 
 
-def test_runs_in_threads_of_one_session_leave_its_setting_as_it_was(spark, table):
+def test_threads_restore_the_replace_where_check(spark, table):
     """The second begins while the first writes, and ends after it."""
     check = "spark.databricks.delta.replaceWhere.constraintCheck.enabled"
     tables.create(spark, table, tables.GENE_EMBEDDINGS, vector_length=4)
@@ -251,7 +249,7 @@ def test_runs_in_threads_of_one_session_leave_its_setting_as_it_was(spark, table
     assert spark.conf.get(check, None) is None
 
 
-def test_a_table_takes_vectors_of_one_length_and_tells_its_changes(spark, table, tmp_path):
+def test_vector_length_constraint_and_change_feed(spark, table, tmp_path):
     tables.create(spark, table, tables.GENE_EMBEDDINGS, vector_length=4)
     append(vectors(spark), table)
     tables.create(spark, table, tables.GENE_EMBEDDINGS, vector_length=4)
@@ -265,7 +263,7 @@ def test_a_table_takes_vectors_of_one_length_and_tells_its_changes(spark, table,
     assert DeltaTable(str(tmp_path / "table")).to_pyarrow_table().num_rows == len(GENES)
 
 
-def test_vectors_of_another_length_are_refused_where_an_older_table_has_no_constraint(spark, table):
+def test_older_table_rejects_other_vector_lengths(spark, table):
     tables.create(spark, table, tables.GENE_EMBEDDINGS)
     append(vectors(spark), table)
     tables.create(spark, table, tables.GENE_EMBEDDINGS, vector_length=4)
@@ -273,7 +271,7 @@ def test_vectors_of_another_length_are_refused_where_an_older_table_has_no_const
         tables.create(spark, table, tables.GENE_EMBEDDINGS, vector_length=5)
 
 
-def test_maintain_clusters_by_gene_so_that_one_gene_reads_few_files(spark, table, tmp_path):
+def test_clustering_by_gene_reads_few_files(spark, table, tmp_path):
     tables.create(spark, table, tables.GENE_EMBEDDINGS, vector_length=64)
     tables.create(spark, f"delta.`{tmp_path}/table_runs`", tables.RUNS)
     for version in "123":
@@ -294,7 +292,7 @@ def test_maintain_clusters_by_gene_so_that_one_gene_reads_few_files(spark, table
     assert DeltaTable(str(tmp_path / "table")).to_pyarrow_table().num_rows == 3 * len(GENES)
 
 
-def test_a_table_is_not_clustered_by_what_it_lacks(spark, table):
+def test_clustering_by_missing_column_is_rejected(spark, table):
     tables.create(spark, table, tables.LEDGER)
     with pytest.raises(ConfigError, match="'gene'"):
         maintain(spark, MaintainSettings(table=table, cluster_by="gene"))
@@ -308,7 +306,7 @@ def test_a_table_is_not_clustered_by_what_it_lacks(spark, table):
     ],
     ids=["as numbers", "by time"],
 )
-def test_prune_keeps_the_newest_versions_of_each_model_and_forgets_the_others(spark, table, tmp_path, versions, kept):
+def test_prune_keeps_the_newest_versions(spark, table, tmp_path, versions, kept):
     ledger = f"delta.`{tmp_path}/table_ledger`"
     tables.create(spark, table, tables.GENE_EMBEDDINGS, vector_length=4)
     tables.create(spark, ledger, tables.LEDGER)
@@ -341,7 +339,7 @@ class WithoutCreateSchema:
         return self._spark.sql(statement, *args, **kwargs)
 
 
-def test_table_in_an_existing_schema_needs_no_right_to_create_schemas(spark):
+def test_existing_schema_needs_no_create_permission(spark):
     tables.create(WithoutCreateSchema(spark), "default.without_create_schema", tables.ADATA_ROWS)
     assert tables.exists(spark, "default.without_create_schema")
 

@@ -54,20 +54,20 @@ DONE = [("a", "1", "s", "12", "ok"), ("b", "2", "s", "12", "ok"), ("c", "3", Non
     ids=["nothing", "member deleted", "member added", "member moved", "sample renamed", "sample dissolved",
          "row joins", "content"],
 )  # fmt: skip
-def test_a_sample_is_pending_when_its_set_of_contents_changes(spark, given, wanted):
+def test_sample_is_pending_when_its_contents_change(spark, given, wanted):
     assert pending(spark, given, DONE) == wanted
 
 
-def test_sample_id_decides_nothing_where_rows_do_not_depend_on_each_other(spark):
+def test_sample_id_is_ignored_for_independent_rows(spark):
     done = [(adata_id, content, None, "", "ok") for adata_id, content, _ in BOTH]
     assert pending(spark, BOTH, done, samples=False) == []
 
 
-def test_a_failed_member_makes_its_sample_pending(spark):
+def test_failed_row_makes_its_sample_pending(spark):
     assert pending(spark, BOTH, [*DONE[1:], ("a", "1", "s", "12", "failed")]) == ["a", "b"]
 
 
-def test_the_newest_ledger_line_of_a_row_counts(spark):
+def test_newest_ledger_line_counts(spark):
     """A row that changed, and changed back, has the embeddings of what it was between."""
     assert pending(spark, [("c", "3", None)], [("c", "3", None, "", "ok"), ("c", "4", None, "", "ok")]) == ["c"]
 
@@ -80,12 +80,12 @@ def test_the_newest_ledger_line_of_a_row_counts(spark):
         ([("a", "1", "s"), ("a", "1", None)], "several contents or samples, first 'a'"),
     ],
 )
-def test_ambiguous_sample_ids_are_refused(spark, given, wanted):
+def test_ambiguous_sample_ids_are_rejected(spark, given, wanted):
     with pytest.raises(ConfigError, match=wanted):
         pending(spark, given, [])
 
 
-def test_a_sample_may_be_called_like_one_of_its_own_rows(spark):
+def test_sample_can_have_the_id_of_its_own_row(spark):
     assert pending(spark, [("s", "1", "s"), ("p", "2", "s")], []) == ["p", "s"]
 
 
@@ -123,14 +123,14 @@ def written(spark, tmp_path_factory):
     ],
     ids=["nothing", "member", "sample", "sample renamed", "sample dissolved", "row joins", "left by a killed run"],
 )
-def test_lines_of_rows_and_samples_that_are_gone_are_found(spark, written, given, embeddings, gone):
+def test_lines_of_vanished_rows_are_found(spark, written, given, embeddings, gone):
     now = spark.createDataFrame(given, "adata_id STRING, sample_id STRING")
     found = vanished(now, "mine", run_id="now", **written)
     assert sorted(found.embeddings["adata_id"]) == embeddings
     assert sorted(found.ledger["adata_id"]) == gone and found.rows == len(gone)
 
 
-def test_vanished_lines_are_removed_and_other_inputs_keep_theirs(spark, written, tmp_path):
+def test_removal_keeps_lines_of_other_inputs(spark, written, tmp_path):
     copies = {name: f"delta.`{tmp_path}/{name}`" for name in ("output", "ledger")}
     for name, table in copies.items():
         spark.table(written[name]).write.format("delta").saveAsTable(table)
