@@ -125,7 +125,7 @@ faults: setup
 fault-serving: setup
 	SCGPT_BATCH_KILLS=$${SCGPT_BATCH_KILLS:-50} SCGPT_BATCH_FUZZ=$${SCGPT_BATCH_FUZZ:-50000} \
 	  $(VENV)/bin/pytest tests/e2e/test_serving.py tests/e2e/test_serving_log.py tests/e2e/test_serving_limits.py \
-	  -k 'kills or no_body or no_bytes'
+	  -k 'kills or random_bodies or random_bytes'
 
 clean:
 	rm -rf .demo .cache dist mlruns $(VENV) $(UPSTREAM)
