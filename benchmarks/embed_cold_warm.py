@@ -18,8 +18,8 @@ import shutil
 from pathlib import Path
 
 from scgpt_batch.parameters import Parameters
-from scgpt_batch.settings import EmbedSettings, Summary
-from scgpt_batch.spark.embed import embed_table
+from scgpt_batch.settings import EmbedSettings
+from scgpt_batch.spark.embed import EmbedResult, embed_table
 from scgpt_batch.spark.session import get_spark
 
 
@@ -35,7 +35,7 @@ def main() -> None:
     parameters = Parameters.create(dict(pair.split("=", 1) for pair in args.set))
     spark = get_spark()
 
-    def embed(out: Path) -> Summary:
+    def embed(out: Path) -> EmbedResult:
         for suffix in ("", "_ledger", "_runs"):
             shutil.rmtree(out.with_name(out.name + suffix), ignore_errors=True)
         settings = EmbedSettings(
@@ -46,9 +46,9 @@ def main() -> None:
     cold = embed(args.out.with_name(args.out.name + "_cold"))
     later = [embed(args.out) for _ in range(args.warm_up + args.warm_runs)]
     spark.stop()
-    warm = sorted(later[args.warm_up :], key=lambda told: told["seconds"])
-    seconds = [told["seconds"] for told in (cold, *later)]
-    print(json.dumps({"cold": cold, "warm": warm[len(warm) // 2], "seconds": seconds}))
+    warm = sorted(later[args.warm_up :], key=lambda told: told.seconds)
+    seconds = [told.seconds for told in (cold, *later)]
+    print(json.dumps({"cold": cold.to_dict(), "warm": warm[len(warm) // 2].to_dict(), "seconds": seconds}))
 
 
 if __name__ == "__main__":

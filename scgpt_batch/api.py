@@ -19,12 +19,13 @@ import scipy.sparse as sp
 import tqdm.auto
 
 import scgpt_batch
-from scgpt_batch.errors import ConfigError, EmbeddingWarning, PayloadError, RowError
+from scgpt_batch.errors import ConfigError, EmbeddingWarning, PayloadError, RowError, suggestion
 from scgpt_batch.inference.engine import Embedder, load_embedder
 from scgpt_batch.inference.results import RowResult
 from scgpt_batch.inference.sample_rows import decisions_of_sample
 from scgpt_batch.io.rows import table_to_json
 from scgpt_batch.models.scgpt import SPECIAL_TOKENS
+from scgpt_batch.near_misses import did_you_mean
 from scgpt_batch.parameters import Parameters
 from scgpt_batch.preprocessing.gene_names import lookup_columns
 
@@ -162,8 +163,8 @@ def embed(
     p = Parameters.create(parameters, wanted)
     for name, column in (("batch_key", p.batch_key), ("group_by", p.group_by)):
         if column and column not in adata.obs:
-            columns = ", ".join(map(repr, adata.obs.columns)) or "none"
-            raise ConfigError(f"{name} {column!r} is not a column of adata.obs; its columns: {columns}")
+            end = suggestion(column, map(str, adata.obs.columns), label="its columns")
+            raise ConfigError(f"{name} {column!r} is not a column of adata.obs{end}")
     if copy and adata.isbacked:
         raise ConfigError("copy=True cannot copy a backed AnnData: use copy=False, or adata.to_memory() first")
     loaded = load_model(model)
@@ -277,7 +278,8 @@ def _matrix(adata: ad.AnnData, layer: str | None) -> tuple[str, Any, pd.DataFram
         return f"adata.layers[{layer!r}]", adata.layers[layer], adata.var
     if layer == "raw" and adata.raw is not None:
         return "adata.raw.X", adata.raw.X, adata.raw.var
-    raise ConfigError(f"layer {layer!r} is not in the AnnData; it has: {_other_matrices(adata)}")
+    end = did_you_mean(layer, [*filter(None, adata.layers), "raw"]) or f"; it has: {_other_matrices(adata)}"
+    raise ConfigError(f"layer {layer!r} is not in the AnnData{end}")
 
 
 def _existing(x: Any, what: str, adata: ad.AnnData) -> Any:

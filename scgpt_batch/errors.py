@@ -17,13 +17,14 @@
   + PartsFailed            the client got no embeddings for some cells; the error carries those of the other cells
 """
 
-import difflib
 import logging
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from traceback import format_exception
 from typing import Any
+
+from scgpt_batch.near_misses import closest, did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -224,9 +225,19 @@ def listed(names: Iterable[object], given: str = "") -> str:
     """
     known = [shortened(str(name)) for name in names]
     more = f", … ({len(known):,} in total)" if len(known) > NAMES_SHOWN else ""
-    close = difflib.get_close_matches(given[:SHOWN], known[:1_000], 1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    close = closest(given, known)
+    hint = f" (did you mean {close!r}?)" if close else ""
     return (", ".join(map(repr, known[:NAMES_SHOWN])) or "none") + more + hint
+
+
+def suggestion(name: str, known: Iterable[object], *, label: str = "known") -> str:
+    """Return how to end a message about an unknown name: the closest known name, or after `label` all of them.
+
+    >>> suggestion("cel", ["static", "cell"])
+    ": did you mean 'cell'?"
+    """
+    names = list(map(str, known))
+    return did_you_mean(name, names) or f"; {label}: {listed(names)}"
 
 
 def plain_line(text: str) -> str:

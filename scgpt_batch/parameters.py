@@ -4,9 +4,9 @@ One class serves the MLflow signature, the command line's flags and the tables' 
 meaning of the preprocessing follow scGPT's `Preprocessor`.
 """
 
-import difflib
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, Self
 
@@ -15,6 +15,7 @@ import pandas as pd
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError, model_validator
 
 from scgpt_batch.errors import ConfigError, RowError, shortened
+from scgpt_batch.near_misses import did_you_mean
 
 # Upper bounds, so that no parameter costs much memory before a row is read; docs/serving.md lists them. They are
 # checked here before MLflow or numpy sees a value: numpy gives each string of an array the length of the longest.
@@ -25,6 +26,12 @@ MAX_COUNT = 10**12
 MAX_SIZE = 1_000_000
 MAX_KEPT = 1000  # different sets of parameters of a request that are kept to be shared
 FAULTS_SHOWN = 100  # in an error message
+
+# Parameters for a kind of data, by name. Explicit values win over them.
+PRESETS: dict[str, dict[str, Any]] = {
+    "": {},
+    "counts": {"data_is_raw": True, "log1p": True, "hvg_flavor": "seurat_v3"},  # raw counts, as in most files
+}
 
 
 def _bounded_genes(value: Any) -> Any:
@@ -50,56 +57,63 @@ class Parameters(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    need_preprocess: bool = Field(True, description="filter, normalise and cut to variable genes first")
+    need_preprocess: bool = Field(True, description="filter, normalise and select variable genes first")
     input_data_path: str = Field(
-        "", max_length=MAX_PATH, description=".h5ad to read when the row carries no matrix; below the registered roots"
+        "", max_length=MAX_PATH, description=".h5ad file to read if the row has no matrix, below a registered root"
     )
-    data_is_raw: bool = Field(False, description="X holds counts; a row whose values contradict it carries a warning")
-    use_key: Name = Field("X", description="'X' or the layer that is normalised")
+    data_is_raw: bool = Field(False, description="X contains counts; rows that contradict this get a warning")
+    use_key: Name = Field("X", description="'X', or the layer to normalise")
     filter_gene_by_counts: int = Field(
-        3, ge=0, le=MAX_COUNT, description="keep genes with at least this sum over cells; 0: all"
+        3, ge=0, le=MAX_COUNT, description="minimum sum of a gene over all cells; 0 keeps all genes"
     )
-    filter_cell_by_counts: bool = Field(False, description="drop cells whose values sum to less than 1")
-    min_cell_counts: float = Field(0.0, ge=0, le=MAX_COUNT, description="drop cells whose values sum to less; 0: none")
+    filter_cell_by_counts: bool = Field(False, description="drop cells with a sum below 1")
+    min_cell_counts: float = Field(
+        0.0, ge=0, le=MAX_COUNT, description="drop cells with a smaller sum; 0 keeps all cells"
+    )
     normalize_total: float = Field(
-        1e4, ge=0, le=MAX_COUNT, description="scale each cell's values to this sum; 0: do not"
+        1e4, ge=0, le=MAX_COUNT, description="scale each cell to this sum; 0 disables normalisation"
     )
-    result_normed_key: Name = Field("X_normed", description="layer of the normalised values; empty: replaces use_key")
-    log1p: bool = Field(False, description="take log(1 + x) after normalising")
-    result_log1p_key: Name = Field("X_log1p", description="layer of the log values; empty: replaces the layer before")
-    subset_hvg: int = Field(1200, ge=0, le=MAX_SIZE, description="keep this many highly variable genes; 0: all")
+    result_normed_key: Name = Field(
+        "X_normed", description="layer for the normalised values; empty: overwrite the input"
+    )
+    log1p: bool = Field(False, description="apply log(1 + x) after normalisation")
+    result_log1p_key: Name = Field("X_log1p", description="layer for the log values; empty: overwrite the input")
+    subset_hvg: int = Field(1200, ge=0, le=MAX_SIZE, description="number of highly variable genes; 0 keeps all genes")
     hvg_flavor: Literal["cell_ranger", "seurat", "seurat_v3", "seurat_v3_paper"] = Field(
-        "cell_ranger", description="scanpy's method for variable genes; seurat_v3 wants counts"
+        "cell_ranger", description="scanpy's method for variable genes; seurat_v3 needs counts"
     )
-    binning: int = Field(51, ge=0, le=1000, description="number of value bins, 0 being zero's own; 0: do not bin")
-    result_binned_key: Name = Field("X_binned", description="layer of the bins")
-    embsize: Size = Field(None, description="if given, must be the checkpoint's")
-    nhead: Size = Field(None, description="if given, must be the checkpoint's")
-    d_hid: Size = Field(None, description="if given, must be the checkpoint's")
-    nlayers: Size = Field(None, description="if given, must be the checkpoint's")
-    n_layers_cls: Size = Field(None, description="if given, must be the checkpoint's")
+    binning: int = Field(51, ge=0, le=1000, description="number of bins, including bin 0 for zeros; 0 disables binning")
+    result_binned_key: Name = Field("X_binned", description="layer for the bins")
+    embsize: Size = Field(None, description="if given, must equal the checkpoint's value")
+    nhead: Size = Field(None, description="if given, must equal the checkpoint's value")
+    d_hid: Size = Field(None, description="if given, must equal the checkpoint's value")
+    nlayers: Size = Field(None, description="if given, must equal the checkpoint's value")
+    n_layers_cls: Size = Field(None, description="if given, must equal the checkpoint's value")
     mode: Literal["static", "contextual", "cell"] = Field(
-        "static", description="gene vectors of the vocabulary, gene vectors in the cells' context, or cell vectors"
+        "static",
+        description="the model's own gene vectors, gene vectors in the context of your cells, or cell vectors",
     )
-    group_by: Name = Field("", description="obs column: contextual means per value of it")
-    genes: Genes = Field((), description="answer these genes only; empty: all")
+    group_by: Name = Field("", description="obs column; contextual mode averages per value of it")
+    genes: Genes = Field((), description="return these genes only; default: all")
     min_coverage: float = Field(
-        0.2, ge=0, le=1, description="a row fails when known genes carry a smaller share of its counts"
+        0.2, ge=0, le=1, description="minimum share of a row's counts in genes that the model knows; rows below fail"
     )
-    data_is_binned: bool = Field(False, description="X holds bins already (with need_preprocess false)")
+    data_is_binned: bool = Field(False, description="X contains bins already (needs need_preprocess false)")
     max_length: int = Field(
-        1200, ge=2, le=65_536, description="tokens a cell, <cls> included; longer cells are sampled"
+        1200, ge=2, le=65_536, description="maximum tokens per cell, including <cls>; longer cells are sampled"
     )
-    seed: int = Field(0, ge=0, lt=2**63, description="of random ties and of sampled genes")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed for ties between bins and for sampling genes")
     tie_break: Literal["random", "upper", "lower"] = Field(
-        "random", description="bin of a value that lies on several equal bin edges"
+        "random", description="how to choose the bin of a value on several equal bin edges"
     )
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the transformer's matrix products")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="type of the transformer's matrix products")
     encoding: Literal["list", "float32_base64", "float16_base64"] = Field(
-        "list", description="nested arrays, or one little-endian row-major base64 string"
+        "list", description="output format: nested arrays, or one little-endian row-major base64 string"
     )
-    on_error: Literal["raise", "record"] = Field("raise", description="raise for a bad row, or answer its error")
-    batch_key: Name = Field("", description="obs column of batches, for variable genes")
+    on_error: Literal["raise", "record"] = Field(
+        "raise", description="raise an error for a bad row, or return the error as its result"
+    )
+    batch_key: Name = Field("", description="obs column with the batch, for variable genes")
 
     @model_validator(mode="after")
     def _works(self) -> Self:
@@ -221,19 +235,22 @@ class RequestParameters:
 
 
 def validation_message(exc: ValidationError, what: str, known: Iterable[str] = ()) -> str:
-    """Say a pydantic error in one line that names each setting and what is wrong with it."""
-    told = []
-    for error in exc.errors()[:FAULTS_SHOWN]:
-        name = shortened(".".join(map(str, error["loc"])))
-        if error["type"] == "extra_forbidden":
-            close = difflib.get_close_matches(name.lower(), known, 1, 0.7)
-            told.append(f"unknown {what} {name!r}" + (f" (did you mean {close[0]!r}?)" if close else ""))
-        elif name:
-            why = error["msg"].removeprefix("Value error, ")
-            told.append(f"{what} {name!r}: {why}, got {shortened(repr(error['input']))}")
-        else:
-            told.append(error["msg"].removeprefix("Value error, "))
-    return "; ".join(told)
+    """Describe a pydantic error in one line that names each setting, its fault and what was probably meant."""
+    return "; ".join(_fault(error, what, known) for error in exc.errors()[:FAULTS_SHOWN])
+
+
+def _fault(error: Any, what: str, known: Iterable[str]) -> str:
+    name = shortened(".".join(map(str, error["loc"])))
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        return f"unknown {what} {name!r}{did_you_mean(name, known)}"
+    if not name:
+        return message
+    value = error["input"]
+    end = ""
+    if error["type"] == "literal_error" and isinstance(value, str):
+        end = did_you_mean(value, re.findall("'([^']*)'", error["ctx"]["expected"]))
+    return f"{what} {name!r}: {message}, got {shortened(repr(value))}{end}"
 
 
 def _plain(value: Any) -> Any:

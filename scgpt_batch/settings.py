@@ -1,6 +1,6 @@
-"""The settings of each command: names, defaults and help, from which the command line's flags are made.
+"""The settings of each command: names, defaults and help. The command line makes its options from them.
 
-A flag wins over the environment (`SCGPT_BATCH_` and the name in capitals), the environment over the file.
+`cli/load_settings.py` reads them from flags, environment variables and a file.
 """
 
 import re
@@ -11,18 +11,27 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 
 class Settings(BaseModel):
-    """What every command takes. Frozen; unknown names are refused."""
+    """Base of all settings. Frozen; unknown names are rejected."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    tracking_uri: str = Field("", description="MLflow tracking URI; empty: MLflow's own environment variables")
-    registry_uri: str = Field("", description="MLflow registry URI, such as databricks-uc; empty: MLflow's own")
-    spark_conf: dict[str, str] = Field({}, description="Spark settings of a local session, name=value")
+
+class MlflowSettings(Settings):
+    """Settings of commands that use MLflow."""
+
+    tracking_uri: str = Field("", description="MLflow tracking URI; if empty, MLflow's environment variables decide")
+    registry_uri: str = Field("", description="MLflow registry URI, e.g. databricks-uc; if empty, MLflow decides")
+
+
+class SparkSettings(Settings):
+    """Settings of commands that use Spark."""
+
+    spark_conf: dict[str, str] = Field({}, description="Spark settings of a local session, as NAME=VALUE")
 
     @field_validator("spark_conf", mode="before")
     @classmethod
-    def _as_spark_writes_it(cls, conf: Any) -> Any:
-        """Accept YAML's numbers and booleans as the words that Spark takes."""
+    def _as_words(cls, conf: Any) -> Any:
+        """Write YAML's numbers and booleans as Spark expects them."""
         if not isinstance(conf, dict):
             return conf
         words = {name: str(v).lower() if isinstance(v, bool) else str(v) for name, v in conf.items()
@@ -31,62 +40,71 @@ class Settings(BaseModel):
 
 
 class DemoCheckpointSettings(Settings):
-    """Make a small checkpoint in the published layout from data (not the published weights)."""
+    """Make a small checkpoint in the published layout from your data (these are not the published weights)."""
 
-    h5ad: str = Field(description=".h5ad with raw counts, cells × genes")
-    out: str = Field(description="folder to write")
+    h5ad: str = Field(description=".h5ad file with raw counts, cells × genes")
+    out: str = Field(description="folder to write the checkpoint to")
 
 
-class IngestSettings(Settings):
-    """Turn files into rows of serialized AnnData."""
+class IngestSettings(SparkSettings):
+    """Read files of counts into a Delta table of serialized AnnData rows."""
 
     input: tuple[str, ...] = Field(
-        description="files, folders, globs or URIs: .h5ad, .zarr, .h5mu, 10x .h5, 10x mtx folder", min_length=1
+        description="files, folders, globs or URIs to read: .h5ad, .zarr, .h5mu, 10x .h5, 10x mtx folders", min_length=1
     )
-    table: str = Field(description="adata_rows table: catalog.schema.table or delta.`path`")
-    cells_per_row: int = Field(1000, ge=1, description="cells of one row at most")
-    split_by: str = Field("", description="obs column: cells of different values never share a row")
-    gene_symbols: str = Field("", description="var column that holds the gene symbols, where var_names are Ensembl ids")
-    layer: str = Field("auto", description="matrix to read: X, raw, a layer's name, or auto: the first with counts")
-    sample_id: str = Field("file", description="one sample a file (and --split-by group), an obs column, or none")
+    table: str = Field(description="table to write the rows to: catalog.schema.table or delta.`path`")
+    cells_per_row: int = Field(1000, ge=1, description="maximum number of cells per row")
+    split_by: str = Field("", description="obs column; cells with different values go to different rows")
+    gene_symbols: str = Field("", description="var column with the gene symbols, if var_names are other ids")
+    layer: str = Field("auto", description="matrix to read; auto takes the first one with counts")
+    sample_id: str = Field(
+        "file", description="what a sample is: a file (and --split-by group), the values of an obs column, or none"
+    )
     id_from: Literal["name", "parent", "path"] = Field(
-        "name", description="ids of rows start with the file's name, its folder and name, or its whole path"
+        "name", description="how row ids start: with the file name, its parent folder and name, or the whole path"
     )
-    max_failed_fraction: float = Field(0.1, ge=0, le=1, description="exit code 3 when more of the files fail")
+    max_failed_fraction: float = Field(
+        0.1, ge=0, le=1, description="exit with code 3 if a larger share of the files fails"
+    )
 
 
-class RegisterSettings(Settings):
-    """Log and register the model, and check that it serves."""
+class RegisterSettings(MlflowSettings):
+    """Register a checkpoint as an MLflow model, after checking that it can be served."""
 
     checkpoint: str = Field(description="folder with best_model.pt (or .safetensors), args.json and vocab.json")
-    name: str = Field(description="registered model: name, or catalog.schema.name")
-    alias: str = Field("", description="alias to set on the new version, such as champion")
-    input_roots: tuple[str, ...] = Field((), description="folders below which input_data_path may read; default none")
-    experiment: str = Field("", description="MLflow experiment; empty: MLflow's default")
+    name: str = Field(description="name of the registered model, or catalog.schema.name")
+    alias: str = Field("", description="alias to set on the new version, e.g. champion")
+    input_roots: tuple[str, ...] = Field((), description="folders that input_data_path may read from; default: none")
+    experiment: str = Field("", description="MLflow experiment; default: MLflow's own")
 
 
-class EmbedSettings(Settings):
-    """Embed the rows that have no result yet, Delta to Delta."""
+class EmbedSettings(SparkSettings, MlflowSettings):
+    """Embed the rows of a Delta table that have no result yet."""
 
-    model_uri: str = Field(description="models:/name/version, models:/name@alias or a path")
-    input_table: str = Field(description="adata_rows table")
-    output_table: str = Field(description="gene_embeddings (or cell_embeddings) table; made if it is not there")
-    ledger_table: str = Field("", description="what happened to each row; empty: output table + _ledger")
-    runs_table: str = Field("", description="one row a run; empty: output table + _runs")
-    max_failed_fraction: float = Field(0.1, ge=0, le=1, description="exit code 3 when more of the run's rows fail")
+    model_uri: str = Field(description="model to use: models:/NAME/VERSION, models:/NAME@ALIAS or a path")
+    input_table: str = Field(description="table of rows that ingest wrote")
+    output_table: str = Field(description="table of embeddings to write to; created if it does not exist")
+    ledger_table: str = Field("", description="outcome of each row; default: the output table's name and _ledger")
+    runs_table: str = Field("", description="one line per run; default: the output table's name and _runs")
+    preset: Literal["", "counts"] = Field(
+        "", description="counts: data_is_raw true, log1p true, hvg_flavor seurat_v3; an explicit value wins"
+    )
+    max_failed_fraction: float = Field(
+        0.1, ge=0, le=1, description="exit with code 3 if a larger share of the run's rows fails"
+    )
     allow_other_code: bool = Field(
-        False, description="run even if the installed package's numbers differ from those the model was registered with"
+        False, description="run although the installed code gives other numbers than the code that registered the model"
     )
-    retry_failed: bool = Field(False, description="take rows again that failed with the same content and parameters")
-    wave_cells: int = Field(200_000, ge=1, description="cells of a wave: what a killed run has to do again at most")
-    row_timeout: float = Field(3600, gt=0, description="seconds without an answer until a row is given up as Timeout")
-    prune: int = Field(0, ge=0, description="keep this many newest versions of each model in the output; 0: all")
-    plan: bool = Field(False, description="say what would be done, and do nothing")
+    retry_failed: bool = Field(False, description="retry rows that failed with the same content and parameters")
+    wave_cells: int = Field(200_000, ge=1, description="cells per wave; a killed run repeats at most one wave")
+    row_timeout: float = Field(3600, gt=0, description="a row without a result after this time fails as Timeout")
+    prune: int = Field(0, ge=0, description="model versions to keep in the output, newest first; 0: all")
+    plan: bool = Field(False, description="report the pending work and write nothing")
     trigger: Literal["", "available-now"] = Field(
-        "", description="available-now: take what a stream over the input table finds new since the last time"
+        "", description="available-now: process only rows added since the last run (Structured Streaming)"
     )
-    checkpoint_location: str = Field("", description="folder where the stream remembers what it has read")
-    experiment: str = Field("", description="MLflow experiment; empty: MLflow's default")
+    checkpoint_location: str = Field("", description="folder for the stream's checkpoint; required with --trigger")
+    experiment: str = Field("", description="MLflow experiment; default: MLflow's own")
 
     @model_validator(mode="after")
     def _works(self) -> Self:
@@ -95,97 +113,105 @@ class EmbedSettings(Settings):
         return self
 
 
-class SummarySettings(Settings):
-    """Say what an embeddings table holds, and the nearest genes of some."""
+class SummarySettings(SparkSettings):
+    """Show what a table of gene embeddings contains, and the nearest genes of a few."""
 
-    output_table: str = Field(description="gene_embeddings table")
-    genes: tuple[str, ...] = Field(("CD3D", "MS4A1", "LYZ", "NKG7"), description="genes to show the neighbours of")
-    neighbours: int = Field(5, ge=1, description="how many")
+    output_table: str = Field(description="table of gene embeddings")
+    genes: tuple[str, ...] = Field(("CD3D", "MS4A1", "LYZ", "NKG7"), description="genes whose nearest genes are shown")
+    neighbours: int = Field(5, ge=1, description="number of nearest genes shown for each gene")
 
 
-class MonitorSettings(Settings):
-    """Judge the health of an endpoint and of the batch job, from their tables."""
+class MonitorSettings(SparkSettings):
+    """Check the health of an endpoint and of the batch job from their tables."""
 
-    inference_table: str = Field("", description="the endpoint's inference table, of any generation")
+    inference_table: str = Field("", description="inference table of the endpoint, of any generation")
     requests_view: str = Field(
-        "", description="view of its requests to make anew, which dashboard and alerts read; empty: none that stays"
+        "", description="view of its requests to create, for dashboards and alerts; default: none"
     )
-    output_table: str = Field("", description="the batch job's embeddings; empty: those of the last run")
-    runs_table: str = Field("", description="its runs; empty: output table + _runs")
-    ledger_table: str = Field("", description="its ledger; empty: output table + _ledger")
-    report: str = Field("", description="HTML file to write, complete in itself")
-    fail_on: Literal["warning", "critical"] = Field("critical", description="exit code 4 for alerts from here on")
-    hours: float = Field(24, gt=0, description="requests of how many hours are judged")
-    days: int = Field(7, ge=2, description="of how many days traffic is compared, and the report tells")
-    delay_minutes: int = Field(60, ge=0, description="how late requests may come into the inference table")
-    max_error_rate: float = Field(0.05, ge=0, le=1, description="share of requests that may end in a server error")
+    output_table: str = Field("", description="embeddings of the batch job; default: those of the last run")
+    runs_table: str = Field("", description="its runs; default: the output table's name and _runs")
+    ledger_table: str = Field("", description="its ledger; default: the output table's name and _ledger")
+    report: str = Field("", description="self-contained HTML report to write")
+    fail_on: Literal["warning", "critical"] = Field(
+        "critical", description="exit with code 4 for alerts of this severity or above"
+    )
+    hours: float = Field(24, gt=0, description="time window of the checks")
+    days: int = Field(7, ge=2, description="history for traffic baselines and the report")
+    delay_minutes: int = Field(60, ge=0, description="delay until requests appear in the inference table")
+    max_error_rate: float = Field(0.05, ge=0, le=1, description="maximum share of requests with a server error (5xx)")
     max_client_error_rate: float = Field(
-        0.25, ge=0, le=1, description="share of requests that may end in a client error (status 4xx)"
+        0.25, ge=0, le=1, description="maximum share of requests with a client error (4xx)"
     )
-    min_errors: int = Field(5, ge=1, description="fewer server or client errors are not judged by their share")
-    max_p95_ms: float = Field(10_000, gt=0, description="95th percentile of the duration, ms")
-    slow_ms: int = Field(5_000, gt=0, description="the report names requests from here on, ms")
-    min_volume: float = Field(0.5, ge=0, description="least requests of an hour, as share of the same hour's usual")
-    min_usual_requests: float = Field(20, ge=0, description="hours with fewer usual requests are not judged by volume")
-    max_run_age_hours: float = Field(26, gt=0, description="since the batch job last finished")
-    max_failed_fraction: float = Field(0.1, ge=0, le=1, description="share of a run's rows that may fail")
-    max_cosine: float = Field(0.999, gt=0, le=1, description="mean cosine of a run's vectors, above it they are alike")
+    min_errors: int = Field(5, ge=1, description="below this number of errors, their share is not checked")
+    max_p95_ms: float = Field(10_000, gt=0, description="maximum 95th percentile of the request duration")
+    slow_ms: int = Field(5_000, gt=0, description="the report lists requests that took at least this long")
+    min_volume: float = Field(0.5, ge=0, description="minimum requests per hour, as a share of that hour's baseline")
+    min_usual_requests: float = Field(20, ge=0, description="hours with a smaller baseline are not checked for volume")
+    max_run_age_hours: float = Field(26, gt=0, description="maximum time since the batch job last finished")
+    max_failed_fraction: float = Field(0.1, ge=0, le=1, description="maximum share of a run's rows that fail")
+    max_cosine: float = Field(0.999, gt=0, le=1, description="maximum mean cosine similarity of a run's vectors")
 
     @model_validator(mode="after")
     def _works(self) -> Self:
         if self.requests_view and not self.inference_table:
-            raise ValueError("requests_view needs inference_table: a view of which table's requests?")
+            raise ValueError("requests_view needs inference_table, the table that the view reads")
         return self
 
 
-class MaintainSettings(Settings):
-    """Keep a Delta table, its ledger and runs small: delete old rows, cluster and compact files, remove old ones."""
+class MaintainSettings(SparkSettings):
+    """Compact, cluster and vacuum a Delta table, its ledger and its runs; delete old rows."""
 
-    table: str = Field(description="inference, embeddings, ledger or any other Delta table")
-    date_column: str = Field("", description="date or timestamp column; empty: no rows are deleted")
-    retain_days: int = Field(90, ge=1, description="rows older than this are deleted, by date_column")
-    cluster_by: str = Field("", description="column to cluster files by from now on, such as gene; empty: as it is")
-    vacuum_hours: int = Field(168, ge=0, description="files that no version of so many hours needs are removed")
-    force: bool = Field(False, description="allow vacuum_hours below 168: running readers and time travel may break")
+    table: str = Field(description="any Delta table: embeddings, ledger, inference table")
+    date_column: str = Field("", description="date or timestamp column for --retain-days; default: keep all rows")
+    retain_days: int = Field(90, ge=1, description="delete rows whose --date-column is older than this")
+    cluster_by: str = Field("", description="column to cluster the files by, e.g. gene; default: unchanged")
+    vacuum_hours: int = Field(168, ge=0, description="remove files that only versions older than this need")
+    force: bool = Field(
+        False, description="allow --vacuum-hours below 168, which can break running readers and time travel"
+    )
 
     @model_validator(mode="after")
     def _works(self) -> Self:
         if "retain_days" in self.model_fields_set and not self.date_column:
-            raise ValueError("--retain-days needs --date-column: which column says how old a row is?")
+            raise ValueError("--retain-days needs --date-column, the column with a row's date")
         return self
 
 
-class ServeSettings(Settings):
-    """Serve the model over HTTP, with an inference table, until stopped."""
+class ServeSettings(MlflowSettings):
+    """Serve a model over HTTP until stopped, and log requests to an inference table."""
 
-    model_uri: str = Field(description="models:/name/version, models:/name@alias or a path")
+    model_uri: str = Field(description="model to serve: models:/NAME/VERSION, models:/NAME@ALIAS or a path")
     host: str = Field(
-        "127.0.0.1", description="address to listen on; before opening it to others set SCGPT_BATCH_TOKEN"
+        "127.0.0.1", description="address to listen on; others than loopback need a token in SCGPT_BATCH_TOKEN"
     )
-    port: int = Field(5000, ge=0, le=65535, description="port to listen on; 0: a free one, which the log names")
+    port: int = Field(5000, ge=0, le=65535, description="port to listen on; 0: a free port, named in the log")
     inference_table: str = Field(
-        "delta.`inference_payload`", description="delta.`path` for requests and answers, made if not there; none: off"
+        "delta.`inference_payload`", description="delta.`path` for requests and responses; none: off"
     )
-    spool: str = Field("", description="local folder of records not yet in the table; empty: the table's path + _spool")
-    flush_seconds: float = Field(10.0, gt=0, description="how often the spool is brought to the table")
-    max_request_bytes: int = Field(16_000_000, ge=1, description="of a request's body, also when inflated")
-    max_answer_bytes: int = Field(16_000_000, ge=1, description="of an answer; larger ones are refused unanswered")
-    timeout_seconds: float = Field(297.0, gt=0, description="for one request")
-    max_concurrent: int = Field(64, ge=1, description="requests computed at once; further ones get 429")
-    max_connections: int = Field(1000, ge=1, description="open connections; further ones get 503 and are closed")
-    header_seconds: float = Field(10.0, gt=0, description="for a connection to send a complete header")
-    body_seconds: float = Field(60.0, gt=0, description="for a request's body to arrive")
+    spool: str = Field("", description="local folder for records not yet in the table; default: beside the table")
+    flush_seconds: float = Field(10.0, gt=0, description="interval between writes from the spool to the table")
+    max_request_bytes: int = Field(
+        16_000_000, ge=1, description="maximum size of a request body, before and after inflating"
+    )
+    max_answer_bytes: int = Field(
+        16_000_000, ge=1, description="maximum response size; larger responses are rejected before they are computed"
+    )
+    timeout_seconds: float = Field(297.0, gt=0, description="maximum time for one request")
+    max_concurrent: int = Field(64, ge=1, description="concurrent requests; further requests get 429")
+    max_connections: int = Field(1000, ge=1, description="open connections; further connections get 503")
+    header_seconds: float = Field(10.0, gt=0, description="maximum time until a connection has sent a complete header")
+    body_seconds: float = Field(60.0, gt=0, description="maximum time until a request body has arrived")
     shutdown_seconds: float = Field(
-        30.0, gt=0, description="for running requests after SIGTERM; then they are cancelled"
+        30.0, gt=0, description="time for running requests after SIGTERM, before they are cancelled"
     )
     trusted_proxies: tuple[str, ...] = Field(
-        (), description="addresses whose X-Forwarded-For header names the requester in the log; default none"
+        (), description="proxies whose X-Forwarded-For header names the requester in the log; default: none"
     )
     allow_without_token: bool = Field(
         False,
-        description="listen on other addresses than loopback without a token: a proxy or firewall keeps others out",
+        description="listen on other addresses than loopback without a token, behind a proxy or firewall",
     )
-    batch_wait_ms: float = Field(5.0, ge=0, description="how long a request waits for others to share the device with")
+    batch_wait_ms: float = Field(5.0, ge=0, description="how long a request waits to share a batch with others")
 
     @field_validator("trusted_proxies")
     @classmethod
@@ -193,25 +219,31 @@ class ServeSettings(Settings):
         return tuple(str(ip_address(proxy)) for proxy in proxies)
 
 
-class PromoteSettings(Settings):
-    """Make the challenger champion, if it answers right, fast and like the champion."""
+class PromoteSettings(SparkSettings, MlflowSettings):
+    """Make the challenger the champion if it reproduces its stored answers and is close to the champion."""
 
-    name: str = Field(description="registered model: name, or catalog.schema.name")
-    challenger: str = Field("challenger", description="alias or version number of the version to promote")
-    champion: str = Field("champion", description="alias to move to it")
-    rows: str = Field("", description="adata_rows table, .parquet or .json to compare on; empty: what register stored")
-    max_rows: int = Field(20, ge=1, description="of these rows, the first by adata_id (of a file: the first)")
-    tolerance: float = Field(1e-3, ge=0, description="of a number in the answers stored when it was registered")
-    max_slowdown: float = Field(1.5, gt=0, description="time for the rows, as multiple of the champion's")
-    min_cosine: float = Field(0.95, ge=-1, le=1, description="mean cosine with the champion's vectors; -1: any")
-    plan: bool = Field(False, description="check, and promote nothing")
+    name: str = Field(description="name of the registered model, or catalog.schema.name")
+    challenger: str = Field("challenger", description="alias or number of the version to promote")
+    champion: str = Field("champion", description="alias that is moved to the challenger")
+    rows: str = Field(
+        "", description="rows to compare on: table, .parquet or .json; default: those that register stored"
+    )
+    max_rows: int = Field(20, ge=1, description="number of these rows to use, the first by adata_id")
+    tolerance: float = Field(1e-3, ge=0, description="maximum difference to the answers stored at registration")
+    max_slowdown: float = Field(1.5, gt=0, description="maximum time, as a multiple of the champion's")
+    min_cosine: float = Field(
+        0.95, ge=-1, le=1, description="minimum mean cosine similarity with the champion's vectors"
+    )
+    plan: bool = Field(False, description="run the checks and change nothing")
 
 
 class WorkspaceSettings(Settings):
-    """What a command takes that asks a Databricks workspace; who it asks as is Databricks' unified authentication."""
+    """Settings of commands that use a Databricks workspace; Databricks' unified authentication logs in."""
 
     endpoint: str = Field(description="name of the serving endpoint")
-    retry_seconds: int = Field(300, ge=1, description="how long a busy workspace (429, 503, no answer) is asked again")
+    retry_seconds: int = Field(
+        300, ge=1, description="how long to retry while the workspace is busy (429, 503, no answer)"
+    )
 
     @model_validator(mode="after")
     def _is_a_name(self) -> Self:
@@ -221,30 +253,30 @@ class WorkspaceSettings(Settings):
 
 
 class DeploySettings(WorkspaceSettings):
-    """Create or update a Databricks serving endpoint and wait until it serves; twice changes nothing."""
+    """Create or update a Databricks serving endpoint and wait until it is ready (idempotent)."""
 
-    model_uri: str = Field("", description="models:/catalog.schema.name@alias or models:/catalog.schema.name/version")
-    rollback: bool = Field(False, description="serve again the version that served before, instead of model_uri")
-    traffic: str = Field("", description="canary in percent, such as old=90,new=10; empty: all to the new version")
-    workload_type: str = Field("GPU_SMALL", description="CPU, GPU_SMALL, GPU_MEDIUM, ... of the new version")
-    workload_size: str = Field("Small", description="Small (4 requests at once), Medium (16) or Large (64)")
-    scale_to_zero: bool = Field(True, description="cost nothing without requests; the first one then waits minutes")
+    model_uri: str = Field("", description="model to serve: models:/CATALOG.SCHEMA.NAME@ALIAS or .../VERSION")
+    rollback: bool = Field(False, description="go back to the version that was served before")
+    traffic: str = Field("", description="canary, in percent; default: all traffic goes to the new version")
+    workload_type: str = Field("GPU_SMALL", description="hardware of the new version: CPU, GPU_SMALL, GPU_MEDIUM, ...")
+    workload_size: str = Field("Small", description="concurrent requests: Small (4), Medium (16) or Large (64)")
+    scale_to_zero: bool = Field(True, description="stop without requests; the first request then waits minutes")
     inference_table: str = Field(
         "",
-        description="catalog.schema.PREFIX_payload, new, for requests and answers; empty: beside the model; none: off",
+        description="new table CATALOG.SCHEMA.PREFIX_payload for requests; default: beside the model; none: off",
     )
-    usage_tracking: bool = Field(False, description="count use in system tables, where the workspace can for models")
-    can_query: tuple[str, ...] = Field((), description="groups, user@mail or service principal ids that may ask it")
-    poll_seconds: float = Field(10.0, gt=0, description="between two looks at the endpoint while it is updated")
-    timeout_minutes: float = Field(60.0, gt=0, description="how long to wait for an update; it goes on without us")
-    plan: bool = Field(False, description="say what would change, and change nothing")
+    usage_tracking: bool = Field(False, description="record usage in system tables, if the workspace supports it")
+    can_query: tuple[str, ...] = Field((), description="groups, users or service principal ids that may query it")
+    poll_seconds: float = Field(10.0, gt=0, description="interval between checks while the endpoint updates")
+    timeout_minutes: float = Field(60.0, gt=0, description="how long to wait for an update, which then continues")
+    plan: bool = Field(False, description="list the changes and make none")
 
     @model_validator(mode="after")
     def _works(self) -> Self:
         if self.rollback == bool(self.model_uri):
             raise ValueError("deploy needs either --model-uri or --rollback")
         if self.rollback and self.traffic:
-            raise ValueError("--rollback gives all traffic to the earlier version: leave --traffic out")
+            raise ValueError("--rollback sends all traffic to the earlier version: omit --traffic")
         if self.traffic and not self._shares():
             raise ValueError(f"traffic {self.traffic!r} must be percentages that add to 100, such as old=90,new=10")
         table = self.inference_table
@@ -265,12 +297,9 @@ class DeploySettings(WorkspaceSettings):
         return self._shares()["new"] if self.traffic else 100
 
 
-class StatusSettings(WorkspaceSettings):
-    """Say how a Databricks endpoint is: state, versions, traffic, logs, metrics, its tables and the nightly run."""
+class StatusSettings(SparkSettings, WorkspaceSettings):
+    """Show the state of a Databricks endpoint: versions, traffic, logs, metrics, and its tables if named."""
 
-    inference_table: str = Field("", description="the endpoint's inference table, to judge it too (reads by Spark)")
-    output_table: str = Field("", description="the batch job's embeddings, to judge the last run too (reads by Spark)")
-    runs_table: str = Field("", description="its runs; empty: output table + _runs")
-
-
-Summary = dict[str, Any]
+    inference_table: str = Field("", description="inference table of the endpoint, to check its health (needs Spark)")
+    output_table: str = Field("", description="embeddings of the batch job, to check its last run (needs Spark)")
+    runs_table: str = Field("", description="its runs; default: the output table's name and _runs")

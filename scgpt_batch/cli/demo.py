@@ -6,6 +6,7 @@ of the data at hand, its transformer layers are random.
 
 import json
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 import anndata as ad
@@ -15,9 +16,9 @@ import scipy.sparse as sp
 import torch
 from sklearn.utils.extmath import randomized_svd
 
+from scgpt_batch.command_result import CommandResult, plural
 from scgpt_batch.errors import ConfigError
 from scgpt_batch.models.scgpt import SPECIAL_TOKENS
-from scgpt_batch.settings import Summary
 
 logger = logging.getLogger(__name__)
 EMBSIZE, NHEADS, NLAYERS, D_HID = 128, 4, 3, 128
@@ -31,7 +32,22 @@ WHAT_IT_IS = (
 )
 
 
-def write_demo_checkpoint(h5ad: Path, out: Path, *, seed: int = 0) -> Summary:
+@dataclass(frozen=True, kw_only=True)
+class DemoCheckpointResult(CommandResult):
+    """The checkpoint that was written."""
+
+    checkpoint: str
+    genes: int
+    genes_with_signal: int
+    note: str
+
+    def lines(self) -> list[str]:
+        """Say what was written, and that it is not the published model."""
+        genes = f"{plural(self.genes, 'gene')}, {self.genes_with_signal:,} with vectors from co-expression"
+        return [f"checkpoint in {self.checkpoint}: {genes}", self.note]
+
+
+def write_demo_checkpoint(h5ad: Path, out: Path, *, seed: int = 0) -> DemoCheckpointResult:
     """Write a small checkpoint in the published layout: best_model.pt, args.json, vocab.json.
 
     Raises
@@ -43,10 +59,10 @@ def write_demo_checkpoint(h5ad: Path, out: Path, *, seed: int = 0) -> Summary:
         adata = ad.read_h5ad(h5ad)
     except (OSError, KeyError, ValueError) as exc:
         raise ConfigError(f"cannot read {h5ad} as .h5ad: {exc}") from exc
-    told = WHAT_IT_IS.format(source=h5ad.name)
-    if (out / "args.json").exists() and json.loads((out / "args.json").read_text()).get("data_source") != told:
+    note = WHAT_IT_IS.format(source=h5ad.name)
+    if (out / "args.json").exists() and json.loads((out / "args.json").read_text()).get("data_source") != note:
         raise ConfigError(f"{out} holds another checkpoint: name another folder")
-    logger.info("%s", told)
+    logger.info("%s", note)
     tokens = [*adata.var_names, *SPECIAL_TOKENS]
     rng = np.random.default_rng(seed)
     table = 0.1 * rng.standard_normal((len(tokens), EMBSIZE)).astype(np.float32)
@@ -60,12 +76,12 @@ def write_demo_checkpoint(h5ad: Path, out: Path, *, seed: int = 0) -> Summary:
     torch.save(_state_dict(table, seed), out / "best_model.pt")
     (out / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
     args = {
-        "data_source": told, "input_style": "binned", "input_emb_style": "continuous", "n_bins": N_BINS,
+        "data_source": note, "input_style": "binned", "input_emb_style": "continuous", "n_bins": N_BINS,
         "pad_token": "<pad>", "pad_value": -2, "mask_value": -1, "embsize": EMBSIZE, "nheads": NHEADS,
         "nlayers": NLAYERS, "d_hid": D_HID, "n_layers_cls": 3, "dropout": 0.2, "max_seq_len": 1200,
     }  # fmt: skip
     (out / "args.json").write_text(json.dumps(args, indent=2))
-    return {"checkpoint": str(out), "genes": adata.n_vars, "genes_with_signal": len(known), "note": told}
+    return DemoCheckpointResult(checkpoint=str(out), genes=adata.n_vars, genes_with_signal=len(known), note=note)
 
 
 def coexpression_vectors(adata: ad.AnnData, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

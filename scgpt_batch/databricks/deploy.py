@@ -30,10 +30,11 @@ from databricks.sdk.service.serving import (
     TrafficConfig,
 )
 
+from scgpt_batch.command_result import CommandResult
 from scgpt_batch.databricks import workspace as ws
 from scgpt_batch.databricks.workspace import explained
 from scgpt_batch.errors import ConfigError, ScgptBatchError
-from scgpt_batch.settings import DeploySettings, Summary
+from scgpt_batch.settings import DeploySettings
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,34 @@ class Change:
     apply: Callable[[], Any]
 
 
-def deploy(settings: DeploySettings) -> Summary:
+@dataclass(frozen=True, kw_only=True)
+class DeployResult(CommandResult):
+    """The endpoint after the command, and what was changed."""
+
+    endpoint: str
+    state: str
+    model: str
+    version: str
+    traffic: dict[str, int]  # served entity -> percent
+    inference_table: str | None
+    url: str
+    changes: list[str]
+    plan: bool
+    seconds: float
+
+    def lines(self) -> list[str]:
+        """List the changes, then the endpoint's state."""
+        made = "would change" if self.plan else "changed"
+        traffic = ", ".join(f"{name} {percent} %" for name, percent in self.traffic.items())
+        return [
+            *(f"{made}: {change}" for change in self.changes or ["nothing"]),
+            f"endpoint {self.endpoint}: {self.state}; {self.model} version {self.version}; traffic: {traffic}",
+            f"inference table: {self.inference_table or 'none'}",
+            self.url,
+        ]
+
+
+def deploy(settings: DeploySettings) -> DeployResult:
     """Create or update the endpoint and wait until it serves the requested version; with `plan`, only list changes.
 
     Raises
@@ -87,18 +115,18 @@ def deploy(settings: DeploySettings) -> Summary:
         for change in changes:
             change.apply()
         endpoint = _wait_until_serving(workspace, settings, goal)
-    return {
-        "endpoint": settings.endpoint,
-        "state": ws.state(endpoint) if endpoint else "NOT_THERE",
-        "model": goal.model,
-        "version": goal.version,
-        "traffic": goal.traffic,
-        "inference_table": goal.table,
-        "url": f"{workspace.config.host}/serving-endpoints/{settings.endpoint}/invocations",
-        "changes": descriptions,
-        "plan": settings.plan,
-        "seconds": round(time.monotonic() - started, 1),
-    }
+    return DeployResult(
+        endpoint=settings.endpoint,
+        state=ws.state(endpoint) if endpoint else "NOT_THERE",
+        model=goal.model,
+        version=goal.version,
+        traffic=goal.traffic,
+        inference_table=goal.table,
+        url=f"{workspace.config.host}/serving-endpoints/{settings.endpoint}/invocations",
+        changes=descriptions,
+        plan=settings.plan,
+        seconds=round(time.monotonic() - started, 1),
+    )
 
 
 # The goal

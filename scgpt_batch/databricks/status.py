@@ -1,23 +1,58 @@
 """The command `scgpt-batch status`: the state of a Databricks endpoint and, through Spark, the health of its tables."""
 
 import logging
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from databricks.sdk import WorkspaceClient
 from databricks.sdk.errors import DatabricksError
 from prometheus_client.parser import text_string_to_metric_families
 
+from scgpt_batch.command_result import CommandResult
 from scgpt_batch.databricks import workspace as ws
 from scgpt_batch.errors import ConfigError
-from scgpt_batch.settings import MonitorSettings, StatusSettings, Summary
+from scgpt_batch.settings import MonitorSettings, StatusSettings
+
+if TYPE_CHECKING:
+    from scgpt_batch.monitoring.monitor import MonitorResult
 
 logger = logging.getLogger(__name__)
 
 ENDPOINT_LABELS = ("endpoint_id", "endpoint_name", "workspace_id")  # the same for every metric
 
 
-def status(settings: StatusSettings) -> Summary:
+@dataclass(frozen=True, kw_only=True)
+class StatusResult(CommandResult):
+    """The state of an endpoint, and of its tables where they were named."""
+
+    endpoint: str
+    state: str
+    served: list[dict[str, Any]]  # name, model, version, workload, state, traffic
+    pending: list[dict[str, Any]]  # the same without traffic
+    build_log: dict[str, str]  # served entity -> last line
+    server_log: dict[str, str]
+    metrics: dict[str, dict[str, float]]  # name -> version -> value
+    inference_table: str | None
+    health: "MonitorResult | None" = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the values of the JSON line; `health` only where tables were named."""
+        values = super().to_dict()
+        del values["health"]
+        return values | ({"health": self.health.to_dict()} if self.health else {})
+
+    def lines(self) -> list[str]:
+        """Say the state, each version's, the ends of its logs, and the health of the tables."""
+        lines = [f"endpoint {self.endpoint}: {self.state}; inference table: {self.inference_table or 'none'}"]
+        lines += ["{name}: {traffic} % of the traffic, {workload}, {state}".format_map(each) for each in self.served]
+        lines += ["pending: {name}, {workload}, {state}".format_map(each) for each in self.pending]
+        for kind, logs in (("build log", self.build_log), ("server log", self.server_log)):
+            lines += [f"last line of the {kind} of {name}: {line or '-'}" for name, line in logs.items()]
+        return lines + (self.health.lines() if self.health else [])
+
+
+def status(settings: StatusSettings) -> StatusResult:
     """Return the endpoint's state, versions, last log lines and metrics, and the health of the tables that are named.
 
     Raises
@@ -33,20 +68,18 @@ def status(settings: StatusSettings) -> Summary:
         )
     served, pending = ws.served(endpoint), ws.pending(endpoint)
     names = [str(line["name"]) for line in served + pending]
-    summary: Summary = {
-        "endpoint": settings.endpoint,
-        "state": ws.state(endpoint),
-        "served": served,
-        "pending": pending,
-        "build_log": {name: ws.last_log_line(workspace, settings.endpoint, name, build=True) for name in names},
-        "server_log": {name: ws.last_log_line(workspace, settings.endpoint, name, build=False) for name in names},
-        "metrics": _metrics(workspace, settings.endpoint),
-        "inference_table": ws.gateway_table(endpoint),
-    }
-    if settings.inference_table or settings.output_table or settings.runs_table:
-        summary["health"] = _health(settings)
-    _log(summary)
-    return summary
+    names_tables = settings.inference_table or settings.output_table or settings.runs_table
+    return StatusResult(
+        endpoint=settings.endpoint,
+        state=ws.state(endpoint),
+        served=served,
+        pending=pending,
+        build_log={name: ws.last_log_line(workspace, settings.endpoint, name, build=True) for name in names},
+        server_log={name: ws.last_log_line(workspace, settings.endpoint, name, build=False) for name in names},
+        metrics=_metrics(workspace, settings.endpoint),
+        inference_table=ws.gateway_table(endpoint),
+        health=_health(settings) if names_tables else None,
+    )
 
 
 def _metrics(workspace: WorkspaceClient, name: str) -> dict[str, dict[str, float]]:
@@ -66,25 +99,10 @@ def _metrics(workspace: WorkspaceClient, name: str) -> dict[str, dict[str, float
     return found
 
 
-def _health(settings: StatusSettings) -> dict[str, Any]:
+def _health(settings: StatusSettings) -> "MonitorResult":
     from scgpt_batch.monitoring.monitor import HealthCheck, check  # needs Spark, the rest of `status` does not
     from scgpt_batch.spark.session import get_spark
 
     named = settings.model_dump(include={"inference_table", "output_table", "runs_table"})
     monitored = MonitorSettings.model_validate(named)
     return check(HealthCheck(get_spark(settings.spark_conf), monitored, datetime.now(UTC)))
-
-
-def _log(summary: Summary) -> None:
-    logger.info(
-        "endpoint %s: %s; inference table %s", summary["endpoint"], summary["state"], summary["inference_table"]
-    )
-    for line in summary["served"]:
-        logger.info("serving %(name)s: %(traffic)d %%, %(workload)s, %(state)s", line)
-    for line in summary["pending"]:
-        logger.info("pending %(name)s: %(workload)s, %(state)s", line)
-    for kind in ("build_log", "server_log"):
-        for name, last in summary[kind].items():
-            logger.info("last line of the %s of %s: %s", kind.replace("_", " "), name, last or "-")
-    for alert in summary.get("health", {}).get("alerts", []):
-        logger.warning("%(severity)s %(rule)s: %(message)s", alert)

@@ -27,6 +27,7 @@ from scgpt_batch.inference.sample_rows import Row, with_decisions
 from scgpt_batch.io.rows import PAYLOAD_COLUMNS, is_empty
 from scgpt_batch.models.interface import Encoder, Tokens
 from scgpt_batch.models.scgpt import Checkpoint, ModelConfig, Vocabulary, build_model, checkpoint_digest
+from scgpt_batch.near_misses import GENE_CUTOFF, did_you_mean
 from scgpt_batch.parameters import Parameters
 from scgpt_batch.preprocessing.sample_selection import Decisions
 from scgpt_batch.preprocessing.tokens import ScgptTokenizer
@@ -213,7 +214,8 @@ class Embedder:
         """Return what to say of requested genes that are unknown, and the others."""
         known = frozenset(gene for gene in genes if gene in self.vocabulary)
         unknown = [gene for gene in dict.fromkeys(genes) if gene not in known]
-        return _genes_warning(unknown, "is not in the model's vocabulary", "are not in the model's vocabulary"), known
+        warning = _genes_warning(unknown, "is not in the model's vocabulary", "are not in the model's vocabulary")
+        return warning and warning + did_you_mean(unknown[0], self.vocabulary.tokens, cutoff=GENE_CUTOFF), known
 
     def _with_missing_genes(self, prepared: PreparedRow, wanted: np.ndarray, parameters: Parameters) -> PreparedRow:
         """Add warnings that name the requested genes without a vector in the answer."""
@@ -293,9 +295,10 @@ def check_model_parameters(parameters: Parameters, config: ModelConfig, vocabula
         if stated is not None and stated != has:
             raise ConfigError(f"{name} is {stated}, but the checkpoint has {has}: leave it out, or take that model")
     if parameters.genes and not any(gene in vocabulary for gene in parameters.genes):
+        end = did_you_mean(parameters.genes[0], vocabulary.tokens, cutoff=GENE_CUTOFF)
         raise ConfigError(
             f"genes: none of the {len(parameters.genes)} names is in the model's vocabulary (first: "
-            f"{parameters.genes[0]!r}); give the names that the vocabulary uses, e.g. human gene symbols"
+            f"{parameters.genes[0]!r}{end}); give the names that the vocabulary uses, e.g. human gene symbols"
         )
 
 

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -10,11 +10,12 @@ import pandas as pd
 import requests
 from pyspark.sql import DataFrame, SparkSession
 
+from scgpt_batch.command_result import ALERTS, OK, CommandResult
 from scgpt_batch.errors import ConfigError
 from scgpt_batch.monitoring import page, queries, rules
 from scgpt_batch.monitoring.queries import readable, requests_view
 from scgpt_batch.monitoring.rules import Alert
-from scgpt_batch.settings import MonitorSettings, Summary
+from scgpt_batch.settings import MonitorSettings
 from scgpt_batch.spark import tables
 
 logger = logging.getLogger(__name__)
@@ -23,9 +24,57 @@ logger = logging.getLogger(__name__)
 WEBHOOK = "SCGPT_BATCH_WEBHOOK_URL"
 WEBHOOK_TIMEOUT = 10  # seconds
 
-HEALTH = ("requests", "error_rate", "client_errors", "server_errors", "p95_ms", "versions")  # in the summary
 TABLE_ROWS = 20  # requests or runs in a table of the page
 SAMPLE = 1_000  # vectors of a run that the collapse check compares: half a million numbers at d 512
+
+
+@dataclass(frozen=True)
+class EndpointFigures:
+    """What was measured of an endpoint's requests."""
+
+    requests: int
+    error_rate: float | None
+    client_errors: int
+    server_errors: int
+    p95_ms: float | None
+    versions: list[str]
+
+
+@dataclass(frozen=True)
+class LastRun:
+    """The newest run of the batch job; None where there is none."""
+
+    last_run: str | None
+    last_run_status: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MonitorResult(CommandResult):
+    """The rules that fired, and the figures they were applied to."""
+
+    status: str
+    alerts: list[Alert]
+    endpoint: EndpointFigures | None = None  # None: no inference table was named
+    batch: LastRun | None = None  # None: no table of the batch job was named
+    report: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the values of the JSON line: the figures beside status and alerts."""
+        values = super().to_dict()
+        endpoint, batch, report = (values.pop(name) for name in ("endpoint", "batch", "report"))
+        return values | (endpoint or {}) | (batch or {}) | ({"report": report} if report else {})
+
+    def lines(self) -> list[str]:
+        """Say the status, the alerts and where the report is."""
+        lines = [f"status: {self.status}"]
+        lines += [f"{alert.severity} {alert.rule}: {alert.message}" for alert in self.alerts] or ["no alerts"]
+        if self.endpoint:
+            p95 = "" if self.endpoint.p95_ms is None else f", 95th percentile {self.endpoint.p95_ms:,.0f} ms"
+            errors = f"{self.endpoint.server_errors:,} server errors, {self.endpoint.client_errors:,} client errors"
+            lines.append(f"endpoint: {self.endpoint.requests:,} requests, {errors}{p95}")
+        if self.batch:
+            lines.append(f"last run: {self.batch.last_run or 'none'} ({self.batch.last_run_status or 'no status'})")
+        return lines + ([f"report: {self.report}"] if self.report else [])
 
 
 @dataclass
@@ -59,8 +108,8 @@ class HealthCheck:
         return rows
 
 
-def monitor(spark: SparkSession, settings: MonitorSettings, *, now: datetime | None = None) -> Summary:
-    """Check the tables at the time `now`, write the page, post the alerts; return the summary.
+def monitor(spark: SparkSession, settings: MonitorSettings, *, now: datetime | None = None) -> MonitorResult:
+    """Check the tables at the time `now`, write the page, post the alerts.
 
     Raises
     ------
@@ -71,33 +120,32 @@ def monitor(spark: SparkSession, settings: MonitorSettings, *, now: datetime | N
         raise ConfigError("monitor needs --inference-table, --output-table or --runs-table")
     page.check(settings.report)
     health = HealthCheck(spark, settings, now or datetime.now(UTC))
-    summary = check(health)
+    result = check(health)
     if health.alerts and (url := os.environ.get(WEBHOOK)):
         health.alerts += _post(url, settings, health.alerts)
     for alert in health.alerts:
         logger.warning("%s %s: %s", alert.severity, alert.rule, alert.message)
     if settings.report:
         page.write(settings, health.shown, health.alerts, health.now)
-        summary["report"] = settings.report
-    return summary | _verdict(health)
+    return replace(_verdict(health), endpoint=result.endpoint, batch=result.batch, report=settings.report)
 
 
-def check(health: HealthCheck) -> Summary:
+def check(health: HealthCheck) -> MonitorResult:
     """Query the tables that the settings name and check the rules: return status, alerts and key figures."""
-    figures: Summary = {}
-    if health.settings.inference_table:
-        figures |= _query_endpoint(health)
-    if health.settings.output_table or health.settings.runs_table:
-        figures |= _query_batch(health)
-    health.alerts += rules.check(health.results, health.settings, health.now)
-    return _verdict(health) | figures
+    settings = health.settings
+    endpoint = _query_endpoint(health) if settings.inference_table else None
+    batch = _query_batch(health) if settings.output_table or settings.runs_table else None
+    health.alerts += rules.check(health.results, settings, health.now)
+    return replace(_verdict(health), endpoint=endpoint, batch=batch)
 
 
-def _verdict(health: HealthCheck) -> Summary:
-    return {"status": rules.status(health.alerts), "alerts": [asdict(alert) for alert in health.alerts]}
+def _verdict(health: HealthCheck) -> MonitorResult:
+    status = rules.status(health.alerts)
+    fails = status in ("critical", health.settings.fail_on)
+    return MonitorResult(exit_code=ALERTS if fails else OK, status=status, alerts=list(health.alerts))
 
 
-def _query_endpoint(health: HealthCheck) -> Summary:
+def _query_endpoint(health: HealthCheck) -> EndpointFigures:
     settings = health.settings
     view = requests_view(health.spark, settings.inference_table, settings.requests_view)
     (window,) = health.run("endpoint_health", requests=view, since=health.window)
@@ -110,10 +158,10 @@ def _query_endpoint(health: HealthCheck) -> Summary:
             health.run(name, **shown)
         health.run("slow_requests", **shown, slow_ms=settings.slow_ms, limit=TABLE_ROWS)
         health.run("recent_requests", **shown, limit=TABLE_ROWS)
-    return {name: window[name] for name in HEALTH}
+    return EndpointFigures(**{figure.name: window[figure.name] for figure in fields(EndpointFigures)})
 
 
-def _query_batch(health: HealthCheck) -> Summary:
+def _query_batch(health: HealthCheck) -> LastRun:
     settings, spark = health.settings, health.spark
     runs_table = settings.runs_table or tables.beside(tables.table_name(settings.output_table), "_runs")
     runs_view = readable(spark, runs_table, "scgpt_runs")
@@ -125,7 +173,7 @@ def _query_batch(health: HealthCheck) -> Summary:
         health.run(name, embeddings=embeddings, since=health.history, sample=SAMPLE)
     if settings.report and runs:
         _query_batch_details(health, runs_view, output, runs[0]["input_table"])
-    return {"last_run": runs[0]["run_id"] if runs else None, "last_run_status": runs[0]["status"] if runs else None}
+    return LastRun(runs[0]["run_id"], runs[0]["status"]) if runs else LastRun(None, None)
 
 
 def _query_batch_details(health: HealthCheck, runs_view: str, output: str, rows_table: str) -> None:

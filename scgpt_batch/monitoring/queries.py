@@ -112,7 +112,7 @@ def requests_view(spark: SparkSession, inference_table: str, view: str = "") -> 
     """
     table = tables.table_name(inference_table)
     if not tables.exists(spark, table):
-        raise ConfigError(f"there is no Delta table {table}: check --inference-table")
+        raise tables.missing_table(spark, table)
     columns = set(spark.table(table).columns)
     generation = next((name for name, needed in GENERATIONS.items() if needed <= columns), None)
     if generation is None:
@@ -140,7 +140,7 @@ def readable(spark: SparkSession, table: str, view: str) -> str:
     """
     table = tables.table_name(table)
     if not tables.exists(spark, table):
-        raise ConfigError(f"there is no Delta table {table}: check its name or path")
+        raise tables.missing_table(spark, table)
     if not table.endswith("`") or "/" not in table:
         return table
     spark.table(table).createOrReplaceTempView(view)

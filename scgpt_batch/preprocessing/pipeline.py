@@ -14,7 +14,7 @@ import pandas as pd
 import scanpy as sc
 import scipy.sparse as sp
 
-from scgpt_batch.errors import PayloadError, PreprocessError
+from scgpt_batch.errors import PayloadError, PreprocessError, suggestion
 from scgpt_batch.io.rows import layer_names, string_labels
 from scgpt_batch.parameters import Parameters
 from scgpt_batch.preprocessing.hvg import by_curve, by_dispersion, mean_var
@@ -123,7 +123,7 @@ def batch_labels(adata: ad.AnnData, parameters: Parameters) -> np.ndarray:
     if not (p.subset_hvg and p.batch_key):
         return np.full(adata.n_obs, "", object)
     if p.batch_key not in adata.obs:
-        raise PreprocessError(f"batch_key {p.batch_key!r} is not a column of obs; its columns: {_columns(adata.obs)}")
+        raise PreprocessError(f"batch_key {p.batch_key!r} is not a column of obs{_columns(adata.obs, p.batch_key)}")
     return string_labels(adata.obs[p.batch_key])
 
 
@@ -183,8 +183,8 @@ def _existing_layer(adata: ad.AnnData, use_key: str) -> str | None:
     if use_key == "X":
         return None
     if use_key not in adata.layers:
-        held = ", ".join(map(repr, layer_names(adata))) or "none"
-        raise PreprocessError(f"use_key {use_key!r} is not a layer of the row; its layers: {held}")
+        end = suggestion(use_key, layer_names(adata), label="its layers")
+        raise PreprocessError(f"use_key {use_key!r} is not a layer of the row{end}")
     return use_key
 
 
@@ -291,12 +291,12 @@ def _refuse_empty(adata: ad.AnnData, why: str) -> None:
         raise PreprocessError(why)
 
 
-def _columns(obs: pd.DataFrame) -> str:
-    return ", ".join(map(repr, obs.columns)) or "it has none"
+def _columns(obs: pd.DataFrame, name: str) -> str:
+    return suggestion(name, map(str, obs.columns), label="its columns")
 
 
 def group_labels(adata: ad.AnnData, group_by: str) -> np.ndarray:
     """Return each cell's group as a string, "(missing)" for null, (cells,); a PayloadError where obs lacks it."""
     if group_by not in adata.obs:
-        raise PayloadError(f"group_by {group_by!r} is not a column of adata_obs; its columns: {_columns(adata.obs)}")
+        raise PayloadError(f"group_by {group_by!r} is not a column of adata_obs{_columns(adata.obs, group_by)}")
     return string_labels(adata.obs[group_by])

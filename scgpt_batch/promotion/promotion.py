@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,14 @@ import numpy as np
 import pandas as pd
 from mlflow.exceptions import MlflowException
 
+from scgpt_batch.command_result import FAILED, OK, CommandResult
 from scgpt_batch.errors import ConfigError, ScgptBatchError
 from scgpt_batch.inference.results import unpack
 from scgpt_batch.io.rows import PAYLOAD_COLUMNS
 from scgpt_batch.models.scgpt import SPECIAL_TOKENS
 from scgpt_batch.registry.resolve import ResolvedModel, load, resolve
 from scgpt_batch.registry.sample_answers import answer_difference, sample_path
-from scgpt_batch.settings import PromoteSettings, Summary
+from scgpt_batch.settings import PromoteSettings
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,32 @@ class Check:
     limit: float | None = None
 
 
-def promote(settings: PromoteSettings) -> Summary:
+@dataclass(frozen=True, kw_only=True)
+class PromoteResult(CommandResult):
+    """What the checks found, and whether the alias was moved."""
+
+    model: str
+    version: str  # the challenger
+    previous: str | None  # the champion before
+    checks: list[Check]
+    refused: list[str]  # checks that did not pass
+    promoted: bool
+
+    def lines(self) -> list[str]:
+        """List the checks, then the decision."""
+        checks = [f"{'passed' if each.passed else 'FAILED'}  {each.check}: {each.message}" for each in self.checks]
+        if self.promoted:
+            decision = "is promoted"
+        elif self.refused:
+            decision = f"is not promoted; failed checks: {', '.join(self.refused)}"
+        elif self.version == self.previous:
+            decision = "is the champion already"
+        else:
+            decision = "passes all checks; plan only, nothing is changed"
+        return [*checks, f"version {self.version} of {self.model} {decision}"]
+
+
+def promote(settings: PromoteSettings) -> PromoteResult:
     """Check the challenger, against the champion where there is one, and move the alias when all is well.
 
     Raises
@@ -57,10 +83,10 @@ def promote(settings: PromoteSettings) -> Summary:
     """
     aliases = _aliases(settings.name)
     challenger, now = _version(settings, aliases), aliases.get(settings.champion)
-    told: Summary = {"model": settings.name, "version": challenger, "previous": now, "checks": [], "refused": []}
+    versions: dict[str, Any] = {"model": settings.name, "version": challenger, "previous": now}
     if challenger == now:
         logger.info("version %s is %s already", challenger, settings.champion)
-        return told | {"promoted": False}
+        return PromoteResult(**versions, checks=[], refused=[], promoted=False)
     new = resolve(f"models:/{settings.name}/{challenger}")
     old = resolve(f"models:/{settings.name}/{now}") if now else None
     checks = check(settings, new, old)
@@ -75,8 +101,13 @@ def promote(settings: PromoteSettings) -> Summary:
         except MlflowException as exc:
             raise ConfigError(f"MLflow does not set alias {settings.champion!r}: {exc.message}") from exc
         logger.info("version %s of %s is %s", challenger, settings.name, settings.champion)
-    told |= {"checks": [asdict(each) for each in checks], "refused": refused}
-    return told | {"promoted": not refused and not settings.plan}
+    return PromoteResult(
+        **versions,
+        exit_code=FAILED if refused else OK,
+        checks=checks,
+        refused=refused,
+        promoted=not refused and not settings.plan,
+    )
 
 
 def check(settings: PromoteSettings, new: ResolvedModel, old: ResolvedModel | None) -> list[Check]:

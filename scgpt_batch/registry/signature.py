@@ -1,6 +1,5 @@
 """The schema of the MLflow model: input columns, output columns and parameters. Importing it registers no model."""
 
-import difflib
 from collections.abc import Iterable
 from typing import Any, Literal, get_args, get_origin
 
@@ -12,6 +11,7 @@ from mlflow.types.schema import Array
 from scgpt_batch.errors import ConfigError, shortened
 from scgpt_batch.inference.engine import RowResult
 from scgpt_batch.io.rows import PAYLOAD_COLUMNS
+from scgpt_batch.near_misses import did_you_mean
 from scgpt_batch.parameters import Parameters
 
 PARAMETER_NAMES = tuple(Parameters.model_fields)
@@ -31,9 +31,9 @@ def check_columns(columns: Iterable[Any]) -> None:
     names = [str(name) for name in columns]
     unknown = [name for name in names if name not in INPUT_NAMES]
     for name in unknown:
-        close = difflib.get_close_matches(name.lower().replace("-", "_"), INPUT_NAMES, 1, MISSPELT)
-        if close and name not in TABLE_COLUMNS:
-            raise ConfigError(f"unknown column {shortened(name)!r}: did you mean {close[0]!r}?")
+        end = did_you_mean(name, INPUT_NAMES, cutoff=MISSPELT)
+        if end and name not in TABLE_COLUMNS:
+            raise ConfigError(f"unknown column {shortened(name)!r}{end}")
     if len(unknown) == len(names):
         given = shortened(", ".join(unknown)) or "none, or none that MLflow passed on"
         raise ConfigError(

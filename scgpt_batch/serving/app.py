@@ -31,6 +31,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, Counter
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from scgpt_batch.command_result import CommandResult, plural
 from scgpt_batch.errors import CheckpointError, ConfigError, NonFiniteOutput, RequestRefused, WorkerCrash
 from scgpt_batch.inference.engine import Embedder, RowResult
 from scgpt_batch.parameters import Parameters
@@ -47,7 +48,7 @@ from scgpt_batch.serving.isolation import IsolatedReader
 from scgpt_batch.serving.metrics import Metrics
 from scgpt_batch.serving.microbatch import MicroBatcher, Rows
 from scgpt_batch.serving.request import LESS, ParsedRequest, RequestedRow, RequestReader, inflate, too_large
-from scgpt_batch.settings import ServeSettings, Summary
+from scgpt_batch.settings import ServeSettings
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,20 @@ UNAUTHORIZED_LOG_SECONDS = 60.0  # between two log lines on requests without a v
 THREADS = max(2, os.cpu_count() or 2)
 
 
-def serve(settings: ServeSettings) -> Summary:
+@dataclass(frozen=True, kw_only=True)
+class ServeResult(CommandResult):
+    """What an endpoint answered until it was stopped."""
+
+    model_uri: str
+    requests: int
+    logged: int
+
+    def lines(self) -> list[str]:
+        """Count the requests."""
+        return [f"{self.model_uri}: {plural(self.requests, 'request')}, {self.logged:,} in the inference table"]
+
+
+def serve(settings: ServeSettings) -> ServeResult:
     """Serve a registered model until SIGTERM or SIGINT; requests in progress are answered and logged first.
 
     Raises
@@ -80,7 +94,7 @@ def serve(settings: ServeSettings) -> Summary:
         with _log(settings, metrics) or nullcontext() as log:
             endpoint.log = log
             _run(endpoint, listener, model, settings)
-    return {"model_uri": settings.model_uri, **metrics.totals()}
+    return ServeResult(model_uri=settings.model_uri, **metrics.totals())
 
 
 def _run(endpoint: "Endpoint", listener: socket.socket, model: ResolvedModel, settings: ServeSettings) -> None:

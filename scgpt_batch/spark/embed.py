@@ -28,6 +28,7 @@ from pyspark.sql.pandas.types import from_arrow_schema
 from pyspark.sql.utils import is_remote
 
 import scgpt_batch
+from scgpt_batch.command_result import OK, TOO_MANY_FAILED_ROWS, CommandResult, plural
 from scgpt_batch.errors import ConfigError, in_one_line, plain_line
 from scgpt_batch.inference.engine import check_model_parameters
 from scgpt_batch.parameters import Parameters
@@ -35,7 +36,7 @@ from scgpt_batch.preprocessing.sample_statistics import rows_depend
 from scgpt_batch.registry.register import use_experiment
 from scgpt_batch.registry.resolve import ResolvedModel, resolve
 from scgpt_batch.registry.sample_answers import code_difference, registered_by
-from scgpt_batch.settings import EmbedSettings, Summary
+from scgpt_batch.settings import EmbedSettings
 from scgpt_batch.spark import tables
 from scgpt_batch.spark.maintain import prune
 from scgpt_batch.spark.pending import PendingRows, key_range_filter, n_tasks, pending_rows, sample_hash, with_tasks
@@ -58,6 +59,68 @@ LIBRARIES = ("scgpt_batch", "anndata", "numpy", "pandas", "pyarrow", "scanpy", "
 OTHER_CODE = "+other-code"  # appended to the package version of runs that --allow-other-code permitted
 RETRIED_ERRORS = ("InternalError", "WorkerCrash", "Timeout")
 _NAMES, _NUMBERS = re.compile(r"'[^']*'|\"[^\"]*\""), re.compile(r"\b\d[\d.,]*\d\b|\b\d\b")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedResult(CommandResult):
+    """What a run did."""
+
+    run_id: str
+    mode: str
+    model_uri: str
+    model_version: str
+    rows_in: int
+    rows_ok: int
+    rows_failed: int
+    rows_skipped: int
+    rows_removed: int
+    cells: int
+    embeddings: int
+    warnings: dict[str, int]  # rows by kind of warning
+    seconds: float
+    output_table: str
+    ledger_table: str
+
+    def lines(self) -> list[str]:
+        """Say how many rows were embedded, and where to look for the failed ones."""
+        lines = [
+            f"{self.mode} embeddings by {self.model_uri} in {self.seconds:,.0f} s",
+            f"{plural(self.rows_ok, 'row')} embedded, {self.rows_failed:,} failed, {self.rows_skipped:,} skipped, "
+            f"{self.rows_removed:,} removed",
+            f"{plural(self.embeddings, 'embedding')} of {plural(self.cells, 'cell')} in {self.output_table}",
+            f"the outcome of each row is in {self.ledger_table}",
+        ]
+        return lines + [f"warning: {kind} ({plural(rows, 'row')})" for kind, rows in self.warnings.items()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedPlan(CommandResult):
+    """What a run would do."""
+
+    mode: str
+    model_uri: str
+    model_version: str
+    rows_in: int
+    rows: int
+    rows_skipped: int
+    rows_removed: int
+    cells: int
+    waves: int
+    partitions: int
+    largest_row_cells: int
+    worker_memory_mb: int
+    seconds_expected: int | None  # None: there is no earlier run to estimate from
+
+    def lines(self) -> list[str]:
+        """Say how much work is pending and what it takes."""
+        seconds = "unknown" if self.seconds_expected is None else f"{self.seconds_expected:,} s"
+        return [
+            f"plan only, nothing is written: {self.mode} embeddings by {self.model_uri}",
+            f"{plural(self.rows, 'row')} with {plural(self.cells, 'cell')} of {self.rows_in:,} rows to embed, "
+            f"{self.rows_skipped:,} skipped, {self.rows_removed:,} to remove",
+            f"{plural(self.waves, 'wave')}, {plural(self.partitions, 'partition')}, "
+            f"about {self.worker_memory_mb:,} MB per worker; time expected: {seconds}",
+        ]
 
 
 @dataclass
@@ -121,8 +184,8 @@ class Job:
         return WorkerTask(model, self.parameters, self.settings.row_timeout)
 
 
-def embed_table(spark: SparkSession, settings: EmbedSettings, parameters: Parameters) -> Summary:
-    """Embed the pending rows of a table; return the summary.
+def embed_table(spark: SparkSession, settings: EmbedSettings, parameters: Parameters) -> EmbedResult | EmbedPlan:
+    """Embed the pending rows of a table; with `plan`, only count them.
 
     Raises
     ------
@@ -193,7 +256,7 @@ def _create_tables(job: Job) -> None:
 # --- a run ----------------------------------------------------------------------------------------
 
 
-def _run(job: Job) -> Summary:
+def _run(job: Job) -> EmbedResult:
     clock = time.monotonic()
     logger.info("run %s: %s, %s mode, %s -> %s", job.run_id, job.model.uri, job.parameters.mode, job.input, job.output)
     mlflow.log_params(job.parameters.model_dump() | {"model_uri": job.model.uri})
@@ -214,17 +277,24 @@ def _run(job: Job) -> Summary:
     for kind, rows in job.warnings.most_common():
         logger.warning("%d rows have a warning: %s", rows, plain_line(kind))
     mlflow.log_metrics({**job.counts, "seconds": seconds})
-    return {
-        "run_id": job.run_id,
-        "mode": job.parameters.mode,
-        "model_uri": job.model.uri,
-        "model_version": job.model.version,
+    return EmbedResult(
+        exit_code=TOO_MANY_FAILED_ROWS if _too_many_failed(job) else OK,
+        run_id=job.run_id,
+        mode=job.parameters.mode,
+        model_uri=job.model.uri,
+        model_version=job.model.version,
         **job.counts,
-        "warnings": dict(job.warnings.most_common()),
-        "seconds": seconds,
-        "output_table": job.output,
-        "ledger_table": job.ledger,
-    }
+        warnings=dict(job.warnings.most_common()),
+        seconds=seconds,
+        output_table=job.output,
+        ledger_table=job.ledger,
+    )
+
+
+def _too_many_failed(job: Job) -> bool:
+    failed = job.counts["rows_failed"]
+    computed_rows = job.counts["rows_ok"] + failed
+    return computed_rows > 0 and failed / computed_rows > job.settings.max_failed_fraction
 
 
 def _begin_run(job: Job) -> None:
@@ -533,7 +603,7 @@ def warning_kind(warning: str) -> str:
 # --- plan and progress ----------------------------------------------------------------------------
 
 
-def _plan(job: Job) -> Summary:
+def _plan(job: Job) -> EmbedPlan:
     """Return what a run would do and how long it would take; write nothing."""
     first = not all(tables.exists(job.spark, table) for table in (job.output, job.ledger, job.runs))
     ledger = job.spark.createDataFrame([], tables.LEDGER) if first else None
@@ -541,21 +611,21 @@ def _plan(job: Job) -> Summary:
     waves = list(work.waves(job.settings.wave_cells))
     cells = int(work.pending["cells"].sum())
     rate = _cells_per_second(job)
-    return {
-        "mode": job.parameters.mode,
-        "model_uri": job.model.uri,
-        "model_version": job.model.version,
-        "rows_in": work.rows_in,
-        "rows": len(work.pending),
-        "rows_skipped": work.rows_in - len(work.pending),
-        "rows_removed": 0 if first else _vanished(job).rows,
-        "cells": cells,
-        "waves": len(waves),
-        "partitions": sum(map(n_tasks, waves)),
-        "largest_row_cells": int(work.pending["cells"].max()) if cells else 0,
-        "worker_memory_mb": _worker_memory(job, work),
-        "seconds_expected": round(cells / rate) if rate else None,  # None without an earlier run
-    }
+    return EmbedPlan(
+        mode=job.parameters.mode,
+        model_uri=job.model.uri,
+        model_version=job.model.version,
+        rows_in=work.rows_in,
+        rows=len(work.pending),
+        rows_skipped=work.rows_in - len(work.pending),
+        rows_removed=0 if first else _vanished(job).rows,
+        cells=cells,
+        waves=len(waves),
+        partitions=sum(map(n_tasks, waves)),
+        largest_row_cells=int(work.pending["cells"].max()) if cells else 0,
+        worker_memory_mb=_worker_memory(job, work),
+        seconds_expected=round(cells / rate) if rate else None,
+    )
 
 
 def _cells_per_second(job: Job) -> float | None:

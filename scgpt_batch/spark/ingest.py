@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import blake2b
 from typing import Any
@@ -20,11 +21,13 @@ from pyspark.sql import Column, DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 
 from scgpt_batch import __version__
+from scgpt_batch.command_result import OK as DONE
+from scgpt_batch.command_result import TOO_MANY_FAILED_ROWS, CommandResult, plural
 from scgpt_batch.errors import ConfigError, FileError
 from scgpt_batch.io.files import ReadOptions
 from scgpt_batch.io.locations import candidates, find_sources, name_sources
 from scgpt_batch.io.open_file import source_fingerprint
-from scgpt_batch.settings import IngestSettings, Summary
+from scgpt_batch.settings import IngestSettings
 from scgpt_batch.spark import tables
 from scgpt_batch.spark.workers import worker_setup_error
 
@@ -37,7 +40,33 @@ OK, FAILED = "ok", "failed"
 _CONFIG_ERROR = re.compile(r"scgpt_batch\.errors\.ConfigError: (.*)")
 
 
-def ingest(spark: SparkSession, settings: IngestSettings) -> Summary:
+@dataclass(frozen=True, kw_only=True)
+class IngestResult(CommandResult):
+    """What a run read and wrote."""
+
+    table: str
+    files_table: str
+    rows: int  # written by this run
+    cells: int  # of all files that could be read
+    rows_skipped: int
+    rows_removed: int
+    files: int
+    files_unchanged: int
+    files_failed: int
+
+    def lines(self) -> list[str]:
+        """Say what was read and written, and where failed files are listed."""
+        written = f"{plural(self.rows, 'row')} written to {self.table}"
+        lines = [
+            f"{plural(self.files, 'file')} with {plural(self.cells, 'cell')}",
+            f"{written}; {self.rows_skipped:,} unchanged, {self.rows_removed:,} removed",
+        ]
+        if self.files_failed:
+            lines.append(f"{plural(self.files_failed, 'file')} failed; the reasons are in {self.files_table}")
+        return lines
+
+
+def ingest(spark: SparkSession, settings: IngestSettings) -> IngestResult:
     """Convert files to rows; skip unchanged files and rows, and remove rows that a file no longer has.
 
     Raises
@@ -52,7 +81,7 @@ def ingest(spark: SparkSession, settings: IngestSettings) -> Summary:
         stored = _stored_rows(spark, table)
         names = name_sources(sources, options.id_from, _names_in_table(stored))
         try:
-            return _ingest_sources(spark, table, sources, names, options, stored)
+            return _ingest_sources(spark, settings, table, sources, names, stored)
         except tables.RowOfAnotherSource:
             now = name_sources(sources, options.id_from, _names_in_table(_stored_rows(spark, table)))
             if now == names:
@@ -62,12 +91,13 @@ def ingest(spark: SparkSession, settings: IngestSettings) -> Summary:
 
 def _ingest_sources(
     spark: SparkSession,
+    settings: IngestSettings,
     table: str,
     sources: Sequence[str],
     names: Mapping[str, str],
-    options: ReadOptions,
     stored: Mapping[str, Row],
-) -> Summary:
+) -> IngestResult:
+    options = _options(settings)
     states = _states(sources, names, options)
     files_table = tables.beside(table, "_files")
     unchanged = _unchanged(spark, files_table, states, stored)
@@ -75,17 +105,19 @@ def _ingest_sources(
     if unchanged:
         logger.info("skipping %d of %d files, which are unchanged", len(unchanged), len(sources))
     result = _ingest_files(spark, table, files_table, changed, names, options, states) if changed else _Result()
-    return {
-        "table": table,
-        "files_table": files_table,
-        "rows": result.rows,
-        "cells": result.cells + sum(stored[source]["cells"] or 0 for source in unchanged),
-        "rows_skipped": result.rows_skipped + sum(stored[source]["rows"] for source in unchanged),
-        "rows_removed": result.rows_removed,
-        "files": len(sources),
-        "files_unchanged": len(unchanged),
-        "files_failed": result.files_failed,
-    }
+    too_many = result.files_failed / len(sources) > settings.max_failed_fraction
+    return IngestResult(
+        exit_code=TOO_MANY_FAILED_ROWS if too_many else DONE,
+        table=table,
+        files_table=files_table,
+        rows=result.rows,
+        cells=result.cells + sum(stored[source]["cells"] or 0 for source in unchanged),
+        rows_skipped=result.rows_skipped + sum(stored[source]["rows"] for source in unchanged),
+        rows_removed=result.rows_removed,
+        files=len(sources),
+        files_unchanged=len(unchanged),
+        files_failed=result.files_failed,
+    )
 
 
 class _Result:

@@ -5,12 +5,14 @@ The ledger and runs of an output table are maintained with it.
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
+from scgpt_batch.command_result import CommandResult, plural
 from scgpt_batch.errors import ConfigError
-from scgpt_batch.settings import MaintainSettings, Summary
+from scgpt_batch.settings import MaintainSettings
 from scgpt_batch.spark import tables
 
 logger = logging.getLogger(__name__)
@@ -19,7 +21,28 @@ SAFE_HOURS = 168  # Delta's default, a week: after it, no reader or writer shoul
 BESIDE = ("_ledger", "_runs")
 
 
-def maintain(spark: SparkSession, settings: MaintainSettings) -> Summary:
+@dataclass(frozen=True, kw_only=True)
+class MaintainResult(CommandResult):
+    """What was deleted, rewritten and removed."""
+
+    table: str
+    tables: list[str]
+    rows_deleted: int
+    files_compacted: int
+    files_written: int
+    files_vacuumed: int
+
+    def lines(self) -> list[str]:
+        """Say what changed in which tables."""
+        return [
+            f"maintained {', '.join(self.tables)}",
+            f"{plural(self.rows_deleted, 'row')} deleted",
+            f"{plural(self.files_compacted, 'file')} compacted into {self.files_written:,}",
+            f"{plural(self.files_vacuumed, 'file')} removed that no version needs",
+        ]
+
+
+def maintain(spark: SparkSession, settings: MaintainSettings) -> MaintainResult:
     """Delete, cluster, compact and vacuum a table, and compact and vacuum its ledger and runs, if it has them.
 
     Raises
@@ -34,7 +57,7 @@ def maintain(spark: SparkSession, settings: MaintainSettings) -> Summary:
             "fail, and older versions can no longer be read; use --force if nobody needs them"
         )
     if not tables.exists(spark, table):
-        raise ConfigError(f"there is no Delta table {table}: check --table")
+        raise tables.missing_table(spark, table)
     if settings.cluster_by:
         tables.cluster(spark, table, settings.cluster_by)
     deleted = 0
@@ -43,14 +66,14 @@ def maintain(spark: SparkSession, settings: MaintainSettings) -> Summary:
         logger.info("%s: deleted %d rows older than %d days", table, deleted, settings.retain_days)
     beside = [name for name in (tables.beside(table, suffix) for suffix in BESIDE) if tables.exists(spark, name)]
     done = [_tidy(spark, name, settings) for name in (table, *beside)]
-    return {
-        "table": table,
-        "tables": [table, *beside],
-        "rows_deleted": deleted,
-        "files_compacted": sum(removed for removed, _, _ in done),
-        "files_written": sum(added for _, added, _ in done),
-        "files_vacuumed": sum(vacuumed or 0 for _, _, vacuumed in done),
-    }
+    return MaintainResult(
+        table=table,
+        tables=[table, *beside],
+        rows_deleted=deleted,
+        files_compacted=sum(removed for removed, _, _ in done),
+        files_written=sum(added for _, added, _ in done),
+        files_vacuumed=sum(vacuumed or 0 for _, _, vacuumed in done),
+    )
 
 
 def _tidy(spark: SparkSession, table: str, settings: MaintainSettings) -> tuple[int, int, int | None]:

@@ -29,13 +29,15 @@ from pyspark.sql.types import (
     TimestampType,
 )
 
-from scgpt_batch.errors import ConfigError, ScgptBatchError, in_one_line
+from scgpt_batch.errors import ConfigError, ScgptBatchError, in_one_line, suggestion
 from scgpt_batch.io.rows import PAYLOAD_COLUMNS
+from scgpt_batch.near_misses import did_you_mean
 from scgpt_batch.spark.errors import is_conflict, is_folder_refused, is_location_taken
 
 logger = logging.getLogger(__name__)
 
 Written = TypeVar("Written")
+SIMILAR_TABLE = 0.9  # likeness from which a table's name, or path, is suggested for another
 
 ADATA_ROWS = """
     adata_id STRING NOT NULL, adata_sparsematrix ARRAY<ARRAY<DOUBLE>>,
@@ -131,6 +133,29 @@ def exists(spark: SparkSession, table: str) -> bool:
         return _found_in_warehouse(spark, table)
 
 
+def missing_table(spark: SparkSession, table: str) -> ConfigError:
+    """Return the error for a table that does not exist; it names a similar table beside it, if there is one."""
+    path = _PATH.fullmatch(table)
+    known = _tables_in_folder(path["path"]) if path else _tables_in_schema(spark, table)
+    end = did_you_mean(table, known, cutoff=SIMILAR_TABLE) or "; check its name, or run the command that creates it"
+    return ConfigError(f"there is no Delta table {table}{end}")
+
+
+def _tables_in_folder(path: str) -> list[str]:
+    """Return the tables beside a path, if its file system is this machine's."""
+    folder = Path(path).parent
+    return [f"delta.`{log.parent}`" for log in folder.glob("*/_delta_log")] if "://" not in path else []
+
+
+def _tables_in_schema(spark: SparkSession, table: str) -> list[str]:
+    schema, dot, _ = table.rpartition(".")
+    try:
+        found = spark.sql(f"SHOW TABLES IN {schema}" if schema else "SHOW TABLES").collect()
+    except AnalysisException:  # there is no such schema
+        return []
+    return [f"{schema}{dot}{row['tableName']}" for row in found]
+
+
 def read(spark: SparkSession, table: str, columns: str, *, version: int | None = None) -> DataFrame:
     """Read a table or view with at least `columns` (DDL): missing ones are null, further ones are passed through.
 
@@ -142,7 +167,7 @@ def read(spark: SparkSession, table: str, columns: str, *, version: int | None =
         The table does not exist, has no `adata_id`, or a column's type cannot be converted to ours.
     """
     if not exists(spark, table):
-        raise ConfigError(f"no table {table}: check its name or path")
+        raise missing_table(spark, table)
     rows = spark.table(table) if version is None else spark.sql(f"SELECT * FROM {table} VERSION AS OF {version}")
     return _completed(rows, table, columns)
 
@@ -508,7 +533,9 @@ def delete_older(spark: SparkSession, table: str, column: str, days: int) -> int
     """
     types = {field.name: field.dataType for field in spark.table(table).schema}
     if not isinstance(types.get(column), DateType | TimestampType | TimestampNTZType):
-        raise ConfigError(f"{table} has no date or timestamp column {column!r}: check --date-column")
+        dates = [name for name, kind in types.items() if isinstance(kind, DateType | TimestampType | TimestampNTZType)]
+        end = suggestion(column, dates, label="its date and timestamp columns")
+        raise ConfigError(f"{table} has no date or timestamp column {column!r}{end}")
     deleted = spark.sql(f"DELETE FROM {table} WHERE {identifier(column)} < date_sub(current_date(), {days})")
     spark.sql(f"REORG TABLE {table} APPLY (PURGE)")
     return deleted.first()["num_affected_rows"]  # type: ignore[index]
@@ -536,7 +563,8 @@ def cluster(spark: SparkSession, table: str, column: str) -> None:
     try:
         spark.sql(f"ALTER TABLE {table} CLUSTER BY ({identifier(column)})")
     except AnalysisException as exc:
-        raise ConfigError(f"cannot cluster {table} by {column!r}: {str(exc).splitlines()[0]}") from exc
+        end = did_you_mean(column, spark.table(table).columns) or f": {str(exc).splitlines()[0]}"
+        raise ConfigError(f"cannot cluster {table} by {column!r}{end}") from exc
 
 
 def compact(spark: SparkSession, table: str) -> tuple[int, int]:

@@ -69,7 +69,7 @@ def append(spark, table, columns, lines):
 
 
 @pytest.fixture(scope="module")
-def told(spark, tmp_path_factory):
+def result(spark, tmp_path_factory):
     """The summary of a table of two modes and two versions, whose row "b" failed first and "a" was embedded twice."""
     table = f"delta.`{tmp_path_factory.mktemp('summary')}/genes`"
     runs = [
@@ -84,14 +84,14 @@ def told(spark, tmp_path_factory):
     return summarize(spark, SummarySettings(output_table=table, genes=("A", "B"), neighbours=1))
 
 
-def test_summary_counts_each_row_once_over_modes_and_versions(told):
-    assert (told["rows"], told["cells"], told["genes"], told["embeddings"]) == (2, 20, 3, 18)
+def test_summary_counts_each_row_once_over_modes_and_versions(result):
+    assert (result.rows, result.cells, result.genes, result.embeddings) == (2, 20, 3, 18)
 
 
-def test_summary_counts_rows_and_cells_of_each_mode_and_version(told):
-    found = [(m["mode"], m["model_version"], m["rows"], m["cells"], m["embeddings"]) for m in told["models"]]
+def test_summary_counts_rows_and_cells_of_each_mode_and_version(result):
+    found = [(m["mode"], m["model_version"], m["rows"], m["cells"], m["embeddings"]) for m in result.models]
     assert found == [("contextual", "1", 2, 20, 6), ("static", "1", 2, 20, 9), ("static", "2", 1, 10, 3)]
 
 
-def test_summary_takes_neighbours_from_the_newest_static_vectors(told):
-    assert told["nearest_genes"] == {"A": ["B"], "B": ["C"]}
+def test_summary_takes_neighbours_from_the_newest_static_vectors(result):
+    assert result.to_dict()["nearest_genes"] == {"A": ["B"], "B": ["C"]}

@@ -34,8 +34,8 @@ def judged(spark, healthy):
         if name != "1":
             rows = rows.selectExpr(*(f"{value} as {c}" if c == name else c for c in rows.columns))
         rows.createOrReplaceTempView("changed_payload")
-        told = monitor(spark, MonitorSettings(inference_table="changed_payload", **settings), now=NOW)
-        return {alert["rule"]: alert["severity"] for alert in told["alerts"]}
+        result = monitor(spark, MonitorSettings(inference_table="changed_payload", **settings), now=NOW)
+        return {alert.rule: alert.severity for alert in result.alerts}
 
     return judge
 

@@ -280,15 +280,15 @@ def test_clustering_by_gene_reads_few_files(spark, table, tmp_path):
     assert len(one.inputFiles()) > 8  # of 12; a gene at the edge is outside some files' range
     spark.conf.set("spark.databricks.delta.optimize.maxFileSize", str(30_000))  # else 200 KB are one file
     try:
-        told = maintain(spark, MaintainSettings(table=table, cluster_by="gene"))
+        result = maintain(spark, MaintainSettings(table=table, cluster_by="gene"))
     finally:
         spark.conf.unset("spark.databricks.delta.optimize.maxFileSize")
-    assert told["tables"] == [table, f"delta.`{tmp_path}/table_runs`"] and told["files_compacted"] == 12
+    assert result.tables == [table, f"delta.`{tmp_path}/table_runs`"] and result.files_compacted == 12
     one, every = spark.table(table).where("gene = 'GENE007'"), spark.table(table)
     assert one.count() == 3 and len(every.inputFiles()) >= 5 and len(one.inputFiles()) <= 2
     # the next night touches new files only, and delta-rs still reads the table
     again = maintain(spark, MaintainSettings(table=table, cluster_by="gene"))
-    assert again["files_compacted"] == 0
+    assert again.files_compacted == 0
     assert DeltaTable(str(tmp_path / "table")).to_pyarrow_table().num_rows == 3 * len(GENES)
 
 

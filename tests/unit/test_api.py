@@ -201,7 +201,7 @@ def test_scaled_values_name_the_matrices_to_take(adata, model):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"layer": "cuonts"}, "layer 'cuonts' is not in the AnnData; it has: layer='counts'"),
+        ({"layer": "cuonts"}, "layer 'cuonts' is not in the AnnData: did you mean 'counts'"),
         ({"batch_key": "donor"}, "batch_key 'donor' is not a column of adata.obs; its columns: .*'n'"),
         ({"mode": "contextual", "group_by": "x"}, "group_by 'x' is not a column of adata.obs"),
         ({"use_key": "counts"}, "takes no 'use_key'"),

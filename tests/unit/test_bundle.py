@@ -14,7 +14,7 @@ from databricks.bundles.registered_models import RegisteredModel
 from databricks.bundles.schemas import Schema
 from databricks.bundles.volumes import Volume
 
-from scgpt_batch.cli import main as cli
+from scgpt_batch.cli.main import parse, read_settings
 from scgpt_batch.databricks import bundle as generator
 from tests import databricks_bundle as bundles
 from tests.paths import REPO
@@ -85,10 +85,10 @@ def test_task_parameters_are_valid_for_its_command(job, task):
     assert task["python_wheel_task"]["package_name"] == project["name"]
     assert project["scripts"][task["python_wheel_task"]["entry_point"]] == "scgpt_batch.cli:entry_point"
     assert task["job_cluster_key"] in {cluster["job_cluster_key"] for cluster in found["job_clusters"]}
-    given = vars(cli._parser().parse_args(bundles.task_words(found, task)))
+    given = vars(parse(bundles.task_words(found, task)))
     name = given.pop("command")
-    flags = {key: value for key, value in given.items() if key not in ("config", "debug")}
-    settings, *_ = cli._settings(cli.COMMANDS[name], name, flags, None)
+    flags = {key: value for key, value in given.items() if key not in ("config", "debug", "json")}
+    settings, *_ = read_settings(name, flags, None)
     tables = {value for key, value in settings if key.endswith(("table", "view")) and value}
     assert tables and all(table.startswith("main.scgpt.") for table in tables)
 

@@ -153,7 +153,7 @@ def test_error_message_is_short_whatever_is_given():
 
 
 def test_unknown_parameter_suggests_the_known_one():
-    with pytest.raises(ConfigError, match=r"unknown parameter 'Max_Lenght' \(did you mean 'max_length'\?\)"):
+    with pytest.raises(ConfigError, match=r"unknown parameter 'Max_Lenght': did you mean 'max_length'\?"):
         Parameters.create({"Max_Lenght": 1})
 
 

@@ -706,3 +706,5 @@ def test_group_labels_are_strings():
 def test_a_group_column_that_is_missing_is_named():
     with pytest.raises(PayloadError, match="group_by 'lane' is not a column of adata_obs; its columns: 'donor', "):
         group_labels(small(4), "lane")
+    with pytest.raises(PayloadError, match="group_by 'doner' is not a column of adata_obs: did you mean 'donor'"):
+        group_labels(small(4), "doner")

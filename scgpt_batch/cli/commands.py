@@ -1,0 +1,185 @@
+"""The commands: their settings, what each calls, and an example for its help."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic.fields import FieldInfo
+
+from scgpt_batch.command_result import CommandResult
+from scgpt_batch.errors import ConfigError
+from scgpt_batch.parameters import Parameters
+from scgpt_batch.settings import (
+    DemoCheckpointSettings,
+    DeploySettings,
+    EmbedSettings,
+    IngestSettings,
+    MaintainSettings,
+    MonitorSettings,
+    PromoteSettings,
+    RegisterSettings,
+    ServeSettings,
+    Settings,
+    StatusSettings,
+    SummarySettings,
+)
+
+# What `embed` cannot use: its rows hold one matrix and no paths, its results go to a table, and the checkpoint alone
+# says how large the model is. The MLflow model takes all of these.
+NOT_FOR_EMBED = (
+    "input_data_path", "use_key", "result_binned_key", "embsize", "nhead", "d_hid", "nlayers", "n_layers_cls",
+    "encoding", "on_error",
+)  # fmt: skip
+EMBED_PARAMETERS = {name: field for name, field in Parameters.model_fields.items() if name not in NOT_FOR_EMBED}
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command."""
+
+    settings: type[Settings]
+    run: Callable[..., CommandResult]
+    example: str  # the words after the command's name
+    with_parameters: bool = False  # takes embedding parameters too
+    always_readable: bool = False  # prints the lines for people also where standard output is not a terminal
+
+    @property
+    def fields(self) -> dict[str, FieldInfo]:
+        """All settings and parameters of the command, by name."""
+        return {**self.settings.model_fields, **(EMBED_PARAMETERS if self.with_parameters else {})}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegisterResult(CommandResult):
+    """The new version of the registered model."""
+
+    model_uri: str
+    version: str
+    checkpoint_digest: str
+
+    def lines(self) -> list[str]:
+        """Name the model and its checkpoint."""
+        return [f"registered {self.model_uri}", f"digest of the checkpoint: {self.checkpoint_digest}"]
+
+
+def _demo_checkpoint(settings: DemoCheckpointSettings) -> CommandResult:
+    from scgpt_batch.cli.demo import write_demo_checkpoint
+
+    return write_demo_checkpoint(Path(settings.h5ad), Path(settings.out))
+
+
+def _ingest(settings: IngestSettings) -> CommandResult:
+    from scgpt_batch.spark.ingest import ingest
+    from scgpt_batch.spark.session import get_spark
+
+    return ingest(get_spark(settings.spark_conf), settings)
+
+
+def _register(settings: RegisterSettings) -> CommandResult:
+    from scgpt_batch.registry.register import register, use_experiment
+
+    if settings.experiment:
+        use_experiment(settings.experiment)
+    model = register(settings.checkpoint, settings.name, alias=settings.alias, input_roots=settings.input_roots)
+    return RegisterResult(model_uri=model.uri, version=model.version, checkpoint_digest=model.digest)
+
+
+def _embed(settings: EmbedSettings, parameters: Parameters) -> CommandResult:
+    from scgpt_batch.spark.embed import embed_table
+    from scgpt_batch.spark.session import get_spark
+
+    return embed_table(get_spark(settings.spark_conf), settings, parameters)
+
+
+def _serve(settings: ServeSettings) -> CommandResult:
+    with _needs("serve", "serving"):
+        from scgpt_batch.serving.app import serve
+
+    return serve(settings)
+
+
+def _summary(settings: SummarySettings) -> CommandResult:
+    from scgpt_batch.cli.summary import summarize
+    from scgpt_batch.spark.session import get_spark
+
+    return summarize(get_spark(settings.spark_conf), settings)
+
+
+def _monitor(settings: MonitorSettings) -> CommandResult:
+    from scgpt_batch.monitoring.monitor import monitor
+    from scgpt_batch.spark.session import get_spark
+
+    return monitor(get_spark(settings.spark_conf), settings)
+
+
+def _maintain(settings: MaintainSettings) -> CommandResult:
+    from scgpt_batch.spark.maintain import maintain
+    from scgpt_batch.spark.session import get_spark
+
+    return maintain(get_spark(settings.spark_conf), settings)
+
+
+def _promote(settings: PromoteSettings) -> CommandResult:
+    from scgpt_batch.promotion.promotion import promote
+
+    return promote(settings)
+
+
+def _deploy(settings: DeploySettings) -> CommandResult:
+    with _needs("deploy", "databricks"):
+        from scgpt_batch.databricks.deploy import deploy
+
+    return deploy(settings)
+
+
+def _status(settings: StatusSettings) -> CommandResult:
+    with _needs("status", "databricks"):
+        from scgpt_batch.databricks.status import status
+
+    return status(settings)
+
+
+@contextmanager
+def _needs(command: str, extra: str) -> Iterator[None]:
+    """Name the extra to install if a package is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as exc:
+        raise ConfigError(f"{command} needs {exc.name}: pip install 'scgpt_batch[{extra}]'") from exc
+
+
+COMMANDS = {
+    "demo-checkpoint": Command(DemoCheckpointSettings, _demo_checkpoint, "--h5ad cells.h5ad --out demo_checkpoint"),
+    "ingest": Command(
+        IngestSettings,
+        _ingest,
+        "--input 'samples/*.h5ad' --split-by donor \\\n      --table 'delta.`/data/adata_rows`'",
+    ),
+    "register": Command(RegisterSettings, _register, "--checkpoint scGPT_human --name scgpt --alias champion"),
+    "embed": Command(
+        EmbedSettings,
+        _embed,
+        "--model-uri models:/scgpt@champion --input-table 'delta.`/data/adata_rows`' \\\n"
+        "      --output-table 'delta.`/data/gene_embeddings`' --mode contextual --group-by cell_type --preset counts",
+        with_parameters=True,
+    ),
+    "serve": Command(ServeSettings, _serve, "--model-uri models:/scgpt@champion --port 5000"),
+    "summary": Command(
+        SummarySettings,
+        _summary,
+        "--output-table 'delta.`/data/gene_embeddings`' --genes CD3D MS4A1",
+        always_readable=True,
+    ),
+    "monitor": Command(
+        MonitorSettings, _monitor, "--output-table main.lab.gene_embeddings --report health.html --fail-on warning"
+    ),
+    "maintain": Command(MaintainSettings, _maintain, "--table 'delta.`/data/gene_embeddings`' --cluster-by gene"),
+    "promote": Command(PromoteSettings, _promote, "--name main.lab.scgpt --rows main.lab.adata_rows --plan"),
+    "deploy": Command(
+        DeploySettings,
+        _deploy,
+        "--endpoint scgpt --model-uri models:/main.lab.scgpt@champion --traffic old=90,new=10",
+    ),
+    "status": Command(StatusSettings, _status, "--endpoint scgpt"),
+}
