@@ -5,7 +5,7 @@ import re
 import pytest
 
 from scgpt_batch import errors
-from scgpt_batch.cli.main import ALERTS, FAILED, OK, TOO_MANY_FAILED_ROWS, WRONG_USAGE
+from scgpt_batch.cli.main import ALERTS, FAILED, OK, TOO_MANY_FAILED_ROWS, WRONG_USAGE, main
 from scgpt_batch.spark import tables
 from tests.paths import REPO
 
@@ -91,6 +91,23 @@ def anchors(text):
     """The anchors that GitHub makes of a document's headings."""
     titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def calls():
+    """The calls of `scgpt-batch` in the documents' shell blocks: document, command, flags."""
+    for document in DOCUMENTS:
+        for block in re.findall(r"^```(?:sh|bash)\n(.*?)^```", read(document), re.MULTILINE | re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                if call := re.search(r"scgpt-batch ([\w-]+)(.*)", line.partition(" #")[0]):
+                    yield pytest.param(call[1], re.findall(r"--[\w-]+", call[2]), id=f"{document}: {call[0][:40]}")
+
+
+@pytest.mark.parametrize(("command", "flags"), calls())
+def test_documented_flags_exist(command, flags, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+    assert set(flags) <= known
 
 
 def test_readme_fits_on_150_lines():
