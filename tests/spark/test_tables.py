@@ -177,7 +177,7 @@ def test_half_created_table_is_reported_and_removable(spark, table, tmp_path, mo
     folder, name = _place(spark, table, tmp_path, "half_made", named=named)
     (folder / "_delta_log").mkdir(parents=True)
     (folder / "_delta_log" / ".00000000000000000000.json.tmp").write_text("{")
-    with pytest.raises(ConfigError, match=r"the folder of .* holds files .* remove it"):
+    with pytest.raises(ConfigError, match=r"table .*: its folder holds files .* remove the folder"):
         tables.create(spark, name, tables.LEDGER)
     shutil.rmtree(folder)
     tables.create(spark, name, tables.LEDGER)
