@@ -9,7 +9,7 @@
 # make bench-blog      the usual Spark wrapper against this job, side by side
 # make bench-serving   the usual wrapper under mlflow models serve against scgpt-batch serve; 20,000 requests; 10,000 rows
 # make faults          break the nightly run for real, and count lost and duplicated rows
-# make fault-serving   kill the endpoint 50 times under load; 50,000 hostile bodies, 50,000 times random bytes (an hour)
+# make fault-serving   kill the endpoint 50 times under load; 50,000 hostile bodies, 50,000 times random bytes (half an hour)
 
 PYTHON ?= python3
 VENV := .venv
