@@ -1,4 +1,4 @@
-"""What all scenarios share: small rows, drivers that run the job, and the count of what the tables hold afterwards.
+"""Shared by all scenarios: small rows, drivers that run the job, and the checks of the tables afterwards.
 
 Tables are written and read with delta-rs, so that another reader than the job's own judges what it leaves.
 """
@@ -38,9 +38,9 @@ CHECKPOINT = REPO / "tests" / "data" / "golden" / "checkpoint_flash"
 COMMAND = Path(sys.executable).parent / "scgpt-batch"
 PARAMETERS = {"mode": "cell", "need_preprocess": False, "data_is_raw": True}
 KEY = ["adata_id", "cell_id", "mode", "model_name", "model_version", "params_hash"]
-CELLS = 3  # of a row
-WAVE = 4  # rows of a wave
-TOLERANCE = 1e-5  # of a vector's numbers in float32, whatever the partitions, waves and order
+CELLS = 3  # per row
+WAVE = 4  # rows per wave
+TOLERANCE = 1e-5  # for float32 vectors, with any partitions, waves and order
 
 ADATA_ROWS = pa.schema(
     [
@@ -55,7 +55,7 @@ ADATA_ROWS = pa.schema(
 
 @dataclass
 class Result:
-    """What a scenario showed, over all its tries."""
+    """The result of a scenario, over all its tries."""
 
     scenario: str
     tries: int = 0
@@ -64,8 +64,8 @@ class Result:
     failed: int = 0
     duplicates: int = 0
     lost: int = 0
-    broken: list[str] = field(default_factory=list)  # promises
-    seen: Counter[str] = field(default_factory=Counter)  # how the tries went
+    broken: list[str] = field(default_factory=list)  # broken guarantees
+    seen: Counter[str] = field(default_factory=Counter)  # events, counted over the tries
 
     @property
     def kept(self) -> bool:
@@ -74,14 +74,14 @@ class Result:
 
 @dataclass
 class Ended:
-    """How a command ended: its exit code, its JSON line and what it said on standard error."""
+    """An ended command: exit code, JSON line and standard error."""
 
     code: int
     told: dict[str, Any]
     said: str
 
     def unless(self, code: int, *, raises: bool = False) -> Iterator[str]:
-        """Say so if the exit code is another, or if the command has shown a stack trace.
+        """Yield a message if the exit code differs, or if the command printed a stack trace.
 
         Where a row `raises` on purpose, Spark's own log shows one.
         """
@@ -96,7 +96,7 @@ class Ended:
 
 
 class Driver:
-    """A process that runs commands one after the other in one Spark session (driver.py), until it is killed."""
+    """A process that runs commands in turn, in one Spark session (driver.py), until it is killed."""
 
     def __init__(self, folder: Path, environment: dict[str, str], *conf: str) -> None:
         folder.mkdir()
@@ -110,7 +110,7 @@ class Driver:
             )  # fmt: skip
 
     def start(self, words: Iterable[object]) -> None:
-        """Begin a command; the settings of Spark count when it is the first."""
+        """Start a command; Spark settings apply to the first one only."""
         self._read = self._log.stat().st_size
         line = json.dumps([*map(str, words), *self._conf])
         self.process.stdin.write(line + "\n")
@@ -121,7 +121,7 @@ class Driver:
         return not self._ending.done()
 
     def end(self) -> Ended:
-        """Wait for the command that was started."""
+        """Wait for the started command."""
         return self._ending.result()
 
     def run(self, words: Iterable[object]) -> Ended:
@@ -129,7 +129,7 @@ class Driver:
         return self.end()
 
     def said(self) -> str:
-        """What the command has said so far on standard error."""
+        """The command's standard error so far."""
         return self._log.read_bytes()[self._read :].decode()
 
     def _wait(self) -> Ended:
@@ -142,12 +142,12 @@ class Driver:
 
 
 class Bench:
-    """A folder with a registered model; it and all processes end with the block."""
+    """A folder with a registered model; the folder and all processes are removed at the end of the block."""
 
     def __init__(self) -> None:
         self._stack = ExitStack()
         self.folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="faults-")))
-        # the caller's own experiment and store are not ours
+        # do not use the caller's experiment and store
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
         self.environment = inherited | {
             **QUICK_JVM,
@@ -165,7 +165,7 @@ class Bench:
         self._stack.close()
 
     def driver(self, *conf: str, path: Path = REPO) -> Driver:
-        """A driver of its own, with Spark settings and a folder to import from; killed with the bench."""
+        """Start a driver with its own Spark settings and a folder to import from; it is killed with the bench."""
         environment = self.environment | {"PYTHONPATH": f"{path}:{REPO}"}
         driver = Driver(self.folder / f"driver-{time.monotonic_ns()}", environment, *conf)
         self._stack.callback(kill, driver.process)
@@ -173,11 +173,11 @@ class Bench:
 
     @cached_property
     def warm(self) -> Driver:
-        """The driver that scenarios share which do not kill it."""
+        """The driver shared by scenarios that do not kill it."""
         return self.driver()
 
     def command(self, words: Sequence[object], log: Path) -> subprocess.Popen:
-        """The console script, as a user calls it."""
+        """Run the console script, as a user does."""
         with log.open("w") as said:
             process = subprocess.Popen(
                 [COMMAND, *map(str, words)], cwd=self.folder, env=self.environment,
@@ -194,13 +194,13 @@ class Bench:
         return path
 
     def disk(self, place: Path, *, size: int | str = "64m") -> None:
-        """Give a folder a file system of its own, until the bench ends; only root may."""
+        """Mount a file system of limited size on a folder until the bench ends; needs root."""
         place.mkdir(exist_ok=True)
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], check=True)
         self._stack.callback(subprocess.run, ["umount", "-l", place], check=True)
 
     def embed(self, rows: Path, out: Path, **more: object) -> list[object]:
-        """The command's words: cell mode, small waves."""
+        """Return the words of an embed command: cell mode, small waves."""
         given = PARAMETERS | {
             "model_uri": "models:/faults/1", "input_table": f"delta.`{rows}`", "output_table": f"delta.`{out}`",
             "wave_cells": CELLS * WAVE, "max_failed_fraction": 0.5,
@@ -212,7 +212,7 @@ class Bench:
     def tries(
         self, name: str, n: int, rows: list[dict[str, Any]], disturbed: Callable[[Path, Counter[str]], Iterator[str]]
     ) -> Result:
-        """Try something n times and look at the tables each time; `disturbed` yields the promises that it broke."""
+        """Run `disturbed` n times and check the tables each time; it yields the guarantees that were broken."""
         result = Result(name)
         for i in range(n):
             out = self.folder / f"{name}-{i}" / "out"
@@ -223,7 +223,7 @@ class Bench:
 
 
 def kill(process: subprocess.Popen) -> None:
-    """Kill -9 a process and all it has started (Spark's Python daemon leads a process group of its own)."""
+    """kill -9 a process and its descendants (Spark's Python daemon has its own process group)."""
     if process.poll() is None:
         for member in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
             if_alive(member.kill)
@@ -231,7 +231,7 @@ def kill(process: subprocess.Popen) -> None:
 
 
 def if_alive(act: Callable[[], Any]) -> Any:
-    """Do something with a process that may have ended meanwhile; None if it has."""
+    """Call a function of a process that may have ended; None if it has."""
     try:
         return act()
     except psutil.NoSuchProcess:
@@ -243,7 +243,7 @@ def beside(path: Path, suffix: str) -> Path:
 
 
 def held(path: Path, *columns: str) -> pd.DataFrame:
-    """Read columns of a table; of one that is not there yet, nothing."""
+    """Read columns of a table; no rows if it does not exist yet."""
     if not (path / "_delta_log").is_dir() or not DeltaTable.is_deltatable(str(path)):
         return pd.DataFrame(columns=list(columns))
     return DeltaTable(path).to_pyarrow_table(columns=list(columns)).to_pandas()
@@ -277,7 +277,7 @@ def embedder_genes() -> list[str]:
 
 
 def look(result: Result, out: Path, rows: list[dict[str, Any]]) -> None:
-    """Compare the tables with the rows that were there and with the model's own answers."""
+    """Compare the tables with the input rows and with the model's own results."""
     table = held(out, *KEY, "embedding")
     ledger = held(beside(out, "_ledger"), "adata_id", "content_hash", "status")
     failed = set(ledger.loc[ledger["status"] == "failed", "adata_id"])
@@ -294,9 +294,9 @@ def look(result: Result, out: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def _strangers(table: pd.DataFrame, ledger: pd.DataFrame, sound: list[dict], rows: list[dict]) -> Iterator[str]:
-    """Lines of rows, or of contents, that were not in the table when the run began."""
+    """Yield messages about lines whose rows or contents were not in the input when the run started."""
     if unknown := set(table["adata_id"]) - {row["adata_id"] for row in sound}:
-        yield f"embeddings of {sorted(unknown)[:3]}, which have no good line in the ledger"
+        yield f"embeddings of {sorted(unknown)[:3]}, which have no line with status ok in the ledger"
     found = dict(zip(ledger["adata_id"], ledger["content_hash"], strict=True))
     wanted = {row["adata_id"]: row["content_hash"] for row in rows}
     if found != wanted:
@@ -305,7 +305,7 @@ def _strangers(table: pd.DataFrame, ledger: pd.DataFrame, sound: list[dict], row
 
 
 def _wrong_vectors(table: pd.DataFrame, sound: list[dict]) -> Iterator[str]:
-    """Vectors that are not what the model answers when asked for the row alone."""
+    """Yield messages about vectors that differ from those of the model for the row alone."""
     found = {key: np.stack(cells.sort_values("cell_id")["embedding"]) for key, cells in table.groupby("adata_id")}
     parameters = Parameters.create(PARAMETERS)
     for row, answer in zip(sound, embedder().embed_rows(sound, parameters), strict=True):

@@ -1,4 +1,4 @@
-"""A driver that stays: runs the command of each line of standard input (a JSON list of words) in one Spark session.
+"""A long-running driver: runs the command of each line of standard input (a JSON list of words) in one Spark session.
 
 After a command's own output comes a line `exit CODE`.
 """

@@ -1,4 +1,4 @@
-"""Damaged rows: straight into the embedder, and those that a table can hold through the job as well."""
+"""Damaged rows: passed to the embedder and, if a table can store them, through the job."""
 
 import warnings
 from collections import Counter
@@ -26,18 +26,18 @@ from tests.faults.bench import (
     held,
 )  # fmt: skip
 
-REFUSALS = PayloadError | LowCoverage | PreprocessError  # of a row that can be read, but not used
+REFUSALS = PayloadError | LowCoverage | PreprocessError  # expected errors of damaged rows
 CHOICES = (
     PARAMETERS,
     PARAMETERS | {"mode": "contextual"},
     {"mode": "static", "need_preprocess": False},
     {"mode": "static", "data_is_raw": True},
 )
-HANGS = 30_000  # milliseconds after which a row of three cells is taken to hang
+HANGS = 30_000  # milliseconds after which a row of three cells counts as hung
 
 
 def fuzzed_payloads(bench: Bench, tries: int) -> Result:
-    """So many damaged rows: each is refused by name, or answered as the AnnData that it can be read as."""
+    """Each damaged row gets an expected error, or the same result as the AnnData that it can be read as."""
     result = Result("fuzzed-payloads")
     stored: list[dict[str, Any]] = []
 
@@ -63,7 +63,7 @@ def embed(row: dict[str, Any], choice: dict[str, Any]) -> RowResult:
 
 
 def check(row: dict[str, Any], choice: dict[str, Any], answer: RowResult) -> None:
-    """A refusal by name with a message fit for a table, or what the row's AnnData is answered with."""
+    """Check that a row gets an expected error with a one-line message, or the result of its AnnData."""
     if answer.error:
         assert isinstance(answer.error, REFUSALS), repr(answer.error)
         assert str(answer.error).encode()
@@ -79,16 +79,16 @@ def check(row: dict[str, Any], choice: dict[str, Any], answer: RowResult) -> Non
 
 
 def as_stored(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """The row as a table of our types gives it back; nothing if none can hold it."""
+    """Return the row as read back from a table of our types; None if no table can store it."""
     try:
-        with warnings.catch_warnings(action="error"):  # complex numbers would lose a part
+        with warnings.catch_warnings(action="error"):  # complex numbers would lose their imaginary part
             return pa.RecordBatch.from_pylist([row], pa.schema(list(ROW_TYPES.items()))).to_pylist()
     except (pa.ArrowException, ValueError, TypeError, OverflowError, Warning):
         return []
 
 
 def through_job(bench: Bench, result: Result, stored: list[dict[str, Any]]) -> None:
-    """Run the job over the rows: the ledger must say of each what the embedder says, and no worker die."""
+    """Run the job over the rows: the ledger must match the embedder's results, and no worker may die."""
     rows = [row | {"adata_id": f"fuzz-{i:05}"} for i, row in enumerate(stored)]
     table, out = bench.rows("fuzzed", rows), bench.folder / "fuzzed-out"
     ended = bench.warm.run(bench.embed(table, out, wave_cells=200_000, max_failed_fraction=1.0, min_coverage=0.0))

@@ -1,4 +1,4 @@
-"""Break the nightly run for real, many times, and count what is lost or doubled.
+"""Inject real faults into the nightly run, many times, and count lost and duplicated rows.
 
     make faults                                  all scenarios
     .venv/bin/python -m tests.faults.run --only driver-killed --tries 3
@@ -27,8 +27,8 @@ def shown(name: str, bench: Bench, tries: int | None) -> Result:
     r = scenario(bench, tries or usual)
     seconds = round(time.monotonic() - started)
     print(line(name, r.tries, r.rows_in, r.rows_out, r.failed, r.duplicates, r.lost, seconds))
-    told = ", ".join(f"{what} {n}" for what, n in sorted(r.seen.items()))
-    print(f"  {told}", *(f"  BROKEN {promise}" for promise in r.broken), sep="\n", flush=True)
+    seen = ", ".join(f"{what} {n}" for what, n in sorted(r.seen.items()))
+    print(f"  {seen}", *(f"  BROKEN {promise}" for promise in r.broken), sep="\n", flush=True)
     return r
 
 
@@ -41,11 +41,11 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=SCENARIOS, default=list(SCENARIOS), help="scenarios to run")
     parser.add_argument("--tries", type=int, help="tries of each, instead of its own number")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no driver or mount outlives this
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that drivers and mounts are removed
     print(line("scenario", *COLUMNS), flush=True)
     results = []
     for name in args.only:
-        with Bench() as bench:  # its drivers end with it: each holds gigabytes
+        with Bench() as bench:  # its drivers end with it: each uses gigabytes
             results.append(shown(name, bench, args.tries))
     print(json.dumps([vars(r) for r in results]))
     return 0 if all(r.kept for r in results) else 1

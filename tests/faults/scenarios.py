@@ -1,4 +1,4 @@
-"""What is broken: each scenario takes a bench and a number of tries, and says what it showed."""
+"""The fault scenarios: each gets a bench and a number of tries, and returns its result."""
 
 import random
 import subprocess
@@ -30,20 +30,20 @@ from tests.faults.bench import (
 from tests.faults.fuzz import fuzzed_payloads
 
 POISON = Path(__file__).parent / "poison"
-AT_WORK = " INFO run "  # the first line that the job logs: Spark is up, the tables are there
-TICK = 0.02  # seconds between two looks at a process or folder
-WAVES = 3  # of a run
+RUNNING = " INFO run "  # the first line that the job logs: Spark runs, the tables exist
+TICK = 0.02  # seconds between two checks of a process or folder
+WAVES = 3  # per run
 
 
 def until(seen: Callable[[], Any], running: Callable[[], bool]) -> Any:
-    """Wait for something as long as a command runs; give it, or what there is when the command has ended."""
+    """Return the first truthy value of `seen` while a command runs, or its value after the command has ended."""
     while not (found := seen()) and running():
         time.sleep(TICK)
     return found or seen()
 
 
 def whole_run(bench: Bench, driver: Driver, table: Path) -> float:
-    """Run undisturbed, first with everything cold; the seconds that the job takes warm."""
+    """Return the seconds that an undisturbed run takes, after a first run to warm up."""
     for i in range(2):
         ended = driver.run(bench.embed(table, beside(table, f"-whole-{time.monotonic_ns()}")))
         if ended.code:
@@ -52,52 +52,52 @@ def whole_run(bench: Bench, driver: Driver, table: Path) -> float:
 
 
 def random_moment(out: Path, running: Callable[[], bool], whole: float) -> None:
-    """Wait for a random wave of a run that takes `whole` seconds, then for a random time of it."""
+    """Wait until a random moment of a random wave, in a run that takes `whole` seconds."""
     done = random.randrange(WAVES)
-    log = beside(out, "_ledger") / "_delta_log"  # its first commit makes the table, the others are a wave each
+    log = beside(out, "_ledger") / "_delta_log"  # its first commit creates the table, each further one is a wave
     until((log / f"{done:020}.json").exists, running)
     time.sleep(random.uniform(0, whole / WAVES))
 
 
-# --- processes that die ---------------------------------------------------------------------------
+# --- killed processes -----------------------------------------------------------------------------
 
 
 def driver_killed(bench: Bench, tries: int) -> Result:
-    """kill -9 of driver, JVM and workers at a random moment of its work, then run again."""
+    """kill -9 of driver, JVM and workers at a random moment, then a rerun."""
     rows = small_rows(WAVES * WAVE)
     table = bench.rows("driver", rows)
 
-    def at_work(out: Path) -> subprocess.Popen:
+    def start(out: Path) -> subprocess.Popen:
         log = beside(out, ".stderr")
         process = bench.command(bench.embed(table, out), log)
-        until(lambda: AT_WORK in log.read_text(), lambda: process.poll() is None)
+        until(lambda: RUNNING in log.read_text(), lambda: process.poll() is None)
         return process
 
-    process, started = at_work(bench.folder / "whole"), time.monotonic()
+    process, started = start(bench.folder / "whole"), time.monotonic()
     if process.wait():
         raise RuntimeError((bench.folder / "whole.stderr").read_text()[-2000:])
     whole = time.monotonic() - started
 
     def killed(out: Path, seen: Counter[str]) -> Iterator[str]:
-        process = at_work(out)
+        process = start(out)
         random_moment(out, lambda: process.poll() is None, whole)
-        seen["killed at work" if process.poll() is None else "had ended"] += 1
+        seen["killed while running" if process.poll() is None else "had ended"] += 1
         kill(process)
         written = set(held(out, "adata_id")["adata_id"])
-        told = set(held(beside(out, "_ledger"), "adata_id")["adata_id"])
-        seen[f"{len(told) // WAVE} waves done" + " and one half" * (written != told)] += 1
-        if len(written - told) > WAVE:
-            yield f"{len(written - told)} rows were written and not told of, a wave has {WAVE}"
+        recorded = set(held(beside(out, "_ledger"), "adata_id")["adata_id"])
+        seen[f"{len(recorded) // WAVE} waves done" + " and one half" * (written != recorded)] += 1
+        if len(written - recorded) > WAVE:
+            yield f"{len(written - recorded)} rows have embeddings but no ledger line; a wave has {WAVE}"
         ended = bench.warm.run(bench.embed(table, out))
         yield from ended.unless(0)
-        if ended.told.get("rows_ok") != len(rows) - len(told):
-            yield f"the rerun embedded {ended.told.get('rows_ok')} rows, {len(rows) - len(told)} were left"
+        if ended.told.get("rows_ok") != len(rows) - len(recorded):
+            yield f"the rerun embedded {ended.told.get('rows_ok')} rows, {len(rows) - len(recorded)} were pending"
 
     return bench.tries("driver-killed", tries, rows, killed)
 
 
 def worker_killed(bench: Bench, tries: int) -> Result:
-    """kill -9 of a Python worker that is computing (each row keeps it busy for half a second): the run goes on."""
+    """kill -9 of a busy Python worker (each row takes half a second): the run continues."""
     driver = bench.driver(path=POISON)
 
     def attack() -> bool:
@@ -111,7 +111,7 @@ def worker_killed(bench: Bench, tries: int) -> Result:
 
 
 def executor_killed(bench: Bench, tries: int) -> Result:
-    """kill -9 of an executor of a standalone cluster of two: the run goes on."""
+    """kill -9 of an executor of a standalone cluster of two: the run continues."""
 
     def attack(two: Standalone) -> bool:
         found = executors(two)
@@ -123,7 +123,7 @@ def executor_killed(bench: Bench, tries: int) -> Result:
 
 
 def host_lost(bench: Bench, tries: int) -> Result:
-    """kill -9 of a worker of a standalone cluster of two, with its executor: the run goes on with the other."""
+    """kill -9 of a worker of a standalone cluster of two, with its executor: the run continues on the other."""
 
     def attack(two: Standalone) -> bool:
         kill(two.workers.pop(random.randrange(2)))
@@ -150,7 +150,7 @@ def part_killed(
     attack: Callable[[], bool],
     mend: Callable[[], None] = lambda: None,
 ) -> Result:
-    """Attack a part of the driver's run at a random moment; `attack` tells whether it found something to kill.
+    """Attack a part of the driver's run at a random moment; `attack` returns whether it found something to kill.
 
     `mend` puts the part back before each try.
     """
@@ -163,7 +163,7 @@ def part_killed(
         random_moment(out, driver.running, whole)
         hit = driver.running() and until(attack, driver.running)
         ended = driver.end()
-        seen["killed at work" if hit else "nothing to kill"] += 1
+        seen["killed while running" if hit else "nothing to kill"] += 1
         seen["waves repeated"] += ended.said.count("a Python worker was lost")
         yield from ended.unless(0)
 
@@ -171,27 +171,27 @@ def part_killed(
 
 
 def python_workers(process: subprocess.Popen) -> list[psutil.Process]:
-    """Spark's Python workers of a driver: what a daemon has forked."""
+    """Return a driver's Python workers: the processes that Spark's daemon has forked."""
     family = psutil.Process(process.pid).children(recursive=True)
     daemons = {p.pid for p in family if "pyspark.daemon" in (if_alive(p.cmdline) or [])}
     return [p for p in family if p.pid in daemons and if_alive(p.ppid) in daemons]
 
 
 def busy(processes: list[psutil.Process]) -> list[psutil.Process]:
-    """Those that use a CPU at this moment."""
+    """Return the processes that use a CPU at this moment."""
     before = {p: if_alive(p.cpu_times) for p in processes}
     time.sleep(0.1)
     return [p for p, then in before.items() if then and (now := if_alive(p.cpu_times)) and now.user > then.user]
 
 
 def executors(cluster: Standalone) -> list[psutil.Process]:
-    """The executors that a cluster's workers have started."""
+    """Return the executors that a cluster's workers have started."""
     started = [p for worker in cluster.workers for p in psutil.Process(worker.pid).children()]
     return [p for p in started if any("CoarseGrainedExecutorBackend" in word for word in if_alive(p.cmdline) or [])]
 
 
 def complete(cluster: Standalone) -> None:
-    """Replace what was killed."""
+    """Start a replacement for the killed worker."""
     while len(cluster.workers) < 2:
         cluster.add_worker()
     deadline = time.monotonic() + 60
@@ -202,7 +202,7 @@ def complete(cluster: Standalone) -> None:
 
 
 def two_drivers(bench: Bench, tries: int) -> Result:
-    """Two runs at once over the same tables leave what one leaves."""
+    """Two concurrent runs over the same tables produce the same tables as one."""
     rows = small_rows(WAVES * WAVE)
     table = bench.rows("two", rows)
     drivers = (bench.warm, bench.driver())
@@ -223,7 +223,7 @@ def two_drivers(bench: Bench, tries: int) -> Result:
 
 
 def poison(bench: Bench, tries: int, rows_in: int = 1000) -> Result:
-    """Rows that raise, segfault, hang and exhaust memory, among many: one failed row each."""
+    """Among many rows, some raise, segfault, hang or exhaust memory: only these rows fail."""
     rows = small_rows(rows_in)
     for number, how in enumerate(["raise", "segfault", "hang", "memory"] * tries):
         rows[number * rows_in // (4 * tries)] = small_row(f"{how}:{number}")
@@ -246,7 +246,7 @@ def poison(bench: Bench, tries: int, rows_in: int = 1000) -> Result:
 
 
 def disk_full(bench: Bench, tries: int) -> Result:
-    """The output's file system is full while a wave is committed; after that it has room."""
+    """The output's file system is full while a wave is committed; afterwards it has space again."""
     rows = small_rows(WAVES * WAVE)
     table = bench.rows("full", rows)
     bench.disk(roomy := bench.folder / "roomy")
@@ -265,7 +265,7 @@ def disk_full(bench: Bench, tries: int) -> Result:
 
 
 def read_only(bench: Bench, tries: int) -> Result:
-    """The output's file system becomes read-only between two commits; after that it can be written again.
+    """The output's file system becomes read-only between two commits; afterwards it is writable again.
 
     (Root, as who this runs, writes where folders are read-only; a file system stops it.)
     """
@@ -277,7 +277,7 @@ def read_only(bench: Bench, tries: int) -> Result:
         bench.warm.start(bench.embed(table, out))
         commit = random.choice([out, beside(out, "_ledger")]) / "_delta_log" / f"{random.randrange(3):020}.json"
         until(commit.exists, bench.warm.running)
-        until(lambda: remount(out.parent, "ro"), bench.warm.running)  # refused while a file is being written
+        until(lambda: remount(out.parent, "ro"), bench.warm.running)  # fails while a file is being written
         yield from refused(bench.warm.end(), seen)
         remount(out.parent, "rw")
         yield from bench.warm.run(bench.embed(table, out)).unless(0)
@@ -286,10 +286,10 @@ def read_only(bench: Bench, tries: int) -> Result:
 
 
 def refused(ended: Ended, seen: Counter[str]) -> Iterator[str]:
-    """A run that could not write must end with exit code 1 and say what was in the way."""
+    """A run that cannot write must end with exit code 1 and name the cause."""
     yield from ended.unless(1)
     if not any(why in ended.last for why in ("No space left", "Read-only file system")):
-        yield f"the last line is no reason: {ended.last}"
+        yield f"the last line does not name the cause: {ended.last}"
 
 
 def remount(place: Path, options: str) -> bool:
@@ -299,19 +299,19 @@ def remount(place: Path, options: str) -> bool:
 
 
 def input_changes(bench: Bench, tries: int) -> Result:
-    """The input table is appended to, rewritten or compacted, and vacuumed, during the run: it reads one snapshot."""
+    """The input table is changed (appended, rewritten, compacted, vacuumed) during a run, which reads one snapshot."""
     rows = small_rows(WAVES * WAVE)
     whole = whole_run(bench, bench.warm, bench.rows("unchanged", rows))
 
     def changed(out: Path, seen: Counter[str]) -> Iterator[str]:
         table = bench.rows(f"{out.parent.name}/rows", rows)
         bench.warm.start(bench.embed(table, out))
-        until(lambda: AT_WORK in bench.warm.said(), bench.warm.running)
+        until(lambda: RUNNING in bench.warm.said(), bench.warm.running)
         random_moment(out, bench.warm.running, whole)
         way = random.choice([append, rewrite, compact])
         way(table)
         DeltaTable(table).vacuum(dry_run=False)
-        seen[f"{way.__name__} {'at work' if bench.warm.running() else 'too late'}"] += 1
+        seen[f"{way.__name__} {'while running' if bench.warm.running() else 'too late'}"] += 1
         yield from bench.warm.end().unless(0)
 
     return bench.tries("input-changes", tries, rows, changed)
@@ -322,7 +322,7 @@ def append(table: Path) -> None:
 
 
 def rewrite(table: Path) -> None:
-    """Other contents under half of the keys, the other half gone."""
+    """Overwrite the table with other contents for half of the keys, without the other half."""
     write_deltalake(
         table, arrow([small_row(f"row-{i:04}", salt="new") for i in range(WAVES * WAVE // 2)]), mode="overwrite"
     )
@@ -332,7 +332,7 @@ def compact(table: Path) -> None:
     DeltaTable(table).optimize.compact()
 
 
-# name: what it does and how often it is tried
+# name -> scenario and default number of tries
 SCENARIOS: dict[str, tuple[Callable[[Bench, int], Result], int]] = {
     "driver-killed": (driver_killed, 30),
     "worker-killed": (worker_killed, 20),

@@ -1,4 +1,4 @@
-"""Lets scikit-misc's LOESS fit crash on fewer than 20 points, in every Python process with this folder on PYTHONPATH.
+"""Makes scikit-misc's LOESS fit crash on fewer than 20 points, in every Python process with this folder on PYTHONPATH.
 
 Python runs this file at its start. It stands for whatever crafted data crashes native code tomorrow.
 """

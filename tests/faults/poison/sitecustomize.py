@@ -1,4 +1,4 @@
-"""Makes rows deadly by their key, in every Python process that has this folder on its PYTHONPATH.
+"""Makes rows crash, hang or raise by their key, in every Python process with this folder on its PYTHONPATH.
 
 Python runs this file at its start. `adata_id` says what a row does: raise:, segfault:, hang:, memory:, or just slow:.
 """
@@ -20,7 +20,7 @@ def _die(how):
         while time.process_time() < end:
             pass
     if how == "hang":
-        ctypes.PyDLL(None).sleep(1_000_000)  # holds Python's lock, as native code does that never returns
+        ctypes.PyDLL(None).sleep(1_000_000)  # holds the GIL, like native code that never returns
     if how == "memory":
         held = []
         while True:
