@@ -1,4 +1,4 @@
-"""A stand-in of a Databricks workspace: the REST API of serving endpoints and what of Unity Catalog they need.
+"""A simulated Databricks workspace: the REST API of serving endpoints, and the parts of Unity Catalog that they need.
 
 It keeps state, takes its time for updates, and refuses a body that the SDK's own classes do not give back as it came.
 """
@@ -25,7 +25,7 @@ RowResult = Callable[[dict[str, Any], tuple[list[str], dict[str, Any]]], dict[st
 
 
 class Refused(Exception):
-    """What the workspace answers instead."""
+    """An error response of the workspace."""
 
     def __init__(self, status: int, code: str, message: str, headers: dict[str, str] | None = None) -> None:
         super().__init__(message)
@@ -34,7 +34,7 @@ class Refused(Exception):
 
 @dataclass
 class Fault:
-    """An answer to give instead of the right one, `times` times; `after` the work was done: the answer got lost."""
+    """An error to return `times` times; with `after`, the request has been processed, and its response is lost."""
 
     method: str
     path: str  # regular expression
@@ -47,7 +47,7 @@ class Fault:
 
 @dataclass
 class Workspace:
-    """What the workspace holds; tests read and change it at will."""
+    """The state of the workspace, which tests read and change."""
 
     models: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> {"versions": {...}, "aliases": {...}}
     tables: set[str] = field(default_factory=set)
@@ -69,11 +69,11 @@ class Workspace:
 
     @property
     def changes(self) -> list[tuple[str, str]]:
-        """The requests that may change something, without those that ask a model."""
+        """The requests that can change something, without queries of a model."""
         return [(m, p) for m, p, _ in self.requests if m != "GET" and not p.endswith("/invocations")]
 
     def last_body(self, method: str, ending: str) -> Any:
-        """The body of the last request of this method whose path ends so."""
+        """Return the body of the last request with this method and end of path."""
         return next(b for m, p, b in reversed(self.requests) if m == method and p.endswith(ending))
 
     # Requests
@@ -212,7 +212,7 @@ class Workspace:
         return {key: deepcopy(value) for key, value in endpoint.items() if key != "left"}
 
     def _checked(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Refuse what the service refuses; give the config as it shows it."""
+        """Reject what the service rejects; return the config in its format."""
         entities = config.get("served_entities") or []
         names = []
         for entity in entities:
@@ -312,7 +312,7 @@ ROUTES = [
 
 
 def check(method: Callable, body: dict[str, Any], path: dict[str, str] | None = None) -> None:
-    """Refuse a body whose keys are no arguments of the SDK's method, or whose values its classes do not give back."""
+    """Reject a body whose keys are not arguments of the SDK's method, or whose values its classes do not round-trip."""
     hints = typing.get_type_hints(method, vars(serving))
     for key, value in body.items():
         if key not in inspect.signature(method).parameters or key == "self" or key in (path or {}):
@@ -322,7 +322,7 @@ def check(method: Callable, body: dict[str, Any], path: dict[str, str] | None = 
 
 
 def returned(hint: Any, value: Any) -> Any:
-    """Read a value as a type of the SDK and write it again."""
+    """Return a value parsed as a type of the SDK and serialized again."""
     kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
     if typing.get_origin(hint) is list:
         return [returned(kinds[0], item) for item in value]
@@ -334,7 +334,7 @@ def returned(hint: Any, value: Any) -> Any:
 
 
 def serve(workspace: Workspace) -> ThreadingHTTPServer:
-    """Answer on a free port of 127.0.0.1 until `shutdown`."""
+    """Serve on a free port of 127.0.0.1 until `shutdown`."""
     lock = threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):

@@ -1,4 +1,4 @@
-"""The endpoint as a process of its own, asked over HTTP; for tests and benchmarks."""
+"""The endpoint in its own process, with HTTP requests to it; for tests and benchmarks."""
 
 import gzip
 import os
@@ -21,10 +21,10 @@ COMMAND = Path(sys.executable).with_name("scgpt-batch")
 
 
 class EndpointProcess:
-    """`scgpt-batch serve` on a free port of 127.0.0.1; killed, if it still runs, on leaving the context."""
+    """`scgpt-batch serve` on a free port of 127.0.0.1; killed at the end of the context if it still runs."""
 
     def __init__(self, model_uri: str, folder: Path, *flags: str, token: str = "", path: str = "") -> None:
-        """Start it; `path` is a folder that its Python processes find modules in before all others."""
+        """Start it; its Python processes search `path`, a folder, for modules first."""
         self.table, self.log = folder / "payload", folder / "serve.log"
         environment = os.environ | {"MLFLOW_TRACKING_URI": mlflow.get_tracking_uri(), "OMP_NUM_THREADS": "1"}
         environment |= {"SCGPT_BATCH_TOKEN": token} if token else {}
@@ -50,14 +50,14 @@ class EndpointProcess:
         raise RuntimeError(f"the endpoint did not start:\n{self.log.read_text()}")
 
     def post(self, body: Any, *, packed: bool = False, **headers: str) -> requests.Response:
-        """POST to /invocations: bytes as they are, anything else as JSON."""
+        """POST to /invocations: bytes unchanged, anything else as JSON."""
         content = body if isinstance(body, bytes) else orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
         sent = {"Content-Type": "application/json"} | ({"Content-Encoding": "gzip"} if packed else {}) | headers
         content = gzip.compress(content, 1) if packed else content
         return self.session.post(f"{self.url}/invocations", data=content, headers=sent, timeout=60)
 
     def metric(self, name: str) -> float:
-        """A value of /metrics, by its name with labels."""
+        """Return a value of /metrics, by its name with labels."""
         text = self.session.get(f"{self.url}/metrics", timeout=10).text
         return float(re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)[1])
 

@@ -1,4 +1,4 @@
-"""Generated inference tables of all three generations, with everything that makes a real one awkward."""
+"""Generated inference tables of all three generations, with the irregularities of real ones."""
 
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -90,7 +90,7 @@ def as_unity(line: dict[str, Any]) -> dict[str, Any]:
 
 
 # What of the requests a generation does not tell, and what the view then says.
-UNTOLD: dict[str, dict[str, Any]] = {
+NOT_RECORDED: dict[str, dict[str, Any]] = {
     "gateway": {},
     "legacy": {"requester": None, "logging_error_codes": []},
     "unity": {"requester": None, "served_entity_id": None, "sampling_fraction": 1.0, "client_request_id": None},
@@ -98,16 +98,16 @@ UNTOLD: dict[str, dict[str, Any]] = {
 TABLES = {"gateway": (GATEWAY, as_gateway), "legacy": (LEGACY, as_legacy), "unity": (UNITY, as_unity)}
 
 
-def told(lines: pd.DataFrame, generation: str) -> pd.DataFrame:
-    """Blank what the generation does not tell."""
-    return lines.assign(**{name: [value] * len(lines) for name, value in UNTOLD[generation].items()})
+def visible(lines: pd.DataFrame, generation: str) -> pd.DataFrame:
+    """Return the lines as a generation has them: columns that it does not record are null."""
+    return lines.assign(**{name: [value] * len(lines) for name, value in NOT_RECORDED[generation].items()})
 
 
 def write(spark: Any, lines: pd.DataFrame, table: str, generation: str = "gateway") -> str:
     """Write the lines as a table of a generation; return its name."""
-    columns, spell = TABLES[generation]
+    columns, convert = TABLES[generation]
     spark.sql(f"CREATE TABLE {table} ({columns}) USING delta {GATEWAY_PROPERTIES if generation == 'gateway' else ''}")
     schema = to_arrow_schema(spark.table(table).schema)
-    rows = pa.Table.from_pylist([spell(line) for line in lines.to_dict("records")], schema)
+    rows = pa.Table.from_pylist([convert(line) for line in lines.to_dict("records")], schema)
     spark.createDataFrame(rows).write.format("delta").mode("append").saveAsTable(table)
     return table

@@ -68,7 +68,7 @@ def views(spark, tmp_path_factory, loaded):
     return made | {"load": "requests_of_load"}
 
 
-def asked(spark, name, **parameters):
+def run(spark, name, **parameters):
     return queries.run(spark, name, **parameters).toPandas()
 
 
@@ -123,7 +123,7 @@ def view(views, generation):
 
 @pytest.fixture
 def all_lines(generation, loaded_lines):
-    return loaded_lines if generation == "load" else inference_tables.told(LINES, generation)
+    return loaded_lines if generation == "load" else inference_tables.visible(LINES, generation)
 
 
 @pytest.fixture
@@ -154,7 +154,7 @@ def test_view_has_each_request_once(spark, view, all_lines):
 
 
 def test_daily_performance(spark, view, start, lines, generation):
-    found = asked(spark, "daily_performance", requests=view, since=start)
+    found = run(spark, "daily_performance", requests=view, since=start)
     wanted = pd.DataFrame({day: performance(of_day) for day, of_day in lines.groupby("request_date")}).T
     assert found["day"].tolist() == wanted.index.tolist()
     assert generation == "load" or len(found) == 6
@@ -162,7 +162,7 @@ def test_daily_performance(spark, view, start, lines, generation):
 
 
 def test_endpoint_health(spark, view, start, lines):
-    (found,) = asked(spark, "endpoint_health", requests=view, since=start).to_dict("records")
+    (found,) = run(spark, "endpoint_health", requests=view, since=start).to_dict("records")
     wanted = performance(lines)
     assert_close([found[k] for k in ("requests", "error_rate", "p95_ms")],
                  [wanted[k] for k in ("requests", "error_rate", "p95_ms")], rtol=1e-9)  # fmt: skip
@@ -174,7 +174,7 @@ def test_endpoint_health(spark, view, start, lines):
 
 
 def test_recent_requests(spark, view, start, lines):
-    found = asked(spark, "recent_requests", requests=view, since=start, limit=300)
+    found = run(spark, "recent_requests", requests=view, since=start, limit=300)
     wanted = lines.sort_values(["request_time", "databricks_request_id"], ascending=[False, True]).head(300)
     assert found["request_id"].tolist() == wanted["databricks_request_id"].tolist()
     sizes = [None if request is None else len(request.encode()) for request in wanted["request"]]
@@ -183,7 +183,7 @@ def test_recent_requests(spark, view, start, lines):
 
 def test_slow_requests(spark, view, start, lines, generation):
     slow_ms = int(lines["execution_duration_ms"].astype(float).median()) if generation == "load" else 1000
-    found = asked(spark, "slow_requests", requests=view, since=start, slow_ms=slow_ms, limit=50)
+    found = run(spark, "slow_requests", requests=view, since=start, slow_ms=slow_ms, limit=50)
     slow = lines[lines["execution_duration_ms"].astype(float) >= slow_ms]
     assert len(slow) > 50
     wanted = slow.sort_values(
@@ -193,7 +193,7 @@ def test_slow_requests(spark, view, start, lines, generation):
 
 
 def test_errors(spark, view, start, lines, generation):
-    found = asked(spark, "errors", requests=view, since=start).set_index("status_code")
+    found = run(spark, "errors", requests=view, since=start).set_index("status_code")
     failed = lines[lines["failed"]].sort_values(["request_time", "databricks_request_id"])
     assert sorted(found.index) == ([400] if generation == "load" else [400, 404, 429, 500, 504])
     assert found["errors"].is_monotonic_decreasing
@@ -210,7 +210,7 @@ def test_errors(spark, view, start, lines, generation):
 
 
 def test_traffic_is_compared_with_earlier_days(spark, view, all_lines, until):
-    found = asked(spark, "traffic", requests=view, since=until - timedelta(days=5), until=until)
+    found = run(spark, "traffic", requests=view, since=until - timedelta(days=5), until=until)
     start = (until - timedelta(days=5)).replace(minute=0, second=0, microsecond=0)
     counted = since(all_lines, start)
     hours = pd.date_range(start, until.replace(minute=0, second=0, microsecond=0), freq="h", inclusive="left")
@@ -226,7 +226,7 @@ def test_traffic_is_compared_with_earlier_days(spark, view, all_lines, until):
 
 
 def test_payload_sizes_and_logging_errors(spark, view, start, lines):
-    found = asked(spark, "payloads", requests=view, since=start)
+    found = run(spark, "payloads", requests=view, since=start)
     for (day, of_day), line in zip(lines.groupby("request_date"), found.to_dict("records"), strict=True):
         assert line["day"] == day
         for column, code in inference_tables.TOO_LARGE.items():
@@ -244,7 +244,7 @@ def test_payload_sizes_and_logging_errors(spark, view, start, lines):
 @pytest.mark.parametrize(("name", "key", "column"), [("versions", "served_entity", "served_entity_id"),
                                                      ("requesters", "requester", "requester")])  # fmt: skip
 def test_versions_and_requesters(spark, view, start, lines, name, key, column):
-    found = asked(spark, name, requests=view, since=start).set_index(key)
+    found = run(spark, name, requests=view, since=start).set_index(key)
     groups = dict(list(lines.groupby(lines[column].fillna("nobody"))))
     assert set(found.index.fillna("nobody")) == set(groups)
     for who, line in zip(found.index.fillna("nobody"), found.to_dict("records"), strict=True):
@@ -255,8 +255,8 @@ def test_versions_and_requesters(spark, view, start, lines, name, key, column):
 
 
 def test_times_can_be_text(spark, views):
-    by_time = asked(spark, "daily_performance", requests=views["gateway"], since=SINCE)
-    by_text = asked(spark, "daily_performance", requests=views["gateway"], since="2026-11-15 12:30:00")
+    by_time = run(spark, "daily_performance", requests=views["gateway"], since=SINCE)
+    by_text = run(spark, "daily_performance", requests=views["gateway"], since="2026-11-15 12:30:00")
     pd.testing.assert_frame_equal(by_time, by_text)
 
 
@@ -279,7 +279,7 @@ def test_view_can_be_created_with_sql_alone(spark, views, tmp_path):
     table = inference_tables.write(spark, LINES.head(50), "payload_by_name")
     body = queries.text("requests_gateway").replace("identifier(:inference_table)", table)
     spark.sql(f"create or replace view my_requests as {body}")
-    assert len(asked(spark, "recent_requests", requests="my_requests", since="2026-01-01", limit=100)) == 50
+    assert len(run(spark, "recent_requests", requests="my_requests", since="2026-01-01", limit=100)) == 50
 
 
 @pytest.mark.parametrize("name", queries.names())

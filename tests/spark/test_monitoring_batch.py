@@ -66,7 +66,7 @@ def trained_on(folder):
     return folder
 
 
-def asked(spark, name, **parameters):
+def query(spark, name, **parameters):
     return queries.run(spark, name, **parameters).toPandas()
 
 
@@ -81,10 +81,10 @@ def unit(vectors):
 
 def test_last_runs_and_cells_a_second(spark, runs):
     wanted = table(spark, "batch_genes_runs").sort_values("started_at")
-    found = asked(spark, "last_runs", runs="batch_genes_runs", limit=1)
+    found = query(spark, "last_runs", runs="batch_genes_runs", limit=1)
     assert found["run_id"].tolist() == [wanted["run_id"].iloc[-1]]
     assert found[["status", "rows_in", "rows_ok", "rows_failed"]].to_numpy().tolist() == [["finished", 9, 7, 2]]
-    speed = asked(spark, "cells_per_second", runs="batch_genes_runs", since=SINCE)
+    speed = query(spark, "cells_per_second", runs="batch_genes_runs", since=SINCE)
     assert speed["run_id"].tolist() == wanted["run_id"].tolist()
     assert_close(speed["cells_per_second"], wanted["cells"] / wanted["seconds"], rtol=1e-12)
 
@@ -92,7 +92,7 @@ def test_last_runs_and_cells_a_second(spark, runs):
 def test_failed_rows_by_class_and_only_while_they_fail(spark, runs):
     lines = table(spark, "batch_genes_ledger")
     failed = lines[lines["status"] == "failed"]
-    found = asked(spark, "failed_rows", ledger="batch_genes_ledger", since=SINCE)
+    found = query(spark, "failed_rows", ledger="batch_genes_ledger", since=SINCE)
     assert len(found) == 4  # two classes, two versions
     for line in found.to_dict("records"):
         mine = failed[(failed["error_class"] == line["error_class"])
@@ -103,7 +103,7 @@ def test_failed_rows_by_class_and_only_while_they_fail(spark, runs):
     later = spark.table("batch_genes_ledger").where("adata_id = 'torn'")
     repaired = later.withColumns({"status": F.lit("ok"), "at": F.col("at") + F.expr("interval 1 minute")})
     spark.table("batch_genes_ledger").union(repaired.select(*later.columns)).createOrReplaceTempView("repaired_ledger")
-    found = asked(spark, "failed_rows", ledger="repaired_ledger", since=SINCE)
+    found = query(spark, "failed_rows", ledger="repaired_ledger", since=SINCE)
     assert set(found["sample_adata_id"]) == {"strange"}
 
 
@@ -117,7 +117,7 @@ def test_coverage_by_sample(spark, runs):
         least_coverage=("coverage", "min"),
         least_genes_matched=("genes_matched", "min"),
     )
-    found = asked(spark, "coverage", ledger="batch_genes_ledger", rows="batch_rows", since=SINCE)
+    found = query(spark, "coverage", ledger="batch_genes_ledger", rows="batch_rows", since=SINCE)
     assert found["mean_coverage"].is_monotonic_increasing and len(found) == len(wanted) == 8
     found = found.set_index(["sample_id", "model_version"]).loc[wanted.index]
     for column in wanted:
@@ -132,12 +132,12 @@ def test_gene_drift_between_two_versions(spark, runs):
     pairs["cosine"] = (unit(pairs["embedding_x"]) * unit(pairs["embedding_y"])).sum(axis=1)
     wanted = pairs.groupby("gene")["cosine"].agg(["mean", "min", "size"])
     assert wanted["mean"].std() > 1e-4  # the versions differ, gene by gene
-    found = asked(spark, "gene_drift", embeddings="batch_genes", old_version="1", new_version="2", limit=1000)
+    found = query(spark, "gene_drift", embeddings="batch_genes", old_version="1", new_version="2", limit=1000)
     assert found["mean_cosine"].is_monotonic_increasing and len(found) == len(wanted) == 40
     wanted = wanted.loc[found["gene"]]
     assert found["pairs"].tolist() == wanted["size"].tolist()
     assert_close(found[["mean_cosine", "least_cosine"]], wanted[["mean", "min"]], atol=1e-9)
-    same = asked(spark, "gene_drift", embeddings="batch_genes", old_version="1", new_version="1", limit=1000)
+    same = query(spark, "gene_drift", embeddings="batch_genes", old_version="1", new_version="1", limit=1000)
     assert_close(same["mean_cosine"], np.ones(40), atol=1e-12)
 
 
@@ -149,7 +149,7 @@ def pairwise(vectors):
 @pytest.mark.parametrize("kind", ["cells", "genes"])
 def test_collapse_compares_vectors_within_each_run(spark, runs, kind):
     lines = table(spark, f"batch_{kind}")
-    found = asked(spark, f"collapse_{kind}", embeddings=f"batch_{kind}", since=SINCE, sample=1000).set_index("run_id")
+    found = query(spark, f"collapse_{kind}", embeddings=f"batch_{kind}", since=SINCE, sample=1000).set_index("run_id")
     for run_id, of_run in lines.groupby("run_id"):
         if kind == "genes":
             of_run = of_run.drop_duplicates("gene")
@@ -157,7 +157,7 @@ def test_collapse_compares_vectors_within_each_run(spark, runs, kind):
         assert line["vectors"] == line["sampled"] == line["distinct_vectors"] == len(of_run)
         assert_close(line["mean_cosine"], pairwise(of_run["embedding"]), atol=1e-9)
         assert line["mean_cosine"] < 0.999
-    few = asked(spark, f"collapse_{kind}", embeddings=f"batch_{kind}", since=SINCE, sample=10)
+    few = query(spark, f"collapse_{kind}", embeddings=f"batch_{kind}", since=SINCE, sample=10)
     assert few["sampled"].between(2, 16).all()
 
 
