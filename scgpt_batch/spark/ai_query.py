@@ -69,9 +69,9 @@ def register_ai_query(spark: SparkSession, endpoints: Mapping[str, str]) -> None
             raise ScgptBatchError(
                 "ai_query: custom models do not support modelParameters: add the parameters as fields of the struct"
             )
-        asked = _endpoint(known, endpoint)
+        target = _endpoint(known, endpoint)
         fail = failOnError is None or failOnError[0].as_py() is not False
-        return pa.array(_answers(asked, request, fail), arrow_type)
+        return pa.array(_responses(target, request, fail), arrow_type)
 
     # not deterministic: otherwise Spark may send requests twice, for a filter and for the columns
     # (Spark's type stubs lack struct as the type of an arrow_udf)
@@ -121,7 +121,7 @@ def _endpoint(known: Mapping[str, Endpoint], column: pa.Array) -> Endpoint:
     return known[name]
 
 
-def _answers(endpoint: Endpoint, request: pa.Array, fail: bool) -> list[Row | None]:
+def _responses(endpoint: Endpoint, request: pa.Array, fail: bool) -> list[Row | None]:
     """Return the responses for a batch of rows; null for a null request."""
     if not pa.types.is_struct(request.type):
         raise ScgptBatchError("ai_query: the request must be a struct of the model's columns: struct(genes, ...)")

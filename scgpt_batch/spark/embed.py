@@ -379,8 +379,7 @@ def _counts(job: Job) -> Column:
 @cache
 def _environment() -> str:
     """Return the versions of the package and its libraries, as text for the ledger."""
-    held = {name: _version(name) for name in LIBRARIES}
-    return ", ".join(f"{name} {version}" for name, version in held.items())
+    return ", ".join(f"{name} {_version(name)}" for name in LIBRARIES)
 
 
 def _version(package: str) -> str:
@@ -399,8 +398,8 @@ def _remove_vanished(job: Job) -> None:
 
 
 def _vanished(job: Job) -> Vanished:
-    held = {"output": job.output, "ledger": job.ledger, "runs": job.runs}
-    return vanished(job.rows, job.input, run_id=job.run_id, **held)
+    outputs = {"output": job.output, "ledger": job.ledger, "runs": job.runs}
+    return vanished(job.rows, job.input, run_id=job.run_id, **outputs)
 
 
 # --- a wave ---------------------------------------------------------------------------------------
@@ -447,7 +446,7 @@ def _concurrent_runs(job: Job) -> list[str]:
     These are killed, failed, concurrent and recently finished runs, and this run itself.
     """
     runs = job.spark.table(job.runs).where(F.col("output_table") == job.output)
-    since = F.lit(job.started.date() - timedelta(days=CONCURRENT_DAYS))  # as a time, it would be compiled anew
+    since = F.lit(job.started.date() - timedelta(days=CONCURRENT_DAYS))  # a time would be compiled in each run
     open_runs = runs.where((F.col("status") != "finished") | (F.col("finished_at") > since))
     return [row["run_id"] for row in open_runs.select("run_id").collect()]
 

@@ -175,10 +175,10 @@ def _unchanged(
     spark: SparkSession, files_table: str, states: Mapping[str, str | None], stored: Mapping[str, Row]
 ) -> set[str]:
     """Return the files that have not changed and whose rows in the table have not changed either."""
-    wanted = [source for source in states if source in stored]
-    if not wanted or not tables.exists(spark, files_table):
+    known = [source for source in states if source in stored]
+    if not known or not tables.exists(spark, files_table):
         return set()
-    lines = tables.read(spark, files_table, tables.FILES).where(F.col("path").isin(wanted))
+    lines = tables.read(spark, files_table, tables.FILES).where(F.col("path").isin(known))
     newest = lines.groupBy("path").agg(F.max_by(F.struct("*"), "at").alias("line")).select("line.*")
     return {
         line["path"]

@@ -58,9 +58,9 @@ def computed(
     frames: list[DataFrame] = []
     try:
         for attempt in range(TRIES):
-            anew = attempt > 0 and (is_remote() or attempt + 1 == TRIES)
-            if anew or not frames:
-                frames.append(make(anew).persist(StorageLevel.DISK_ONLY))
+            recompute = attempt > 0 and (is_remote() or attempt + 1 == TRIES)
+            if recompute or not frames:
+                frames.append(make(recompute).persist(StorageLevel.DISK_ONLY))
             try:
                 with _isolation(spark, on=attempt > 0):
                     return use(frames[-1])
