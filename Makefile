@@ -1,6 +1,7 @@
 # make demo    install everything, embed real cells, show the result
-# make test    install everything, run checks and tests
+# make test    install everything, run checks and the tests without Spark and with one local session
 # make check   lint, format, types, direction of imports
+# make test-e2e        tests with servers, clusters, browsers and fresh environments
 # make numbers         numerical tests again, with the kernels of two kinds of older CPUs
 # make test-versions   install the wheel with each supported Python and set of versions, and test it there
 # make parity  compare live with the real scgpt 0.2.4, in its own environment
@@ -17,7 +18,7 @@ UPSTREAM := .venv-upstream
 export SPARK_LOCAL_IP ?= 127.0.0.1
 export PYTHONUNBUFFERED = 1
 
-.PHONY: setup java chromium demo test numbers test-versions check bundle parity bench bench-blog bench-serving faults fault-serving clean
+.PHONY: setup java chromium demo test test-e2e numbers test-versions check bundle parity bench bench-blog bench-serving faults fault-serving clean
 
 setup: $(VENV)/.ready java
 
@@ -31,7 +32,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 $(UPSTREAM)/.ready: pyproject.toml constraints-upstream.txt $(VENV)/.ready
 	$(PYTHON) -m venv --clear $(UPSTREAM)
-	$(VENV)/bin/uv pip install --quiet --compile-bytecode --python $(UPSTREAM)/bin/python -c constraints-upstream.txt -e '.[local,upstream]' pytest
+	$(VENV)/bin/uv pip install --quiet --compile-bytecode --python $(UPSTREAM)/bin/python -c constraints-upstream.txt -e '.[local,upstream]' pytest pytest-timeout
 	touch $@
 
 # Spark needs Java 17 or 21: used if present, installed if that needs no confirmation, else the user is asked to.
@@ -89,14 +90,17 @@ check: setup
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
-test: check chromium numbers
-	$(VENV)/bin/pytest
+test: check numbers
+	$(VENV)/bin/pytest -n 2 tests/unit
+	$(VENV)/bin/pytest -n 2 --dist loadfile tests/spark
+
+test-e2e: setup chromium
+	$(VENV)/bin/pytest -n 2 --dist loadfile tests/e2e
 
 # torch selects its kernels by CPU: "default" has no vector instructions, "avx2" none of 512 bits.
-NUMBERS := tests/unit/test_model.py tests/unit/test_embedder.py
 numbers: setup
-	ATEN_CPU_CAPABILITY=default $(VENV)/bin/pytest $(NUMBERS)
-	ATEN_CPU_CAPABILITY=avx2 $(VENV)/bin/pytest $(NUMBERS)
+	ATEN_CPU_CAPABILITY=default $(VENV)/bin/pytest -n 2 -m numbers tests/unit
+	ATEN_CPU_CAPABILITY=avx2 $(VENV)/bin/pytest -n 2 -m numbers tests/unit
 
 # LEGS="newest-3.12 lowest-3.11" runs only these
 test-versions: setup
@@ -124,7 +128,7 @@ faults: setup
 
 fault-serving: setup
 	SCGPT_BATCH_KILLS=$${SCGPT_BATCH_KILLS:-50} SCGPT_BATCH_FUZZ=$${SCGPT_BATCH_FUZZ:-50000} \
-	  $(VENV)/bin/pytest tests/e2e/test_serving.py tests/e2e/test_serving_log.py tests/e2e/test_serving_limits.py \
+	  $(VENV)/bin/pytest --timeout=0 tests/e2e/test_serving.py tests/e2e/test_serving_log.py tests/e2e/test_serving_limits.py \
 	  -k 'kills or random_bodies or random_bytes'
 
 clean:

@@ -5,6 +5,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
 import pytest
@@ -54,26 +55,41 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
     session.stop()
 
 
+@pytest.fixture(scope="session")
+def registered_once(tmp_path_factory: pytest.TempPathFactory, golden: Path) -> Path:
+    """The folder of an MLflow store in which the command line registered the golden checkpoint as `scgpt`."""
+    from scgpt_batch.cli.main import OK, main
+    from tests.helpers import mlflow_store
+
+    folder = tmp_path_factory.mktemp("registered")
+    checkpoint = str(golden / "checkpoint_flash")
+    with mlflow_store(folder):
+        assert main(["register", "--checkpoint", checkpoint, "--name", "scgpt", "--alias", "champion"]) == OK
+    return folder
+
+
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with an MLflow store that MLflow uses until the module ends."""
+def home(tmp_path_factory: pytest.TempPathFactory, registered_once: Path) -> Iterator[Path]:
+    """A folder with an MLflow store of the module's own, in which `scgpt` is registered; MLflow uses it."""
     from tests.helpers import mlflow_store
 
     folder = tmp_path_factory.mktemp("jobs")
-    with mlflow_store(folder):
+    with mlflow_store(folder, copy_of=registered_once):
         yield folder
 
 
 @pytest.fixture(scope="module")
-def model(home: Path, golden: Path) -> str:
-    """The golden checkpoint, registered through the command line."""
-    from scgpt_batch.cli.main import OK, main
-
-    code = main(
-        ["register", "--checkpoint", str(golden / "checkpoint_flash"), "--name", "scgpt", "--alias", "champion"]
-    )
-    assert code == OK
+def model(home: Path) -> str:
+    """The golden checkpoint, as the command line registered it."""
     return "models:/scgpt@champion"
+
+
+@pytest.fixture(scope="module")
+def registered(home: Path) -> Any:
+    """The same, resolved."""
+    from scgpt_batch.registry.resolve import resolve
+
+    return resolve("models:/scgpt@champion")
 
 
 @pytest.fixture

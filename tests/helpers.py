@@ -1,6 +1,7 @@
 """What several tests share: one comparison of numbers, generators of AnnData and of table rows."""
 
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,16 +35,33 @@ def assert_close(found: Any, wanted: Any, *, atol: float = 0.0, rtol: float = 0.
 
 
 @contextmanager
-def mlflow_store(folder: Path) -> Iterator[None]:
-    """An MLflow store in sqlite and an experiment in it, both in `folder`, that MLflow uses until the block ends."""
+def mlflow_store(folder: Path, *, copy_of: Path | None = None) -> Iterator[None]:
+    """An MLflow store in sqlite, in `folder`, with an experiment "tests"; MLflow uses it until the block ends.
+
+    `copy_of` is the folder of another store, whose models the new one also has; only its database is copied.
+    """
     before = mlflow.get_tracking_uri()
+    if copy_of:
+        shutil.copyfile(copy_of / "mlflow.db", folder / "mlflow.db")
     mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
-    mlflow.set_experiment(experiment_id=mlflow.create_experiment("tests", (folder / "artifacts").as_uri()))
+    if not copy_of:
+        mlflow.create_experiment("tests", (folder / "artifacts").as_uri())
+    mlflow.set_experiment("tests")
     try:
         yield
     finally:
         mlflow.set_experiment(experiment_id="0")  # the one that every store has; MLflow remembers it for the next
         mlflow.set_tracking_uri(before)
+
+
+def name_version(name: str, version: str, alias: str) -> None:
+    """Make `version` of a model `name` of the files that are registered as `scgpt` 1, and let `alias` stand for it."""
+    client = mlflow.MlflowClient()
+    if version == "1":
+        client.create_registered_model(name)
+    made = client.create_model_version(name, client.get_model_version("scgpt", "1").source)
+    assert str(made.version) == version
+    client.set_registered_model_alias(name, alias, version)
 
 
 def random_adata(

@@ -8,6 +8,8 @@ import pandas as pd
 import pyarrow as pa
 from pyspark.sql.pandas.types import to_arrow_schema
 
+from tests.helpers import assert_close
+
 GATEWAY = """
     databricks_request_id STRING, request_date DATE, client_request_id STRING, request_time TIMESTAMP, status_code INT,
     sampling_fraction DOUBLE, execution_duration_ms BIGINT, request STRING, response STRING,
@@ -111,3 +113,15 @@ def write(spark: Any, lines: pd.DataFrame, table: str, generation: str = "gatewa
     rows = pa.Table.from_pylist([convert(line) for line in lines.to_dict("records")], schema)
     spark.createDataFrame(rows).write.format("delta").mode("append").saveAsTable(table)
     return table
+
+
+def assert_holds(view: Any, lines: pd.DataFrame) -> None:
+    """Compare the view of a table with the requests that were written: each is there once with all its columns."""
+    found, wanted = view.orderBy("request_id").toPandas(), lines
+    assert found["request_id"].tolist() == wanted["databricks_request_id"].tolist()
+    for column in ("client_request_id", "status_code", "request", "response", "requester", "request_date"):
+        assert found[column].tolist() == wanted[column].tolist(), column
+    assert [time.replace(tzinfo=UTC) for time in found["request_time"]] == wanted["request_time"].tolist()
+    assert found["served_entity"].tolist() == wanted["served_entity_id"].tolist()
+    assert [list(codes) for codes in found["logging_error_codes"]] == wanted["logging_error_codes"].tolist()
+    assert_close(found["duration_ms"].astype(float), wanted["execution_duration_ms"].astype(float))

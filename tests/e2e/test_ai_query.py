@@ -17,10 +17,9 @@ from scgpt_batch.errors import ConfigError
 from scgpt_batch.inference.results import unpack
 from scgpt_batch.io.rows import PAYLOAD_COLUMNS, to_row
 from scgpt_batch.models.scgpt import Vocabulary
-from scgpt_batch.registry.register import register
 from scgpt_batch.spark import register_ai_query
 from tests.endpoint_process import EndpointProcess, payload
-from tests.helpers import assert_close, mlflow_store, random_adata, write_rows
+from tests.helpers import assert_close, random_adata, write_rows
 from tests.paths import GOLDEN, REPO
 
 EXAMPLES = REPO / "examples" / "sql"
@@ -29,11 +28,9 @@ STRUCT = "struct(x_data, x_indices, x_indptr, adata_obs, adata_var, 'cell' as mo
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """The golden checkpoint, registered and loaded."""
-    with mlflow_store(tmp_path_factory.mktemp("mlflow")):
-        found = register(str(GOLDEN / "checkpoint_flash"), "scgpt")
-        yield mlflow.pyfunc.load_model(found.uri)
+def model(registered):
+    """The golden checkpoint, loaded."""
+    return mlflow.pyfunc.load_model(registered.uri)
 
 
 @pytest.fixture(scope="module")

@@ -24,10 +24,9 @@ from scgpt_batch.errors import ConfigError, EmbeddingWarning, PartsFailed
 from scgpt_batch.io.rows import to_row
 from scgpt_batch.models.scgpt import Vocabulary
 from scgpt_batch.parameters import Parameters
-from scgpt_batch.registry.register import register
 from scgpt_batch.registry.resolve import load
 from tests.endpoint_process import EndpointProcess, payload
-from tests.helpers import assert_close, mlflow_store, random_adata
+from tests.helpers import assert_close, random_adata
 from tests.paths import GOLDEN, REPO
 
 GENES = [*Vocabulary.from_file(GOLDEN / "checkpoint_flash" / "vocab.json").tokens[:30], "not-a-gene"]
@@ -38,13 +37,6 @@ REFUSALS = {400, 413, 415}
 
 
 @pytest.fixture(scope="module")
-def registered(tmp_path_factory):
-    """A small checkpoint, registered in an MLflow of its own."""
-    with mlflow_store(tmp_path_factory.mktemp("mlflow")):
-        yield register(str(GOLDEN / "checkpoint_flash"), "small", alias="champion")
-
-
-@pytest.fixture(scope="module")
 def embedder(registered):
     return load(registered)
 
@@ -52,7 +44,7 @@ def embedder(registered):
 @pytest.fixture(scope="module")
 def endpoint(registered, tmp_path_factory):
     flags = ("--shutdown-seconds", "300")
-    with EndpointProcess("models:/small@champion", tmp_path_factory.mktemp("endpoint"), *flags) as running:
+    with EndpointProcess("models:/scgpt@champion", tmp_path_factory.mktemp("endpoint"), *flags) as running:
         running.session.headers["X-Forwarded-For"] = "8.8.8.8"  # no proxy is trusted: it is not the requester
         yield running
 

@@ -20,11 +20,10 @@ from scgpt_batch.inference.engine import Embedder
 from scgpt_batch.io.rows import to_row
 from scgpt_batch.models.scgpt import Vocabulary, load_checkpoint
 from scgpt_batch.parameters import Parameters
-from scgpt_batch.registry.register import register
 from scgpt_batch.serving.connections import FILES_KEPT, connections_within_files
 from scgpt_batch.serving.microbatch import MicroBatcher
 from tests.endpoint_process import EndpointProcess, payload, wait_until
-from tests.helpers import mlflow_store, random_adata
+from tests.helpers import random_adata
 
 TOKEN = "s3cret"
 CELLS = {"need_preprocess": False, "mode": "cell"}
@@ -37,14 +36,12 @@ def genes(golden):
 
 
 @pytest.fixture(scope="module")
-def limited(golden, tmp_path_factory):
+def limited(model, tmp_path_factory):
     """An endpoint with a token and limits that a test can reach."""
     folder = tmp_path_factory.mktemp("limited")
     flags = ("--header-seconds", "2", "--body-seconds", "4", "--max-connections", "60", "--max-concurrent", "4")
-    with mlflow_store(folder):
-        uri = register(str(golden / "checkpoint_flash"), "small").uri
-        with EndpointProcess(uri, folder, *flags, "--trusted-proxies", "127.0.0.1", token=TOKEN) as running:
-            yield running
+    with EndpointProcess(model, folder, *flags, "--trusted-proxies", "127.0.0.1", token=TOKEN) as running:
+        yield running
 
 
 def connect(endpoint):

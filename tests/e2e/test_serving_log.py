@@ -18,11 +18,10 @@ from deltalake import DeltaTable, write_deltalake
 from scgpt_batch.errors import ConfigError
 from scgpt_batch.io.rows import to_row
 from scgpt_batch.models.scgpt import Vocabulary
-from scgpt_batch.registry.register import register
 from scgpt_batch.serving.inference_log import MAX_PAYLOAD, SCHEMA, Exchange, InferenceLog, Spool, table_path
 from scgpt_batch.serving.metrics import Metrics
 from tests.endpoint_process import EndpointProcess, payload, wait_until
-from tests.helpers import mlflow_store, random_adata
+from tests.helpers import random_adata
 from tests.paths import GOLDEN
 
 GENES = Vocabulary.from_file(GOLDEN / "checkpoint_flash" / "vocab.json").tokens[:30]
@@ -370,39 +369,33 @@ class Load:
             thread.join()
 
 
-@pytest.fixture
-def registered(tmp_path):
-    with mlflow_store(tmp_path):
-        yield register(str(GOLDEN / "checkpoint_flash"), "small").uri
-
-
 def _ask_in_vain(endpoint, document):
     with pytest.raises(requests.RequestException):
         endpoint.post(document)
 
 
-def test_request_in_flight_at_a_kill_is_logged(registered, tmp_path):
+def test_request_in_flight_at_a_kill_is_logged(model, tmp_path):
     heavy = payload(to_row(random_adata(5_000, len(GENES), genes=GENES)))
     document = {"dataframe_records": [heavy], "client_request_id": "deadly"}
     document["params"] = {"need_preprocess": False, "mode": "contextual"}
-    with EndpointProcess(registered, tmp_path) as endpoint:
+    with EndpointProcess(model, tmp_path) as endpoint:
         asking = threading.Thread(target=_ask_in_vain, args=(endpoint, document))
         asking.start()
         wait_until(lambda: list((tmp_path / "payload_spool" / "unanswered").iterdir()))
         endpoint.kill()
         asking.join()
-    with EndpointProcess(registered, tmp_path) as endpoint:
+    with EndpointProcess(model, tmp_path) as endpoint:
         assert endpoint.stop()[0] == 0
     (told,) = DeltaTable(tmp_path / "payload").to_pyarrow_table().to_pylist()
     assert (told["client_request_id"], told["status_code"]) == ("deadly", 500)
     assert told["logging_error_codes"] == ["REQUEST_UNANSWERED"]
 
 
-def test_answered_requests_are_logged_once_after_kills(registered, tmp_path):
+def test_answered_requests_are_logged_once_after_kills(model, tmp_path):
     answered = []
     kills = int(os.environ.get("SCGPT_BATCH_KILLS", "2"))
     for i in range(kills):
-        with EndpointProcess(registered, tmp_path) as endpoint, Load(endpoint) as load:
+        with EndpointProcess(model, tmp_path) as endpoint, Load(endpoint) as load:
             ends = time.monotonic() + 60
             while len(load.answered) < 100 + 37 * (i % 5) and time.monotonic() < ends:
                 time.sleep(0.01)
@@ -410,7 +403,7 @@ def test_answered_requests_are_logged_once_after_kills(registered, tmp_path):
             endpoint.process.wait()
         assert len(load.answered) >= 100
         answered += load.answered
-    with EndpointProcess(registered, tmp_path) as endpoint:
+    with EndpointProcess(model, tmp_path) as endpoint:
         assert endpoint.stop()[0] == 0
     seen = Counter(DeltaTable(tmp_path / "payload").to_pyarrow_table()["client_request_id"].to_pylist())
     assert [name for name in answered if seen[name] != 1] == []

@@ -14,12 +14,12 @@ import mlflow
 import pytest
 from pyspark.sql import functions as F
 
-from scgpt_batch.cli.main import main
 from scgpt_batch.monitoring import rules
 from scgpt_batch.monitoring.monitor import SAMPLE, TABLE_ROWS, HealthCheck
 from scgpt_batch.settings import MonitorSettings
 from tests import databricks_bundle as bundles
 from tests import inference_tables
+from tests.helpers import name_version
 from tests.paths import REPO
 
 CATALOG = "spark_catalog"
@@ -42,13 +42,12 @@ def run_job(job, **parameters):
 
 
 @pytest.fixture(scope="module")
-def workspace(spark, home, golden, pbmc3k):
+def workspace(spark, home, pbmc3k):
     """The bundle in prod, with a model in its registry, cells in its volume, and a week of the endpoint's requests."""
     resources = bundles.resolved("prod", catalog=CATALOG, schema="scgpt")
     spark.sql("create schema scgpt")
     mlflow.create_experiment(resources["experiments"]["runs"]["name"], artifact_location=str(home / "artifacts"))
-    checkpoint = str(golden / "checkpoint_flash")
-    main(["register", "--checkpoint", checkpoint, "--name", f"{CATALOG}.scgpt.scgpt", "--alias", "champion"])
+    name_version(f"{CATALOG}.scgpt.scgpt", "1", "champion")
     for name, cells in (("one", pbmc3k[:200]), ("two", pbmc3k[200:400])):
         cells.write_h5ad(home / f"{name}.h5ad")
     now, minutes = datetime.now(UTC), range(0, 8 * 24 * 60, 2)

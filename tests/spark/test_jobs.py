@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import anndata as ad
 import h5py
@@ -21,7 +20,6 @@ from scgpt_batch.inference.engine import load_embedder, loads_in_this_process
 from scgpt_batch.io.rows import from_row, to_row
 from scgpt_batch.parameters import Parameters
 from scgpt_batch.spark.worker import ModelRef
-from tests.cluster import CONF, REPO, environment
 from tests.helpers import assert_close, random_adata, small_rows, write_rows
 
 BINS_ONLY = ["--need-preprocess", "false", "--data-is-raw", "true"]
@@ -261,7 +259,7 @@ def test_named_table_is_found_by_the_next_session(spark, run, model, rows_table)
     assert spark.table("lab.genes").count() == spark.table(f"delta.`{warehouse}/lab.db/genes`").count() == 8800
 
 
-def test_mlflow_spark_udf_loads_once_per_process(spark, model, rows_table):
+def test_mlflow_spark_udf_answers_every_row(spark, model, rows_table):
     udf = mlflow.pyfunc.spark_udf(spark, model, params={"need_preprocess": False, "on_error": "record"})
     columns = ["x_data", "x_indices", "x_indptr", "adata_obs", "adata_var"]
     rows = spark.table(rows_table).select(*columns)
@@ -274,8 +272,15 @@ def test_mlflow_spark_udf_loads_once_per_process(spark, model, rows_table):
     assert failed["error"].startswith("PayloadError") and failed["coverage"] is None and failed["warnings"] == []
     assert len(told[0]["gene_embeddings"]) == 2200 and len(told[0]["gene_embeddings"][0]) == 64
 
+
+def test_a_process_loads_a_model_once_for_all_its_udfs(spark, model):
+    """Whatever the parameters. Spark keeps its Python workers, so those of both UDFs are asked in the end."""
+    for params in ({"mode": "static"}, {"mode": "static", "encoding": "float32_base64"}):
+        udf = mlflow.pyfunc.spark_udf(spark, model, params=params | {"on_error": "record"})
+        nothing = spark.range(8, numPartitions=8).selectExpr("cast(null AS string) AS adata_obs")
+        assert len(nothing.select(udf(F.struct("adata_obs"))).collect()) == 8
     loads = F.udf(lambda _: loads_in_this_process(), "int")
-    assert {r[0] for r in spark.range(8, numPartitions=4).select(loads("id")).collect()} <= {0, 1}
+    assert {row[0] for row in spark.range(8, numPartitions=8).select(loads("id")).collect()} - {0} == {1}
 
 
 def write_10x(adata, folder):
@@ -445,22 +450,6 @@ def test_flags_override_environment_and_file(spark, run, tmp_path, cells, monkey
     told = run("ingest", "--config", config)[1]
     assert told["rows"] == 3 and "environment" in told["table"]
     assert run("ingest", "--config", config, "--cells-per-row", "10")[1]["rows"] == 6
-
-
-def test_spark_submit_runs_the_job_file(home, model, rows_table):
-    """The same from outside: a JVM of its own, flags, the JSON line last."""
-    command = [
-        Path(sys.executable).with_name("spark-submit"), "--properties-file", CONF, REPO / "jobs/embed_genes.py",
-        "--model-uri", model, "--input-table", rows_table, "--output-table", f"delta.`{home}/submitted`",
-        "--tracking-uri", mlflow.get_tracking_uri(), *BINS_ONLY,
-    ]  # fmt: skip
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=environment(PYTHONPATH=str(REPO)), timeout=600, check=False
-    )
-    assert done.returncode == OK, done.stderr[-2000:]
-    told = json.loads(done.stdout)  # nothing else: logs go to standard error
-    assert (told["rows_ok"], told["embeddings"]) == (4, 8800)
-    assert " INFO " in done.stderr
 
 
 def test_workers_with_a_loaded_model_search_no_jars(spark, golden):

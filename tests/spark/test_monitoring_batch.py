@@ -14,7 +14,7 @@ from scgpt_batch.io.rows import to_row
 from scgpt_batch.models.scgpt import Vocabulary
 from scgpt_batch.monitoring import queries
 from scgpt_batch.registry.register import register
-from tests.helpers import assert_close, mlflow_store, random_adata, write_rows
+from tests.helpers import assert_close, random_adata, write_rows
 from tests.paths import GOLDEN
 
 # all over the vocabulary: in `trained_on` the later a gene, the farther it moved
@@ -23,20 +23,17 @@ SINCE = datetime.now(UTC) - timedelta(days=1)
 
 
 @pytest.fixture(scope="module")
-def runs(spark, tmp_path_factory):
+def runs(spark, home):
     """Three runs: gene vectors of two versions in one table, and cell vectors; nine rows, eight of three samples.
 
     One row is torn, one has genes that nobody knows, half of the genes of another are unknown.
     """
-    folder = tmp_path_factory.mktemp("batch")
-    with mlflow_store(folder):
-        embed_thrice(spark, folder)
-        yield folder
+    embed_thrice(spark, home)
+    return home
 
 
 def embed_thrice(spark, folder):
-    for checkpoint in (GOLDEN / "checkpoint_flash", trained_on(folder / "checkpoint")):
-        register(str(checkpoint), "scgpt")
+    register(str(trained_on(folder / "checkpoint")), "scgpt")
     rows = [to_row(random_adata(4, 40, seed=i, genes=GENES)) | {"adata_id": f"row-{i}"} for i in range(6)]
     half = [*GENES[:20], *(f"x{i}" for i in range(20))]
     rows.append(to_row(random_adata(4, 40, seed=6, genes=half)) | {"adata_id": "half"})

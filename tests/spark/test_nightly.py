@@ -29,8 +29,6 @@ from scgpt_batch.spark import embed, tables
 from scgpt_batch.spark import pending as missing
 from scgpt_batch.spark.isolation import isolates
 from scgpt_batch.spark.pending import key_range_filter, n_tasks, pending_rows, with_tasks
-from tests.faults.bench import Bench
-from tests.faults.scenarios import poison
 from tests.helpers import assert_close, small_rows, write_rows
 from tests.paths import DATA
 
@@ -318,13 +316,6 @@ def test_rows_of_a_sample_share_decisions_and_means(spark, run, tmp_path, model,
     assert (told := run(*words)[1])["rows_ok"] == 4 and told["rows_skipped"] == 1
     lines = spark.table(out).where("adata_id = 'donor'")
     assert lines.count() == lines.select("gene").distinct().count()
-
-
-def test_deadly_rows_fail_alone():
-    """In processes of their own: rows that raise, segfault, hang and exhaust memory, among 24."""
-    with Bench() as bench:
-        result = poison(bench, 1, rows_in=24)
-    assert (result.failed, result.lost, result.duplicates, result.broken) == (4, 0, 0, [])
 
 
 def deadly(function, folder, bad):

@@ -14,16 +14,14 @@ from scgpt_batch.promotion import promotion
 from scgpt_batch.registry.register import register
 from scgpt_batch.registry.resolve import resolve
 from scgpt_batch.registry.sample_answers import sample_path
-from tests.helpers import small_rows, write_rows
+from tests.helpers import name_version, small_rows, write_rows
 
 PATIENT = ("--max-slowdown", "100")  # two processes on a busy machine: their times are no subject here
 
 
 @pytest.fixture(scope="module")
-def names(home, golden):
-    """A model with champion 1, and 2 of the same checkpoint; each test takes a copy of it under its own name."""
-    for _ in range(2):
-        register(str(golden / "checkpoint_flash"), "origin")
+def names(home):
+    """A name for each test's model."""
     return iter(f"model-{i}" for i in range(100))
 
 
@@ -31,12 +29,9 @@ def names(home, golden):
 def model(names, monkeypatch):
     """A registered model of its own: version 1 is champion, 2 challenger, of equal checkpoint."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of the versions' processes
-    client, name = mlflow.MlflowClient(), next(names)
-    client.create_registered_model(name)
-    for version, alias in (("1", "champion"), ("2", "challenger")):
-        source = client.get_model_version("origin", version).source
-        client.create_model_version(name, source)
-        client.set_registered_model_alias(name, alias, version)
+    name = next(names)
+    name_version(name, "1", "champion")
+    name_version(name, "2", "challenger")
     return name
 
 

@@ -23,7 +23,7 @@ from scgpt_batch.io.rows import PAYLOAD_COLUMNS, to_row
 from scgpt_batch.models.scgpt import Vocabulary
 from scgpt_batch.parameters import Parameters
 from scgpt_batch.registry.register import register
-from tests.helpers import assert_close, mlflow_store, random_adata
+from tests.helpers import assert_close, random_adata
 from tests.paths import DATA, GOLDEN
 
 TOKENS = Vocabulary.from_file(GOLDEN / "checkpoint_flash" / "vocab.json").tokens
@@ -69,14 +69,12 @@ def golden(name):
 
 
 @pytest.fixture(scope="module")
-def registered(tmp_path_factory):
-    """Both golden checkpoints, registered in an MLflow of their own: layout -> model URI."""
-    folder = tmp_path_factory.mktemp("mlflow")
-    (folder / "data").mkdir()
-    with mlflow_store(folder):
-        flash = register(str(GOLDEN / "checkpoint_flash"), "flash", input_roots=[str(folder / "data")])
-        plain = register(str(GOLDEN / "checkpoint_torch"), "plain")
-        yield SimpleNamespace(flash=flash.uri, plain=plain.uri, root=folder / "data", folder=folder)
+def registered(home):
+    """Both golden checkpoints, registered: layout -> model URI; the first may read files in a folder."""
+    (home / "data").mkdir()
+    flash = register(str(GOLDEN / "checkpoint_flash"), "flash", input_roots=[str(home / "data")])
+    plain = register(str(GOLDEN / "checkpoint_torch"), "plain")
+    return SimpleNamespace(flash=flash.uri, plain=plain.uri, root=home / "data", folder=home)
 
 
 @pytest.fixture(scope="module")

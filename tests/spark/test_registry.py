@@ -2,10 +2,7 @@
 
 import base64
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -18,28 +15,14 @@ import torch
 import scgpt_batch
 from scgpt_batch.errors import CheckpointError, ConfigError
 from scgpt_batch.models.scgpt import checkpoint_digest, load_checkpoint
-from scgpt_batch.parameters import Parameters
 from scgpt_batch.registry.register import REQUIREMENTS, register, use_experiment
 from scgpt_batch.registry.resolve import load, resolve
 from scgpt_batch.registry.sample_answers import _public_version, code_difference, registered_by, sample_path
 from scgpt_batch.spark.worker import ModelRef
-from tests.helpers import assert_close, mlflow_store
-from tests.paths import GOLDEN, REPO
+from tests.helpers import name_version
+from tests.paths import GOLDEN
 
 DIGEST = checkpoint_digest(GOLDEN / "checkpoint_flash")
-
-
-@pytest.fixture(scope="module")
-def tracking(tmp_path_factory):
-    """An MLflow of this file's own, in sqlite."""
-    folder = tmp_path_factory.mktemp("mlflow")
-    with mlflow_store(folder):
-        yield folder
-
-
-@pytest.fixture(scope="module")
-def registered(tracking):
-    return register(str(GOLDEN / "checkpoint_flash"), "scgpt", alias="champion")
 
 
 def runs():
@@ -158,11 +141,11 @@ def test_requirements_are_public_pinned_and_without_spark(registered):
 
 
 def test_another_registration_is_another_version_and_takes_the_alias(registered):
+    name_version("moved", "1", "champion")
     second = register(str(GOLDEN / "checkpoint_torch"), "moved", alias="champion")
-    third = register(str(GOLDEN / "checkpoint_flash"), "moved", alias="champion")
-    assert (second.version, third.version) == ("1", "2")
-    assert resolve("models:/moved@champion") == third
-    assert resolve("models:/moved/1") == second
+    assert second.version == "2"
+    assert resolve("models:/moved@champion") == second
+    assert resolve("models:/moved/1") == replace(registered, name="moved", uri="models:/moved/1")
 
 
 def copy_without_layer(folder):
@@ -174,7 +157,7 @@ def copy_without_layer(folder):
     return folder
 
 
-def test_only_the_files_of_the_layout_are_logged(tracking, tmp_path):
+def test_only_the_files_of_the_layout_are_logged(home, registered_once, tmp_path):
     folder, secret = tmp_path / "checkpoint", tmp_path / "id_rsa"
     shutil.copytree(GOLDEN / "checkpoint_flash", folder)
     secret.write_text("private")
@@ -186,7 +169,7 @@ def test_only_the_files_of_the_layout_are_logged(tracking, tmp_path):
     model = register(str(folder), "clean")
     assert sorted(path.name for path in model.checkpoint.iterdir()) == ["args.json", "best_model.pt", "vocab.json"]
     assert not any(path.is_symlink() for path in model.checkpoint.iterdir()) and model.digest == DIGEST
-    logged = [path for path in (tracking / "artifacts").rglob("*") if path.is_file()]
+    logged = [path for path in (registered_once / "artifacts").rglob("*") if path.is_file()]
     assert logged and not any(path.read_bytes() == b"private" for path in logged)
 
 
@@ -295,50 +278,6 @@ def test_a_broken_mlmodel_file_is_a_config_error(text, tmp_path):
     assert "\n" not in str(refused.value)
 
 
-# Alone in the world
-
-ASK = """
-import importlib.util, json, sys
-import mlflow, pandas as pd
-assert importlib.util.find_spec("pyspark") is None and importlib.util.find_spec("scgpt_batch") is None
-model, rows = mlflow.pyfunc.load_model(sys.argv[1]), pd.DataFrame(json.load(sys.stdin))
-static, cell = (model.predict(rows, params={"need_preprocess": False, "mode": mode}) for mode in ("static", "cell"))
-vectors = {"static": static["gene_embeddings"][0], "cell": cell["cell_embeddings"][0]}
-print(json.dumps({mode: [vector.tolist() for vector in found] for mode, found in vectors.items()}))
-"""
-
-
-@pytest.fixture(scope="module")
-def lonely(registered, tmp_path_factory):
-    """A Python that has the model's requirements and nothing else."""
-    folder = tmp_path_factory.mktemp("lonely")
-    uv = str(Path(sys.prefix) / "bin" / "uv")
-    subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, folder], check=True)
-    needs = ["-r", registered.folder / "requirements.txt", "-c", REPO / "constraints.txt"]
-    subprocess.run([uv, "pip", "install", "--quiet", "--python", folder / "bin" / "python", *needs], check=True)
-    return folder / "bin" / "python"
-
-
-def test_the_model_answers_where_only_its_requirements_are(registered, lonely, tmp_path):
-    example = mlflow.models.Model.load(str(registered.folder)).load_input_example()
-    rows = example.astype(object).where(example.notna(), None)
-    done = subprocess.run(
-        [lonely, "-c", ASK, registered.folder],
-        input=json.dumps(rows.to_dict("records")),
-        cwd=tmp_path,
-        env={name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "MLFLOW"))},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    theirs = json.loads(done.stdout.splitlines()[-1])
-    ours = load(registered)
-    for mode, found in theirs.items():
-        answer = ours.embed(rows.iloc[0].to_dict(), Parameters(need_preprocess=False, mode=mode))
-        assert_close(found, answer.embeddings, atol=1e-6)
-
-
 def test_experiment_of_a_store_in_sqlite_keeps_its_files_beside_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "store").mkdir()
@@ -357,7 +296,7 @@ def test_experiment_of_a_store_in_sqlite_keeps_its_files_beside_it(tmp_path, mon
     ("library", "extra"),
     [("boto3", "databricks-aws"), ("azure.core.credentials", "databricks-azure"), ("google.cloud", "databricks-gcp")],
 )
-def test_missing_storage_library_names_the_extra(tracking, monkeypatch, library, extra):
+def test_missing_storage_library_names_the_extra(home, monkeypatch, library, extra):
     def without_library(*_, **__):
         try:
             raise ModuleNotFoundError(f"No module named {library!r}", name=library)

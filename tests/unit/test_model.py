@@ -51,22 +51,26 @@ def cosine(a, b):
     return (a * b).sum(axis=-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
 
 
+@pytest.mark.numbers
 def test_gene_vectors_are_upstreams(model):
     wanted = golden("static")
     assert_close(model.gene_vectors(torch.from_numpy(wanted["token_ids"])), wanted["embeddings"], atol=1e-5)
 
 
+@pytest.mark.numbers
 def test_value_vectors_are_upstreams_also_beyond_the_clamp(model):
     wanted = golden("static")
     assert_close(model.value_encoder(torch.from_numpy(wanted["value_inputs"])), wanted["value_embeddings"], atol=1e-5)
 
 
+@pytest.mark.numbers
 def test_output_is_upstreams_for_every_real_token(model, cells):
     wanted = golden("transformer")
     found = np.concatenate(encode(model, cells))
     assert_close(found, wanted["output"][~wanted["key_padding_mask"]], atol=1e-4)
 
 
+@pytest.mark.numbers
 def test_cls_is_upstreams_raw_and_normalised(model, cells):
     wanted = golden("transformer")
     cls = np.stack([output[0] for output in encode(model, cells)])
@@ -74,12 +78,14 @@ def test_cls_is_upstreams_raw_and_normalised(model, cells):
     assert_close(cls / np.linalg.norm(cls, axis=1, keepdims=True), wanted["cls_l2"], atol=1e-5)
 
 
+@pytest.mark.numbers
 def test_cls_follows_the_value_it_carries(model, cells):
     zeroed = [(genes, torch.cat([torch.zeros(1), values[1:]])) for genes, values in cells]
     cls = np.stack([output[0] for output in encode(model, zeroed)])
     assert_close(cls, golden("transformer")["cls_value0"], atol=1e-4)
 
 
+@pytest.mark.numbers
 def test_each_layer_is_upstreams(model, cells):
     wanted = golden("transformer")
     layers = model.transformer_encoder["layers"]
@@ -92,6 +98,7 @@ def test_each_layer_is_upstreams(model, cells):
     assert_close(np.stack(seen), wanted["layer_outputs"], atol=1e-4)
 
 
+@pytest.mark.numbers
 def test_bfloat16_stays_near_float32(checkpoint, cells):
     wanted = golden("transformer")
     wanted = wanted["output"][~wanted["key_padding_mask"]]
@@ -106,11 +113,13 @@ def test_both_key_layouts_hold_one_model():
     assert all(torch.equal(flash.tensors[name], plain.tensors[name]) for name in flash.tensors)
 
 
+@pytest.mark.numbers
 def test_a_cell_alone_gives_what_it_gives_in_a_batch(model, cells):
     for cell, together in zip(cells, encode(model, cells), strict=True):
         assert_close(encode(model, [cell])[0], together, atol=1e-5)
 
 
+@pytest.mark.numbers
 def test_order_of_cells_does_not_matter(model, cells):
     order = np.random.default_rng(0).permutation(len(cells))
     together = encode(model, cells)
@@ -118,12 +127,14 @@ def test_order_of_cells_does_not_matter(model, cells):
         assert_close(output, together[i], atol=1e-5)
 
 
+@pytest.mark.numbers
 def test_order_of_genes_does_not_matter_to_cls(model, cells):
     genes, values = cells[0]
     order = torch.cat([torch.zeros(1, dtype=torch.long), 1 + torch.randperm(len(genes) - 1)])
     assert_close(encode(model, [(genes[order], values[order])])[0][0], encode(model, [cells[0]])[0][0], atol=1e-5)
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize(
     "lengths", [[1], [3, 3, 3], [1, 5, 9], [9, 1, 5, 5, 1]], ids=["one token", "equal", "rising", "mixed"]
 )
@@ -139,6 +150,7 @@ def test_packed_attention_equals_padded_attention_with_a_mask(lengths):
     assert_close(attention(q, k, v, Packing(lengths, q.device, "sdpa")), wanted.transpose(1, 2)[real], atol=1e-6)
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("lengths", [[1], [3, 3, 3], [9, 1, 5, 5, 1]], ids=["one token", "equal", "mixed"])
 def test_attention_from_the_first_token_alone_is_that_of_all(lengths):
     generator = torch.Generator().manual_seed(0)
@@ -147,6 +159,7 @@ def test_attention_from_the_first_token_alone_is_that_of_all(lengths):
     assert_close(attention(q[cells.starts], k, v, cells), attention(q, k, v, cells)[cells.starts], atol=1e-6)
 
 
+@pytest.mark.numbers
 def test_bfloat16_head_by_head_is_the_fused_attention():
     lengths = [LONG, LONG, LONG + 50]
     q, k, v = torch.randn(3, sum(lengths), 2, 16, generator=torch.Generator().manual_seed(0))
@@ -155,6 +168,7 @@ def test_bfloat16_head_by_head_is_the_fused_attention():
     assert_close(found.float(), attention(q, k, v, cells), atol=0.01)
 
 
+@pytest.mark.numbers
 def test_cls_alone_is_that_of_the_whole_output(model, cells):
     lengths = [len(genes) for genes, _ in cells]
     genes, values = (torch.cat(parts) for parts in zip(*cells, strict=True))
@@ -272,6 +286,7 @@ def test_float32_on_a_gpu_gives_upstreams_output(checkpoint, cells):
     assert_close(found, wanted["output"][~wanted["key_padding_mask"]], atol=1e-4)
 
 
+@pytest.mark.numbers
 def test_self_attention_is_torchs_multihead_attention():
     torch.manual_seed(0)
     theirs = nn.MultiheadAttention(16, 4, batch_first=True)

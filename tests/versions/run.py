@@ -28,7 +28,7 @@ UNIT_TESTS = (
 )  # fmt: skip
 # With a runtime's versions: torch stays the newest leg's, whose numbers these would repeat for minutes.
 RUNTIME_TESTS = tuple(name for name in UNIT_TESTS if name not in ("test_embedder", "test_model"))
-TEST_NEEDS = ("pytest>=8", "hypothesis>=6.100", "psutil>=6")
+TEST_NEEDS = ("pytest>=8", "hypothesis>=6.100", "psutil>=6", "pytest-timeout>=2.3")
 
 # A runtime keeps its own torch, and so do its legs keep the environment's: another costs 3 GB and is not ours to test.
 TORCH = ("torch", "triton", "nvidia-", "cuda-")

@@ -1,0 +1,31 @@
+"""The job files, as spark-submit runs them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import mlflow
+
+from scgpt_batch.cli.main import OK
+from tests.cluster import CONF, environment
+from tests.helpers import small_rows, write_rows
+from tests.paths import REPO
+
+
+def test_spark_submit_runs_the_job_file(spark, home, model, golden):
+    """The same from outside: a JVM of its own, flags, the JSON line last."""
+    rows = f"delta.`{home}/rows`"
+    write_rows(spark, small_rows(4, golden), rows)
+    command = [
+        Path(sys.executable).with_name("spark-submit"), "--properties-file", CONF, REPO / "jobs/embed_genes.py",
+        "--model-uri", model, "--input-table", rows, "--output-table", f"delta.`{home}/submitted`",
+        "--tracking-uri", mlflow.get_tracking_uri(), "--need-preprocess", "false",
+    ]  # fmt: skip
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment(PYTHONPATH=str(REPO)), timeout=600, check=False
+    )
+    assert done.returncode == OK, done.stderr[-2000:]
+    told = json.loads(done.stdout)  # nothing else: logs go to standard error
+    assert (told["rows_ok"], told["embeddings"]) == (4, 160)
+    assert " INFO " in done.stderr
