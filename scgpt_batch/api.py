@@ -25,7 +25,7 @@ from scgpt_batch.inference.results import RowResult
 from scgpt_batch.inference.sample_rows import decisions_of_sample
 from scgpt_batch.io.rows import table_to_json
 from scgpt_batch.models.scgpt import SPECIAL_TOKENS
-from scgpt_batch.near_misses import did_you_mean
+from scgpt_batch.near_misses import GENE_CUTOFF, did_you_mean
 from scgpt_batch.parameters import Parameters
 from scgpt_batch.preprocessing.gene_names import lookup_columns
 
@@ -220,9 +220,11 @@ def gene_embeddings(model: "str | Path | LoadedModel | Embedder", genes: Sequenc
     ids = embedder.vocabulary.ids(names)
     unknown = [name for name, token in zip(names, ids, strict=True) if token < 0]
     if names and len(unknown) == len(names):
-        raise ConfigError(f"none of the {len(names)} genes is in the model's vocabulary (first: {names[0]!r})")
+        end = did_you_mean(names[0], embedder.vocabulary.tokens, cutoff=GENE_CUTOFF)
+        raise ConfigError(f"none of the {len(names)} genes is in the model's vocabulary (first: {names[0]!r}{end})")
     if unknown:
         shown = ", ".join(unknown[:20]) + (", …" if len(unknown) > 20 else "")
+        shown += did_you_mean(unknown[0], embedder.vocabulary.tokens, cutoff=GENE_CUTOFF)
         warnings.warn(
             f"{len(unknown)} genes are not in the model's vocabulary: {shown}", EmbeddingWarning, stacklevel=2
         )

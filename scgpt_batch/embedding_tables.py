@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import anndata as ad
 import numpy as np
@@ -16,8 +16,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from scgpt_batch.errors import ConfigError, EmbeddingWarning
+from scgpt_batch.errors import ConfigError, EmbeddingWarning, listed
 from scgpt_batch.io.rows import unique_cell_names
+from scgpt_batch.near_misses import GENE_CUTOFF, did_you_mean
 
 MODEL = ("mode", "model_name", "model_version", "params_hash")  # columns that tell one model's vectors from another's
 _PATH = re.compile(r"delta\.`(?P<path>[^`]+)`")
@@ -104,7 +105,7 @@ def read_embeddings(
     >>> frame = sb.read_embeddings("/data/gene_embeddings", mode="static", to="pandas")  # doctest: +SKIP
     """
     if to not in ("anndata", "pandas", "polars", "arrow"):
-        raise ConfigError(f"to {to!r} is not one of 'anndata', 'pandas', 'polars', 'arrow'")
+        raise ConfigError(f"to {to!r} must be one of {listed(get_args(Form), to)}")
     found = load_embeddings(table, mode=mode, model_version=model_version, run_id=run_id)
     if to == "arrow":
         return found.table
@@ -150,7 +151,8 @@ def nearest(names: pd.Index, vectors: np.ndarray, genes: Sequence[str], k: int) 
     """Return the k nearest genes of each by cosine similarity; see `similar_genes`."""
     place = names.get_indexer(genes)
     if missing := [gene for gene, at in zip(genes, place, strict=True) if at < 0]:
-        raise ConfigError(f"no static vector for {', '.join(missing[:20])}: not among the {len(names):,} genes")
+        end = did_you_mean(missing[0], names, cutoff=GENE_CUTOFF)
+        raise ConfigError(f"no static vector for {', '.join(missing[:20])}: not among the {len(names):,} genes{end}")
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     similarity = unit[place] @ unit.T  # (asked, genes)
     similarity[np.arange(len(place)), place] = -np.inf

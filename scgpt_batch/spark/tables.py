@@ -31,13 +31,12 @@ from pyspark.sql.types import (
 
 from scgpt_batch.errors import ConfigError, ScgptBatchError, in_one_line, suggestion
 from scgpt_batch.io.rows import PAYLOAD_COLUMNS
-from scgpt_batch.near_misses import did_you_mean
+from scgpt_batch.near_misses import closest, did_you_mean
 from scgpt_batch.spark.errors import is_conflict, is_folder_refused, is_location_taken
 
 logger = logging.getLogger(__name__)
 
 Written = TypeVar("Written")
-SIMILAR_TABLE = 0.9  # likeness from which a table's name, or path, is suggested for another
 
 ADATA_ROWS = """
     adata_id STRING NOT NULL, adata_sparsematrix ARRAY<ARRAY<DOUBLE>>,
@@ -134,26 +133,27 @@ def exists(spark: SparkSession, table: str) -> bool:
 
 
 def missing_table(spark: SparkSession, table: str) -> ConfigError:
-    """Return the error for a table that does not exist; it names a similar table beside it, if there is one."""
+    """Return the error for a table that does not exist; it suggests a table of a similar name beside it."""
     path = _PATH.fullmatch(table)
-    known = _tables_in_folder(path["path"]) if path else _tables_in_schema(spark, table)
-    end = did_you_mean(table, known, cutoff=SIMILAR_TABLE) or "; check its name, or run the command that creates it"
-    return ConfigError(f"there is no Delta table {table}{end}")
+    folder, _, name = path["path"].rpartition("/") if path else table.rpartition(".")
+    close = closest(name, _tables_in_folder(folder) if path else _tables_in_schema(spark, folder))
+    if close is None:
+        return ConfigError(f"there is no Delta table {table}: check its name, or run the command that creates it")
+    meant = f"delta.`{folder}/{close}`" if path else f"{folder}.{close}".lstrip(".")
+    return ConfigError(f"there is no Delta table {table}: did you mean {meant}?")
 
 
-def _tables_in_folder(path: str) -> list[str]:
-    """Return the tables beside a path, if its file system is this machine's."""
-    folder = Path(path).parent
-    return [f"delta.`{log.parent}`" for log in folder.glob("*/_delta_log")] if "://" not in path else []
+def _tables_in_folder(folder: str) -> list[str]:
+    """Return the names of a folder's tables, if its file system is this machine's."""
+    return [log.parent.name for log in Path(folder).glob("*/_delta_log")] if "://" not in folder else []
 
 
-def _tables_in_schema(spark: SparkSession, table: str) -> list[str]:
-    schema, dot, _ = table.rpartition(".")
+def _tables_in_schema(spark: SparkSession, schema: str) -> list[str]:
     try:
         found = spark.sql(f"SHOW TABLES IN {schema}" if schema else "SHOW TABLES").collect()
     except AnalysisException:  # there is no such schema
         return []
-    return [f"{schema}{dot}{row['tableName']}" for row in found]
+    return [row["tableName"] for row in found]
 
 
 def read(spark: SparkSession, table: str, columns: str, *, version: int | None = None) -> DataFrame:

@@ -1,5 +1,6 @@
 """The tables: what others wrote is read, ours grow by columns, vectors have one length, files are kept few."""
 
+import re
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -347,3 +348,21 @@ def test_existing_schema_needs_no_create_permission(spark):
 def test_missing_schema_is_created(spark):
     tables.create(spark, "made_by_create.rows", tables.ADATA_ROWS)
     assert spark.catalog.databaseExists("made_by_create")
+
+
+def test_missing_table_is_answered_with_a_similar_one_beside_it(spark, table, tmp_path):
+    tables.create(spark, table, tables.LEDGER)
+    with pytest.raises(
+        ConfigError, match=rf"no Delta table delta.`{tmp_path}/tabel`: did you mean {re.escape(table)}\?"
+    ):
+        tables.read(spark, f"delta.`{tmp_path}/tabel`", tables.LEDGER)
+    with pytest.raises(ConfigError, match=rf"no Delta table delta.`{tmp_path}/other`: check its name"):
+        tables.read(spark, f"delta.`{tmp_path}/other`", tables.LEDGER)
+
+
+def test_missing_table_of_a_schema_is_answered_with_a_similar_one(spark):
+    spark.sql("CREATE TABLE suggested_rows (adata_id STRING) USING delta")
+    with pytest.raises(ConfigError, match=r"no Delta table suggestd_rows: did you mean suggested_rows\?"):
+        tables.read(spark, "suggestd_rows", tables.LEDGER)
+    with pytest.raises(ConfigError, match=r"no Delta table nowhere\.suggested_rows: check its name"):
+        tables.read(spark, "nowhere.suggested_rows", tables.LEDGER)

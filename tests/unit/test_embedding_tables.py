@@ -146,7 +146,7 @@ def test_every_form_holds_the_same_lines(write):
     [
         ({"mode": "static"}, "has no embeddings of mode 'static'"),
         ({"model_version": "9"}, "has no embeddings of model_version '9'"),
-        ({"to": "numpy"}, "to 'numpy' is not one of"),
+        ({"to": "numpy"}, "to 'numpy' must be one of 'anndata', 'pandas', "),
     ],
 )
 def test_wrong_arguments_of_a_reading_are_named(write, arguments, message):
