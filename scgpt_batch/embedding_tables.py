@@ -115,6 +115,11 @@ def read_embeddings(
         return frame
     if to == "polars":
         return _polars().from_arrow(found.table)
+    return to_anndata(found, adata, key_added)
+
+
+def to_anndata(found: Embeddings, adata: ad.AnnData | None = None, key_added: str = "X_scGPT") -> ad.AnnData:
+    """Put loaded vectors into an AnnData, or make a new one; see `read_embeddings`."""
     return _cells_to_anndata(found, adata, key_added) if found.are_cells else _genes_to_anndata(found, adata, key_added)
 
 
@@ -206,15 +211,20 @@ def load_embeddings(
     return Embeddings(lines.take(pa.array(np.sort(kept.index.to_numpy()))), str(table))
 
 
-def _scan(table: str, wanted: dict[str, str | None]) -> pa.Table:
+def table_path(table: str) -> str | None:
+    """Return the path of a table that is given by it, as a path or ``delta.`path` ``; None for a table's name."""
     match = _PATH.fullmatch(table.strip())
     path = match["path"] if match else table
-    is_path = bool(match) or "/" in path or Path(path).is_dir()
+    return path if match or "/" in path or Path(path).is_dir() else None
+
+
+def _scan(table: str, wanted: dict[str, str | None]) -> pa.Table:
+    path = table_path(table)
     conditions = [pc.field(name) == value for name, value in wanted.items() if value is not None]
     condition = None
     for one in conditions:
         condition = one if condition is None else condition & one
-    found = _scan_path(path, condition) if is_path else _scan_name(table, condition)
+    found = _scan_name(table, condition) if path is None else _scan_path(path, condition)
     missing = {"adata_id", "embedding", "embedded_at", *MODEL} - set(found.column_names)
     if missing:
         raise ConfigError(f"{table} is not an embedding table: it lacks the columns {', '.join(sorted(missing))}")

@@ -121,6 +121,29 @@ class SummarySettings(SparkSettings):
     neighbours: int = Field(5, ge=1, description="number of nearest genes shown for each gene")
 
 
+class ExportSettings(Settings):
+    """Write the embeddings of a table to an .h5ad, .zarr or Parquet file; a table at a path needs no Spark."""
+
+    embeddings: str = Field(description="table of cell or gene embeddings")
+    out: str = Field(description="file to write: .h5ad, .zarr or .parquet")
+    h5ad: str = Field(
+        "", description=".h5ad or .zarr file whose cells or genes get the vectors; default: a new AnnData"
+    )
+    mode: Literal["", "static", "contextual", "cell"] = Field(
+        "", description="mode to export, if the table has several"
+    )
+    model_version: str = Field("", description="model version to export; default: the one that wrote last")
+    run_id: str = Field("", description="run to export; default: all runs")
+    key_added: str = Field("X_scGPT", description="key of the vectors in obsm or varm")
+
+
+class DoctorSettings(MlflowSettings):
+    """Check that this environment can run the commands, and say what mends what cannot."""
+
+    model_uri: str = Field("", description="model to check: models:/name/version, models:/name@alias or a path")
+    tables: tuple[str, ...] = Field((), description="tables to check")
+
+
 class MonitorSettings(SparkSettings):
     """Check the health of an endpoint and of the batch job from their tables."""
 

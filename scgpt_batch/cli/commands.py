@@ -13,7 +13,9 @@ from scgpt_batch.parameters import Parameters
 from scgpt_batch.settings import (
     DemoCheckpointSettings,
     DeploySettings,
+    DoctorSettings,
     EmbedSettings,
+    ExportSettings,
     IngestSettings,
     MaintainSettings,
     MonitorSettings,
@@ -106,6 +108,18 @@ def _summary(settings: SummarySettings) -> CommandResult:
     return summarize(get_spark(settings.spark_conf), settings)
 
 
+def _export(settings: ExportSettings) -> CommandResult:
+    from scgpt_batch.cli.export import export
+
+    return export(settings)
+
+
+def _doctor(settings: DoctorSettings) -> CommandResult:
+    from scgpt_batch.cli.doctor import doctor
+
+    return doctor(settings)
+
+
 def _monitor(settings: MonitorSettings) -> CommandResult:
     from scgpt_batch.monitoring.monitor import monitor
     from scgpt_batch.spark.session import get_spark
@@ -171,6 +185,10 @@ COMMANDS = {
         "--output-table 'delta.`/data/gene_embeddings`' --genes CD3D MS4A1",
         always_readable=True,
     ),
+    "export": Command(
+        ExportSettings, _export, "--embeddings 'delta.`/data/cell_embeddings`' --h5ad cells.h5ad --out embedded.h5ad"
+    ),
+    "doctor": Command(DoctorSettings, _doctor, "--model-uri models:/scgpt@champion", always_readable=True),
     "monitor": Command(
         MonitorSettings, _monitor, "--output-table main.lab.gene_embeddings --report health.html --fail-on warning"
     ),

@@ -16,11 +16,13 @@ GROUPS: dict[str, dict[str, str]] = {
     "input and output": {
         "h5ad": PATH, "input": PATH, "table": TABLE, "input_table": TABLE, "output_table": TABLE, "ledger_table": TABLE,
         "runs_table": TABLE, "inference_table": TABLE, "requests_view": "VIEW", "rows": "TABLE|PATH", "out": PATH,
-        "report": PATH, "spool": PATH, "layer": "auto|X|raw|LAYER", "split_by": "COLUMN", "gene_symbols": "COLUMN",
+        "embeddings": TABLE, "tables": TABLE, "report": PATH, "spool": PATH, "key_added": "KEY",
+        "layer": "auto|X|raw|LAYER", "split_by": "COLUMN", "gene_symbols": "COLUMN",
         "sample_id": "file|none|COLUMN", "id_from": "", "cells_per_row": "",
     },
     "model": {
         "checkpoint": PATH, "name": "NAME", "alias": "ALIAS", "model_uri": "URI", "input_roots": PATH,
+        "model_version": "VERSION", "run_id": "ID",
         "challenger": "ALIAS|VERSION", "champion": "ALIAS", "mode": "", "genes": "GENE", "group_by": "COLUMN",
         "neighbours": "", "max_length": "", "seed": "", "dtype": "", "min_coverage": "FRACTION",
         "allow_other_code": "",
