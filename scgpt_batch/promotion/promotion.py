@@ -1,6 +1,6 @@
-"""The command `scgpt-batch promote`: the challenger becomes champion when it answers right, fast and alike.
+"""The command `scgpt-batch promote`, which moves the champion alias to a challenger that passes all checks.
 
-Works on any MLflow registry. Both versions answer in processes of their own, with the code that each carries.
+It works with any MLflow registry. Each version runs in its own process, with the code stored with it.
 """
 
 import json
@@ -29,15 +29,15 @@ from scgpt_batch.settings import PromoteSettings
 
 logger = logging.getLogger(__name__)
 
-REPEATS = 3  # of each row when it is timed; the fastest counts, because others use the machine too
-PROCESS_SECONDS = 3600
-# a cell's vector by these depends on the cell, the model and its code alone; of a bad row the error is the answer
+REPEATS = 3  # runs of each row when it is timed; the fastest counts, because other processes use the machine too
+PROCESS_SECONDS = 3600  # time limit for one version
+# With these parameters a cell's vector depends only on the cell, the model and its code; failed rows return an error.
 CELLS: dict[str, Any] = {"mode": "cell", "need_preprocess": False, "encoding": "float32_base64", "on_error": "record"}
 
 
 @dataclass(frozen=True)
 class Check:
-    """One question to the challenger, and its answer."""
+    """The result of one check of the challenger."""
 
     check: str
     passed: bool
@@ -48,7 +48,7 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True)
 class PromoteResult(CommandResult):
-    """What the checks found, and whether the alias was moved."""
+    """The results of the checks, and whether the alias was moved."""
 
     model: str
     version: str  # the challenger
@@ -72,14 +72,14 @@ class PromoteResult(CommandResult):
 
 
 def promote(settings: PromoteSettings) -> PromoteResult:
-    """Check the challenger, against the champion where there is one, and move the alias when all is well.
+    """Check the challenger, compare it with the champion if there is one, and move the alias if all checks pass.
 
     Raises
     ------
     ConfigError
-        There is no such model, challenger or sample of rows.
+        The model, the challenger or the rows do not exist.
     ScgptBatchError
-        The champion itself does not answer, so there is nothing to compare with.
+        The champion fails, so there is nothing to compare with.
     """
     aliases = _aliases(settings.name)
     challenger, now = _version(settings, aliases), aliases.get(settings.champion)
@@ -99,7 +99,9 @@ def promote(settings: PromoteSettings) -> PromoteResult:
         try:
             mlflow.MlflowClient().set_registered_model_alias(settings.name, settings.champion, challenger)
         except MlflowException as exc:
-            raise ConfigError(f"MLflow does not set alias {settings.champion!r}: {exc.message}") from exc
+            raise ConfigError(
+                f"MLflow did not set the alias {settings.champion!r} of {settings.name!r}: {exc.message}"
+            ) from exc
         logger.info("version %s of %s is %s", challenger, settings.name, settings.champion)
     return PromoteResult(
         **versions,
@@ -111,22 +113,32 @@ def promote(settings: PromoteSettings) -> PromoteResult:
 
 
 def check(settings: PromoteSettings, new: ResolvedModel, old: ResolvedModel | None) -> list[Check]:
-    """Ask both versions and compare: parity, latency, drift of gene and of cell vectors."""
+    """Return the checks of a version against its stored results and the champion.
+
+    Parameters
+    ----------
+    settings
+        Thresholds, and the rows to compare on.
+    new
+        The challenger.
+    old
+        The champion, or None.
+    """
     sample = _stored_sample(new)
     rows = _rows(settings) if settings.rows else (sample or {}).get("rows", [])
     cells = {"rows": rows, "params": CELLS, "repeats": REPEATS}
     cases = [{"rows": sample["rows"], "params": c["params"], "repeats": 1} for c in sample["cases"]] if sample else []
     try:
-        *stored, found = _answers(new, [*cases, cells])
-    except _DoesNotAnswer as exc:
-        return [Check("parity", False, f"version {new.version} does not answer: {exc}")]
-    parity = _parity(settings, new, sample, [told["answers"] for told in stored])
+        *stored, found = _run_version(new, [*cases, cells])
+    except _VersionFailed as exc:
+        return [Check("parity", False, f"version {new.version} failed: {exc}")]
+    parity = _parity(settings, new, sample, [result["answers"] for result in stored])
     if old is None:
         return [parity, _rows_answered(new, found, None)]
     try:
-        (champions,) = _answers(old, [cells])
-    except _DoesNotAnswer as exc:
-        raise ScgptBatchError(f"the {settings.champion}, version {old.version}, does not answer: {exc}") from exc
+        (champions,) = _run_version(old, [cells])
+    except _VersionFailed as exc:
+        raise ScgptBatchError(f"the {settings.champion}, version {old.version}, failed: {exc}") from exc
     return [
         parity,
         _rows_answered(new, found, champions),
@@ -140,30 +152,31 @@ def check(settings: PromoteSettings, new: ResolvedModel, old: ResolvedModel | No
 
 
 def _parity(settings: PromoteSettings, new: ResolvedModel, sample: Any, found: list[list[dict[str, Any]]]) -> Check:
-    """Compare with what the version answered when it was registered."""
+    """Compare the results with those stored when the version was registered."""
     if sample is None:
-        return Check("parity", False, f"version {new.version} carries no stored answers: register it again")
+        return Check("parity", False, f"version {new.version} has no stored results: register it again")
     largest = 0.0
     for case, answers in zip(sample["cases"], found, strict=True):
         for stored, answer in zip(case["answers"], answers, strict=True):
             difference = answer_difference(stored, answer)
             if difference is None:
                 where = f"mode {case['params']['mode']!r}"
-                return Check("parity", False, f"{where}: other genes, cells or error than when it was registered")
+                return Check("parity", False, f"{where}: other genes, cells or error than at registration")
             largest = max(largest, difference)
-    message = f"largest difference to the answers stored when it was registered: {largest:.2g}"
+    message = f"largest difference from the results stored at registration: {largest:.2g}"
     return Check("parity", largest <= settings.tolerance, message, largest, settings.tolerance)
 
 
 def _rows_answered(new: ResolvedModel, found: dict[str, Any], champions: dict[str, Any] | None) -> Check:
-    """Refuse a version that fails rows which the champion answers; without champion, any."""
-    answered = [True] * len(found["answers"])
+    """Check that all rows succeed that succeed with the champion; without champion, all rows."""
+    expected = [True] * len(found["answers"])
     if champions:
-        answered = [told["error"] is None for told in champions["answers"]]
-    errors = [t["error"] for t, was in zip(found["answers"], answered, strict=True) if was and t["error"]]
-    message = f"{len(found['answers']) - len(errors)} of {len(found['answers'])} rows answered as well as before"
+        expected = [result["error"] is None for result in champions["answers"]]
+    results = zip(found["answers"], expected, strict=True)
+    errors = [result["error"] for result, must_succeed in results if must_succeed and result["error"]]
+    message = f"{len(found['answers']) - len(errors)} of {len(found['answers'])} rows succeed as before"
     if errors:
-        message = f"version {new.version} fails {len(errors)} rows, first: {errors[0]}"
+        message = f"{len(errors)} rows fail with version {new.version}, first: {errors[0]}"
     return Check("rows", not errors, message, float(len(errors)), 0.0)
 
 
@@ -174,11 +187,11 @@ def _latency(settings: PromoteSettings, seconds: float, champions: float) -> Che
 
 
 def _gene_drift(settings: PromoteSettings, new: ResolvedModel, old: ResolvedModel) -> Check:
-    """Compare the static vectors of all genes that both know."""
+    """Compare the static embeddings of the genes in both vocabularies."""
     ours, theirs = load(new), load(old)
     if ours.config.embsize != theirs.config.embsize:
-        told = f"vectors of {ours.config.embsize} numbers instead of {theirs.config.embsize}"
-        return Check("gene_drift", False, f"{told}: nothing that holds the champion's can take them")
+        message = f"vectors have {ours.config.embsize} dimensions instead of the champion's {theirs.config.embsize}"
+        return Check("gene_drift", False, f"{message}; register it under another name")
     known = [gene for gene in theirs.vocabulary.tokens if gene not in SPECIAL_TOKENS]
     genes = [gene for gene in known if gene in ours.vocabulary]
     if not genes:
@@ -191,21 +204,21 @@ def _gene_drift(settings: PromoteSettings, new: ResolvedModel, old: ResolvedMode
 
 
 def _cell_drift(settings: PromoteSettings, ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> Check:
-    """Compare the vectors of the sample's cells: they tell of the transformer, which gene vectors do not."""
+    """Compare the cell embeddings of the rows; unlike gene embeddings, they depend on the transformer."""
     pairs = [(_vectors(a), _vectors(b)) for a, b in zip(ours, theirs, strict=True) if not (a["error"] or b["error"])]
     if not pairs:
-        return Check("cell_drift", False, "no row of the sample is answered by both: give other --rows")
+        return Check("cell_drift", False, "no row succeeds with both versions: use other --rows")
     if any(a.shape != b.shape or not np.isfinite(a).all() for a, b in pairs):
-        return Check("cell_drift", False, "vectors of another number or length, or not finite")
+        return Check("cell_drift", False, "the number or size of the vectors differs, or they are not finite")
     cosine = np.concatenate([_cosines(a, b) for a, b in pairs])
     mean = float(cosine.mean())
-    message = f"mean cosine of {len(cosine)} cells {mean:.4f}, least {cosine.min():.4f}"
+    message = f"mean cosine of {len(cosine)} cells {mean:.4f}, minimum {cosine.min():.4f}"
     return Check("cell_drift", mean >= settings.min_cosine, message, mean, settings.min_cosine)
 
 
 def _cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Cosine of each pair of rows; 0 where one is zero."""
-    a, b = a.astype(np.float64), b.astype(np.float64)  # squares of whatever a broken version answers fit
+    """Return the cosine of each pair of rows; 0 if one of them is zero."""
+    a, b = a.astype(np.float64), b.astype(np.float64)  # a broken version may return values whose squares overflow
     lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     return (a * b).sum(1) / np.maximum(lengths, np.finfo(np.float64).tiny)
 
@@ -214,44 +227,45 @@ def _vectors(answer: dict[str, Any]) -> np.ndarray:
     return unpack(answer["embeddings_base64"] or "", CELLS["encoding"], answer["embedding_dim"])
 
 
-# What is asked, and of whom
+# Input rows, and the process that runs a version
 
 
-class _DoesNotAnswer(Exception):
-    """A version's process ended without answers."""
+class _VersionFailed(Exception):
+    """The process of a version ended without results."""
 
 
-def _answers(model: ResolvedModel, questions: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Let a version answer in a process of its own."""
-    logger.info("asking version %s", model.version)
+def _run_version(model: ResolvedModel, requests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the results of a version, computed in its own process with the code stored with it."""
+    logger.info("running version %s", model.version)
     with tempfile.TemporaryDirectory() as folder:
-        asked, told = Path(folder) / "questions.json", Path(folder) / "answers.json"
-        asked.write_text(json.dumps(questions), encoding="utf-8")
-        # -P: without it this package's folder, with modules named `model` and `samples`, would be on the path
+        requests_file, results_file = Path(folder) / "requests.json", Path(folder) / "results.json"
+        requests_file.write_text(json.dumps(requests), encoding="utf-8")
+        # -P: without it, the folder of the script would be on the import path, with modules that could hide others
         command = [sys.executable, "-P", str(Path(__file__).with_name("run_version.py"))]
+        files = [str(path) for path in (model.folder.absolute(), requests_file, results_file)]
         try:
-            done = subprocess.run([*command, str(model.folder.absolute()), asked, told], cwd=folder, check=False,
+            done = subprocess.run([*command, *files], cwd=folder, check=False,
                                   capture_output=True, text=True, timeout=PROCESS_SECONDS)  # fmt: skip
         except subprocess.TimeoutExpired as exc:
-            raise _DoesNotAnswer(f"no answer within {PROCESS_SECONDS} s") from exc
+            raise _VersionFailed(f"no result within {PROCESS_SECONDS} s") from exc
         if done.returncode != 0:
             lines = done.stderr.strip().splitlines()
-            raise _DoesNotAnswer(lines[-1] if lines else f"its process ended with {done.returncode}")
-        return json.loads(told.read_text(encoding="utf-8"))
+            raise _VersionFailed(lines[-1] if lines else f"its process exited with code {done.returncode}")
+        return json.loads(results_file.read_text(encoding="utf-8"))
 
 
 def _stored_sample(model: ResolvedModel) -> dict[str, Any] | None:
-    """Read the rows and answers that `register` stored with the version; None in those of earlier packages."""
+    """Return the rows and results that `register` stored with a version; None if an early version registered it."""
     path = sample_path(model)
     return json.loads(path.read_text(encoding="utf-8")) if path else None
 
 
 def _rows(settings: PromoteSettings) -> list[dict[str, Any]]:
-    """Read the sample: a .parquet or .json file, or an adata_rows table by Spark."""
+    """Return the rows of `settings.rows`: a .parquet or .json file, or an adata_rows table, read with Spark."""
     found = _from_file(Path(settings.rows)) if settings.rows.endswith((".parquet", ".json")) else _from_table(settings)
     rows = [{name: _plain(name, row.get(name)) for name in PAYLOAD_COLUMNS} for row in found[: settings.max_rows]]
     if not rows:
-        raise ConfigError(f"{settings.rows} holds no rows")
+        raise ConfigError(f"{settings.rows} has no rows; use another --rows")
     return rows
 
 
@@ -261,7 +275,7 @@ def _from_file(path: Path) -> list[dict[str, Any]]:
     except (OSError, ValueError) as exc:
         raise ConfigError(f"cannot read rows from {path}: {exc}") from exc
     if not set(PAYLOAD_COLUMNS) & set(frame.columns):
-        raise ConfigError(f"{path} holds no rows of adata_rows: it has none of {', '.join(PAYLOAD_COLUMNS)}")
+        raise ConfigError(f"{path} has none of the columns of adata_rows: {', '.join(PAYLOAD_COLUMNS)}")
     return frame.astype(object).where(frame.notna(), None).to_dict("records")
 
 
@@ -275,7 +289,7 @@ def _from_table(settings: PromoteSettings) -> list[dict[str, Any]]:
 
 
 def _plain(name: str, value: Any) -> Any:
-    """Turn arrays into the lists that MLflow's schema takes: numbers of the matrix with a point, positions without."""
+    """Return arrays as lists of the types in MLflow's schema: floats for values, integers for positions."""
     if value is None or isinstance(value, str):
         return value
     if name == "adata_sparsematrix":
@@ -287,7 +301,7 @@ def _aliases(name: str) -> dict[str, str]:
     try:
         found = mlflow.MlflowClient().get_registered_model(name)
     except MlflowException as exc:
-        raise ConfigError(f"no model {name!r} in {mlflow.get_registry_uri()}: {exc.message}") from exc
+        raise ConfigError(f"there is no model {name!r} in {mlflow.get_registry_uri()}: {exc.message}") from exc
     return {alias: str(version) for alias, version in found.aliases.items()}
 
 
@@ -297,6 +311,6 @@ def _version(settings: PromoteSettings, aliases: dict[str, str]) -> str:
     if settings.challenger not in aliases:
         raise ConfigError(
             f"model {settings.name!r} has no alias {settings.challenger!r}: register the new version with "
-            f"--alias {settings.challenger}, or give its number as --challenger"
+            f"--alias {settings.challenger}, or set --challenger to its version number"
         )
     return aliases[settings.challenger]

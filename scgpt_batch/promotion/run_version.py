@@ -1,8 +1,8 @@
-"""Run by itself in a fresh process: load one registered version with the code that it carries, and let it answer.
+"""Script that runs one registered version in a new process, with the code stored with it, as an endpoint does.
 
-`python -P run_version.py MODEL_FOLDER QUESTIONS ANSWERS`. Nothing of the installed package is imported here, so that
-the version's own code answers, as at an endpoint. QUESTIONS and ANSWERS are JSON files:
-[{"rows", "params", "repeats"}] and [{"answers", "seconds"}].
+`python -P run_version.py MODEL_FOLDER REQUESTS RESULTS`. It imports nothing of the installed package, which would
+replace the version's own code. REQUESTS and RESULTS are JSON files: [{"rows", "params", "repeats"}] and
+[{"answers", "seconds"}].
 """
 
 import json
@@ -15,25 +15,25 @@ import mlflow
 import pandas as pd
 
 
-def answer(model: Any, question: dict[str, Any]) -> dict[str, Any]:
-    """Answer rows one after the other; `seconds` is the sum of each row's fastest time."""
+def run(model: Any, request: dict[str, Any]) -> dict[str, Any]:
+    """Return the results of the rows, computed one by one; `seconds` is the sum of the fastest time of each row."""
     answers, seconds = [], 0.0
-    for row in question["rows"]:
+    for row in request["rows"]:
         frame, times = pd.DataFrame([row], dtype=object), []
-        for _ in range(question["repeats"]):
+        for _ in range(request["repeats"]):
             started = time.perf_counter()
-            told = model.predict(frame, params=question["params"])
+            result = model.predict(frame, params=request["params"])
             times.append(time.perf_counter() - started)
-        answers += told.to_dict("records")
+        answers += result.to_dict("records")
         seconds += min(times)
     return {"answers": answers, "seconds": seconds}
 
 
-def main(folder: str, questions: str, answers: str) -> None:
-    """Answer the questions of one file into another."""
+def main(folder: str, requests_file: str, results_file: str) -> None:
+    """Run the requests of one file, and write the results to another."""
     model = mlflow.pyfunc.load_model(folder)
-    asked = json.loads(Path(questions).read_text(encoding="utf-8"))
-    Path(answers).write_text(json.dumps([answer(model, question) for question in asked]), encoding="utf-8")
+    requests = json.loads(Path(requests_file).read_text(encoding="utf-8"))
+    Path(results_file).write_text(json.dumps([run(model, request) for request in requests]), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""The MLflow model: its signature, its code, and how versions are registered and resolved."""
+"""The MLflow model: its schema, its code, and functions to register and resolve versions."""

@@ -1,6 +1,6 @@
-"""The file that MLflow runs to load a registered version ("models from code": nothing is pickled).
+"""The script that MLflow runs to load a registered version ("models from code", without pickle).
 
-A copy of it is stored with each version, so it imports one name alone, which must keep working.
+A copy is stored with each version, so the name that it imports must keep working.
 """
 
 from mlflow.models import set_model

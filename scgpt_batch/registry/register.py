@@ -1,4 +1,4 @@
-"""Log, register and find the model in MLflow: sqlite, a tracking server or Unity Catalog, by URI alone."""
+"""Logging and registering the model in MLflow; the URIs select sqlite, a tracking server or Unity Catalog."""
 
 import json
 import logging
@@ -38,7 +38,7 @@ from scgpt_batch.registry.signature import signature
 
 logger = logging.getLogger(__name__)
 
-# What an endpoint or a foreign cluster installs to run the model; pyspark is never among it.
+# Packages that an endpoint or another cluster installs to run the model; never pyspark, which clusters bring.
 REQUIREMENTS = (
     "anndata", "mlflow", "numpy", "pandas", "pyarrow", "pydantic", "safetensors", "scanpy", "scikit-misc", "scipy",
     "torch",
@@ -46,25 +46,33 @@ REQUIREMENTS = (
 
 
 def register(checkpoint: str, name: str, *, alias: str = "", input_roots: Sequence[str] = ()) -> ResolvedModel:
-    """Log the model with its code, signature and card, check that it serves, then register it.
+    """Register a checkpoint as a new model version, with its code, schema and model card.
+
+    Before it is registered, the logged model must answer an example request, as a server would send it.
 
     Parameters
     ----------
     checkpoint
-        A folder in the published layout.
+        A checkpoint folder in the published layout.
     name
-        Registered model: `name`, or `catalog.schema.name` in Unity Catalog.
+        Name of the registered model; in Unity Catalog `catalog.schema.name`.
     alias
-        Set on the new version, such as `champion`.
+        Alias to set on the new version, such as "champion".
     input_roots
-        Folders below which `input_data_path` may read; by default none.
+        Folders below which `input_data_path` may name files. Default: none.
 
     Raises
     ------
     CheckpointError
-        The checkpoint cannot be used; nothing is logged.
+        The checkpoint cannot be used. Nothing has been logged.
     ConfigError
-        The name or alias is none that the registry takes, and nothing is logged; or MLflow cannot be reached.
+        The name or alias is invalid (nothing has been logged), or MLflow cannot be reached.
+
+    Examples
+    --------
+    >>> model = register("checkpoints/scgpt-human", "scgpt", alias="champion")
+    >>> model.uri
+    'models:/scgpt/1'
     """
     _check_name(name, alias)
     loaded = load_checkpoint(checkpoint)
@@ -93,9 +101,10 @@ def register(checkpoint: str, name: str, *, alias: str = "", input_roots: Sequen
                 },
                 metadata=facts,
             )
-        logger.info("logged %s; checking that it answers as a server would be asked", info.model_uri)
+        logger.info("logged %s; checking that it answers an example request", info.model_uri)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # its successor builds an environment for the check
+            # deprecated for mlflow.models.predict, which would build an environment for the check
+            warnings.simplefilter("ignore", FutureWarning)
             validate_serving_input(info.model_uri, convert_input_example_to_serving_input(example))
         version = mlflow.register_model(info.model_uri, name, tags=facts | {"run_id": run.info.run_id})
         client = mlflow.MlflowClient()
@@ -109,7 +118,7 @@ def register(checkpoint: str, name: str, *, alias: str = "", input_roots: Sequen
 
 
 def _layout_files(checkpoint: Checkpoint, folder: Path) -> Path:
-    """Lay the three files of a checkpoint into a new folder: nothing else that lies beside them is logged."""
+    """Copy the three files of a checkpoint into a new folder, so that no other files beside them are logged."""
     folder.mkdir(parents=True)
     for name in ("args.json", "vocab.json", checkpoint.weights.name):
         source = (checkpoint.folder / name).resolve()
@@ -118,14 +127,15 @@ def _layout_files(checkpoint: Checkpoint, folder: Path) -> Path:
         except OSError:  # another file system
             shutil.copyfile(source, folder / name)
     if checkpoint_digest(folder) != checkpoint.digest:
-        raise CheckpointError(f"{checkpoint.folder} has changed since it was read: register it again")
+        raise CheckpointError(f"the files in {checkpoint.folder} changed while they were read; register it again")
     return folder
 
 
 def use_experiment(name: str) -> None:
-    """Log to an MLflow experiment, which is created if it is missing.
+    """Select an MLflow experiment, which is created if it does not exist.
 
-    A store in sqlite keeps the files of new experiments beside the database; MLflow's own default is `./mlruns`.
+    With a tracking store in sqlite, a new experiment stores its files beside the database instead of MLflow's default
+    `./mlruns`.
     """
     uri = mlflow.get_tracking_uri()
     if uri.startswith("sqlite:///") and mlflow.get_experiment_by_name(name) is None:
@@ -139,24 +149,39 @@ def use_experiment(name: str) -> None:
 
 
 def model_card(checkpoint: Checkpoint, source: str) -> str:
-    """Describe the model in Markdown: what it is, from which weights, of which size."""
+    """Return the model card in Markdown.
+
+    Parameters
+    ----------
+    checkpoint
+        The checkpoint.
+    source
+        Name of the checkpoint to show.
+    """
     config = checkpoint.config
     return f"""# scGPT embeddings
 
-Gene and cell embeddings of single-cell counts by the scGPT encoder (Cui et al. 2024, Nature Methods), for rows of
-serialized AnnData. Numbers are those of upstream scgpt 0.2.4 in evaluation mode.
+Gene and cell embeddings of single-cell counts, computed by the scGPT encoder (Cui et al. 2024, Nature Methods) from
+rows of serialized AnnData. Numerically equivalent to scgpt 0.2.4 in evaluation mode.
 
 | | |
 |---|---|
 | checkpoint | {source}, SHA-256 {checkpoint.digest} |
 | tensors | loaded {len(checkpoint.tensors)} of {len(checkpoint.tensors)}; not used: {len(checkpoint.ignored)} |
-| embedding width d | {config.embsize} |
-| layers, heads, feed-forward width | {config.nlayers}, {config.nheads}, {config.d_hid} |
+| embedding dimensions | {config.embsize} |
+| layers | {config.nlayers} |
+| attention heads | {config.nheads} |
+| feed-forward width | {config.d_hid} |
 | vocabulary | {len(checkpoint.vocabulary)} tokens |
-| made by | scgpt_batch {scgpt_batch.__version__} |
+| registered by | scgpt_batch {scgpt_batch.__version__} |
 
-Modes: `static` (the vocabulary's vector of a gene), `contextual` (the transformer's output for a gene, averaged over
-cells), `cell` (the `<cls>` output, L2-normalised). Gene names are matched exactly.
+| mode | result |
+|---|---|
+| `static` | The gene's vector in the embedding table, independent of your cells. |
+| `contextual` | The gene's vector inside your cells (transformer output), averaged over the cells that express it. |
+| `cell` | One vector for each cell (output of the `<cls>` token), normalised to length 1. |
+
+Genes are matched to the vocabulary by symbol. The column `coverage` is the share of a row's counts in matched genes.
 """
 
 
@@ -174,7 +199,7 @@ def _facts(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _example_rows(checkpoint: Checkpoint) -> pd.DataFrame:
-    """Two small rows, one in each format, of genes that the vocabulary holds."""
+    """Return two small rows with genes of the vocabulary, one in each format."""
     genes = [token for token in checkpoint.vocabulary.tokens if token not in SPECIAL_TOKENS][:4]
     var = table_to_json(pd.DataFrame(index=genes))
     obs = table_to_json(pd.DataFrame(index=["cell1", "cell2"]))
@@ -186,13 +211,17 @@ def _example_rows(checkpoint: Checkpoint) -> pd.DataFrame:
 
 
 def _check_name(name: str, alias: str) -> None:
-    """Refuse what the registry would refuse, before anything is logged (ConfigError)."""
-    where = mlflow.get_registry_uri()
-    if where.startswith("databricks-uc"):
+    """Check name and alias by the rules of the registry, before anything is logged."""
+    registry = mlflow.get_registry_uri()
+    if registry.startswith("databricks-uc"):
         if not re.fullmatch(r"[^./\s]+\.[^./\s]+\.[^./\s]+", name):
-            raise ConfigError(f"{name!r} cannot be registered in Unity Catalog: give catalog.schema.name")
+            raise ConfigError(f"{name!r} cannot be registered in Unity Catalog: use catalog.schema.name")
     elif not name.strip(" .") or set(name) & set("/:"):
-        raise ConfigError(f"{name!r} cannot be the name of a registered model in {where}: no /, no :, not empty")
+        raise ConfigError(
+            f"{name!r} cannot be the name of a registered model in {registry}: it must not be empty or contain / or :"
+        )
     reserved = alias.lower() == "latest" or re.fullmatch(r"[vV]\d+", alias)
     if alias and (reserved or not re.fullmatch(r"[\w-]+", alias, re.ASCII)):
-        raise ConfigError(f"{alias!r} cannot be an alias: letters, digits, - and _; not latest, nor v and a number")
+        raise ConfigError(
+            f"{alias!r} cannot be an alias: use letters, digits, - and _, but not 'latest' or 'v' with a number"
+        )

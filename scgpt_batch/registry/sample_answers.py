@@ -1,4 +1,4 @@
-"""Sample rows stored with each version, and the check that the installed code still gives their embeddings."""
+"""Sample rows and their results, stored with each version, to check that other code reproduces them."""
 
 import json
 from importlib.metadata import PackageNotFoundError
@@ -26,9 +26,9 @@ from scgpt_batch.registry.resolve import ResolvedModel
 from scgpt_batch.registry.signature import answer_columns
 
 SAMPLE = "sample.json"
-SAMPLE_TOLERANCE = 1e-5  # of a number in its answers, in float32 on any CPU
+SAMPLE_TOLERANCE = 1e-5  # largest difference between the float32 embeddings of two CPUs
 
-# What the sample is asked when a version is registered, and again when it is promoted: every mode, and preprocessing.
+# Parameters for which the results of the sample are stored: every mode, with and without preprocessing.
 _BINS_ONLY = {"need_preprocess": False, "encoding": "float32_base64"}
 _PREPROCESSED = {"data_is_raw": True, "log1p": True, "subset_hvg": 0, "encoding": "float32_base64"}
 SAMPLE_CASES: tuple[dict[str, Any], ...] = (
@@ -38,52 +38,55 @@ SAMPLE_CASES: tuple[dict[str, Any], ...] = (
 
 
 def sample_path(model: ResolvedModel) -> Path | None:
-    """Return the file of rows and answers that were stored with a version; None where an earlier package made it."""
+    """Return the file with the sample of a version; None if an early version of the package registered it."""
     flavor = mlflow.models.Model.load(str(model.folder)).flavors["python_function"]
     entry = flavor["artifacts"].get("sample")
     return model.folder / entry["path"] if entry else None
 
 
 def code_difference(model: ResolvedModel) -> str | None:
-    """Say how the installed code differs from the code that registered a version; None where it gives its numbers.
+    """Return how results of the installed code differ from those of the code that registered a version, or None.
 
-    With the same source and the same libraries it does. Otherwise it answers the version's stored sample on the CPU,
-    within `SAMPLE_TOLERANCE` of what was stored.
+    If the source and the libraries are the same, so are the results. Otherwise the stored sample is computed on the
+    CPU, and must match within `SAMPLE_TOLERANCE`.
     """
     if _same_source(model) and _same_libraries(model):
         return None
     path = sample_path(model)
     if path is None:
-        return "the version carries no stored answers to compare with"
+        return "the version has no stored results to compare with"
     sample = json.loads(path.read_text(encoding="utf-8"))
     embedder = load_embedder(model.checkpoint, digest=model.digest, device="cpu")
     for case in sample["cases"]:
-        what = f"mode {case['params']['mode']!r}"
+        mode = f"mode {case['params']['mode']!r}"
         try:
             parameters = Parameters.create(case["params"])
         except ConfigError as exc:
-            return f"{what}: {exc}"
+            return f"{mode}: {exc}"
         for row, stored in zip(sample["rows"], case["answers"], strict=True):
             answer = answer_columns(embedder.embed(row, parameters), parameters, embedder.config.embsize)
             difference = answer_difference(stored, answer)
             if difference is None:
-                return f"{what}: other genes, cells or error than when it was registered"
+                return f"{mode}: other genes, cells or error than at registration"
             if difference > SAMPLE_TOLERANCE:
-                return f"{what}: numbers differ by up to {difference:.2g} from those stored when it was registered"
+                return f"{mode}: embeddings differ by up to {difference:.2g} from those at registration"
     return None
 
 
 def answer_difference(stored: dict[str, Any], answer: dict[str, Any]) -> float | None:
-    """Return the largest difference of two answers' numbers; None where they are not of the same genes and cells."""
+    """Return the largest difference between the embeddings of two results.
+
+    None if genes, cells or errors differ, or if the new embeddings are not finite.
+    """
     same = all(stored[name] == answer[name] for name in ("genes", "cell_ids", "n_cells", "error"))
-    was, now = (unpack(a["embeddings_base64"] or "", "float32_base64", a["embedding_dim"]) for a in (stored, answer))
-    if not same or was.shape != now.shape or not np.isfinite(now).all():
+    old, new = (unpack(a["embeddings_base64"] or "", "float32_base64", a["embedding_dim"]) for a in (stored, answer))
+    if not same or old.shape != new.shape or not np.isfinite(new).all():
         return None
-    return float(np.abs(was - now).max(initial=0.0))
+    return float(np.abs(old - new).max(initial=0.0))
 
 
 def registered_by(model: ResolvedModel) -> str:
-    """Return the package version that registered a model."""
+    """Return the version of this package that registered a model."""
     metadata = mlflow.models.Model.load(str(model.folder)).metadata or {}
     return str(metadata.get("package_version", "of unknown version"))
 
@@ -93,7 +96,7 @@ def _same_source(model: ResolvedModel) -> bool:
 
 
 def _source(folder: Traversable) -> dict[str, bytes]:
-    """Read the Python files below a folder, which may lie in a zip file."""
+    """Return the content of the Python files below a folder, which may be inside a zip file."""
     found: dict[str, bytes] = {}
     if not folder.is_dir():
         return found
@@ -106,7 +109,7 @@ def _source(folder: Traversable) -> dict[str, bytes]:
 
 
 def _same_libraries(model: ResolvedModel) -> bool:
-    """Compare the installed libraries with those that the version was registered with."""
+    """Return whether the installed libraries are those that the version was registered with."""
     try:
         lines = (model.folder / "requirements.txt").read_text(encoding="utf-8").split()
         pinned = [line.split("==") for line in lines if "==" in line]
@@ -116,7 +119,7 @@ def _same_libraries(model: ResolvedModel) -> bool:
 
 
 def _stored_answers(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Make a row of three cells with up to 32 genes, and what this model answers to it here and now."""
+    """Return a row of three cells with up to 32 genes, and its results for each of `SAMPLE_CASES`."""
     genes = [token for token in checkpoint.vocabulary.tokens if token not in SPECIAL_TOKENS][:32]
     counts = np.random.default_rng(0).poisson(2.0, (3, len(genes))).astype(np.float64) + 1.0
     row = dict.fromkeys(PAYLOAD_COLUMNS) | {
@@ -124,7 +127,7 @@ def _stored_answers(checkpoint: Checkpoint) -> dict[str, Any]:
         "adata_obs": table_to_json(pd.DataFrame(index=["cell1", "cell2", "cell3"])),
         "adata_var": table_to_json(pd.DataFrame(index=genes)),
     }
-    embedder, cases = Embedder(checkpoint, device="cpu"), []  # a GPU's numbers differ by more than CPUs' among them
+    embedder, cases = Embedder(checkpoint, device="cpu"), []  # GPU and CPU differ by more than SAMPLE_TOLERANCE
     for params in SAMPLE_CASES:
         parameters = Parameters.create(params)
         answer = answer_columns(embedder.embed(row, parameters), parameters, checkpoint.config.embsize)
@@ -133,7 +136,7 @@ def _stored_answers(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _public_version(package: str) -> str:
-    """Return an installed version that a package index has; mlflow's also where only mlflow-skinny is installed."""
+    """Return the installed version of a package without a local suffix; for mlflow, mlflow-skinny also counts."""
     try:
         return installed_version(package).split("+")[0]
     except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""The schema of the MLflow model: input columns, output columns and parameters. Importing it registers no model."""
+"""The schema of the MLflow model: input columns, output columns and parameters."""
 
 from collections.abc import Iterable
 from typing import Any, Literal, get_args, get_origin
@@ -17,16 +17,16 @@ from scgpt_batch.parameters import Parameters
 PARAMETER_NAMES = tuple(Parameters.model_fields)
 INPUT_NAMES = (*PAYLOAD_COLUMNS, *PARAMETER_NAMES)
 TABLE_COLUMNS = ("adata_id", "sample_id", "n_obs", "n_vars", "x_dtype", "source", "content_hash", "ingested_at")
-MISSPELT = 0.9  # likeness from which a column's name is taken for a misspelt one
+MISSPELT = 0.9  # similarity (difflib) from which an unknown column is taken for a misspelt input
 
 
 def check_columns(columns: Iterable[Any]) -> None:
-    """Reject rows without any column that the model knows, and names that look like misspelt ones.
+    """Check the column names of the input.
 
     Raises
     ------
     ConfigError
-        It names the column, or the ones that the model expects.
+        No column is an input of the model, or a column looks like a misspelt input.
     """
     names = [str(name) for name in columns]
     unknown = [name for name in names if name not in INPUT_NAMES]
@@ -37,15 +37,25 @@ def check_columns(columns: Iterable[Any]) -> None:
     if len(unknown) == len(names):
         given = shortened(", ".join(unknown)) or "none, or none that MLflow passed on"
         raise ConfigError(
-            f"no column is an input of the model (given: {given}); a row needs x_data, x_indices, x_indptr (or "
+            f"no column is an input of the model (columns: {given}); a row needs x_data, x_indices, x_indptr (or "
             "adata_sparsematrix), adata_obs and adata_var"
         )
 
 
 def answer_columns(answer: RowResult, parameters: Parameters, dim: int) -> dict[str, Any]:
-    """Spell one answer in the output columns; arrays that the mode or encoding does not fill are empty.
+    """Return one result as output columns.
 
-    (Empty and not null, because `spark_udf` cannot carry a null array of arrays.)
+    Arrays that the mode or encoding does not use are empty instead of null, because `spark_udf` does not support a null
+    array of arrays.
+
+    Parameters
+    ----------
+    answer
+        The result of a row.
+    parameters
+        The parameters of the row.
+    dim
+        Number of embedding dimensions.
     """
     columns: dict[str, Any] = {
         "genes": answer.genes or [],
@@ -70,15 +80,15 @@ def answer_columns(answer: RowResult, parameters: Parameters, dim: int) -> dict[
 
 
 def answers_frame(answers: list[dict[str, Any]]) -> pd.DataFrame:
-    """Make the output DataFrame; missing stays None, also where pandas would write NaN."""
+    """Return the output DataFrame; missing values are None, which pandas would otherwise convert to NaN."""
     return pd.DataFrame({name: pd.Series([answer[name] for answer in answers], dtype=object) for name in OUTPUT_NAMES})
 
 
 def signature() -> ModelSignature:
-    """Return the explicit signature: optional input columns, fixed output columns, every parameter with its default.
+    """Return the model's signature: optional input columns, output columns, and all parameters with their defaults.
 
-    `ai_query` cannot send parameters to a custom model, so each is an optional column too. Arrays of whole numbers
-    are long and of numbers double: MLflow takes narrower ones from Spark and plain lists from JSON.
+    Each parameter is also an optional column, because `ai_query` cannot pass parameters to a custom model. Arrays are
+    declared as long or double, because MLflow then also accepts narrower types from Spark and plain lists from JSON.
     """
     payload = {
         "adata_sparsematrix": Array(Array(DataType.double)),
@@ -89,9 +99,9 @@ def signature() -> ModelSignature:
         "adata_var": DataType.string,
     }
     assert tuple(payload) == PAYLOAD_COLUMNS
-    knobs = {name: Array(kind) if is_list else kind for name, (kind, is_list) in _PARAMETER_TYPES.items()}
+    settings = {name: Array(kind) if is_list else kind for name, (kind, is_list) in _PARAMETER_TYPES.items()}
     return ModelSignature(
-        inputs=Schema([ColSpec(kind, name, required=False) for name, kind in (payload | knobs).items()]),
+        inputs=Schema([ColSpec(kind, name, required=False) for name, kind in (payload | settings).items()]),
         outputs=Schema([ColSpec(kind, name, required=False) for name, kind in _OUTPUT.items()]),
         params=ParamSchema([_param_spec(name) for name in PARAMETER_NAMES]),
     )
@@ -104,7 +114,7 @@ def _param_spec(name: str) -> ParamSpec:
 
 
 def _parameter_type(annotation: Any) -> tuple[DataType, bool]:
-    """MLflow's type for a parameter's Python type, and whether it is a list of it."""
+    """Return the MLflow type of a parameter, and whether the parameter is a list."""
     if get_origin(annotation) is tuple:
         return _parameter_type(get_args(annotation)[0])[0], True
     if get_origin(annotation) is Literal:

@@ -61,7 +61,7 @@ def test_the_first_champion_has_nothing_to_be_compared_with(run, spark, model, g
     rows = ("--rows", f"delta.`{tmp_path}/rows`", "--max-rows", "3")
     code, told, _ = run("promote", "--name", model, "--challenger", "1", "--plan", *rows)
     assert (code, told["promoted"], told["previous"], list(checks(told))) == (OK, False, None, ["parity", "rows"])
-    assert checks(told)["rows"]["message"] == "3 of 3 rows answered as well as before" and alias(model) is None
+    assert checks(told)["rows"]["message"] == "3 of 3 rows succeed as before" and alias(model) is None
 
 
 def drifted(golden, folder):

@@ -133,7 +133,7 @@ def test_no_input_asks_for_the_whole_vocabulary(model):
 
 
 def test_row_of_nulls_fails(model):
-    with pytest.raises(PayloadError, match=r"row 0: the row is empty: .* x_data, .* are null or not given"):
+    with pytest.raises(PayloadError, match=r"row 0: the row is empty: .* x_data, .* are null or missing"):
         model.predict(frame({}, row()), params=UNPROCESSED)
     answers = model.predict(frame({}, row()), params=UNPROCESSED | {"on_error": "record"})
     assert [len(genes) for genes in answers["genes"]] == [0, 30]
@@ -366,13 +366,13 @@ def test_a_file_is_read_only_below_the_registered_roots(registered, model, tmp_p
         registered.root / ".." / "data" / "cells.h5ad",
         registered.root / "link.h5ad",
     ):
-        with pytest.raises(PayloadError, match="does not lie below a root"):
+        with pytest.raises(PayloadError, match="is not below one of the --input-roots"):
             model.predict(frame({}), params=CELLS | {"input_data_path": str(path)})
 
 
 def test_no_file_is_read_where_no_root_was_registered(registered):
     model = mlflow.pyfunc.load_model(registered.plain)
-    with pytest.raises(PayloadError, match="no root was listed"):
+    with pytest.raises(PayloadError, match="registered without roots"):
         model.predict(frame({}), params=CELLS | {"input_data_path": "/etc/passwd"})
 
 

@@ -64,7 +64,7 @@ def test_other_code_with_other_numbers_is_named(of_other_code):
         answer["embeddings_base64"] = base64.b64encode(vectors.tobytes()).decode()
 
     change_stored_answers(of_other_code, other_numbers)
-    assert "numbers differ by up to 0.001" in code_difference(of_other_code)
+    assert "embeddings differ by up to 0.001" in code_difference(of_other_code)
     assert registered_by(of_other_code) == scgpt_batch.__version__
 
 
@@ -110,7 +110,16 @@ def test_the_version_says_what_it_holds(registered):
 def test_the_run_holds_a_model_card(registered):
     run_id = mlflow.MlflowClient().get_model_version("scgpt", registered.version).tags["run_id"]
     card = mlflow.artifacts.load_text(f"runs:/{run_id}/model_card.md")
-    for fact in (DIGEST, "| embedding width d | 64 |", "3, 4, 128", "2503 tokens", "static", "contextual", "cell"):
+    for fact in (
+        DIGEST,
+        "| embedding dimensions | 64 |",
+        "| layers | 3 |",
+        "| feed-forward width | 128 |",
+        "2503 tokens",
+        "static",
+        "contextual",
+        "cell",
+    ):
         assert fact in card
 
 
@@ -266,14 +275,14 @@ def test_a_model_of_someone_else_is_refused(registered, tmp_path):
             return model_input
 
     mlflow.pyfunc.save_model(tmp_path / "theirs", python_model=Theirs(), pip_requirements=[])
-    with pytest.raises(ConfigError, match="no model that scgpt-batch register made"):
+    with pytest.raises(ConfigError, match="was not registered by scgpt-batch register"):
         resolve(str(tmp_path / "theirs"))
 
 
 @pytest.mark.parametrize("text", ["", "{", "flavors: {}", "just words"])
 def test_a_broken_mlmodel_file_is_a_config_error(text, tmp_path):
     (tmp_path / "MLmodel").write_text(text)
-    with pytest.raises(ConfigError, match="no model that scgpt-batch register made") as refused:
+    with pytest.raises(ConfigError, match="was not registered by scgpt-batch register") as refused:
         resolve(str(tmp_path))
     assert "\n" not in str(refused.value)
 
