@@ -1,6 +1,6 @@
-"""Rows -> batches for the device, made in a thread of their own while the device works.
+"""Division of rows into batches for the device, prepared in a separate thread while the device computes.
 
-A batch holds cells of one or several rows, as many tokens as the budget allows.
+A batch contains cells of one or several rows, up to a maximum number of tokens.
 """
 
 from collections import deque
@@ -17,64 +17,72 @@ from scgpt_batch.preprocessing.tokens import Tokens
 
 T = TypeVar("T")
 
-AHEAD = 2  # batches that are ready or in the making while one is on the device
+AHEAD = 2  # number of batches prepared in advance while one is on the device
 
 
 @dataclass
 class Batch:
-    """Pieces that run together, and the rows that came with them, in order."""
+    """Pieces that are computed together.
 
-    works: list[RowAccumulator | FinishedRow] = field(default_factory=list)
+    Attributes
+    ----------
+    rows
+        The rows that begin in this batch, in order.
+    pieces
+        The cells of this batch, in order.
+    """
+
+    rows: list[RowAccumulator | FinishedRow] = field(default_factory=list)
     pieces: list[Piece] = field(default_factory=list)
 
     @property
     def n_tokens(self) -> int:
-        """Tokens of all pieces."""
+        """Number of tokens of all pieces."""
         return sum(len(piece.tokens.genes) for piece in self.pieces)
 
     @property
     def tokens(self) -> Tokens:
-        """The pieces' tokens, packed one after the other."""
+        """The tokens of all pieces, concatenated."""
         parts = [piece.tokens for piece in self.pieces]
         return Tokens(*(np.concatenate([getattr(part, name) for part in parts]) for name in Tokens.__annotations__))
 
 
-def batches(works: Iterable[RowAccumulator | FinishedRow], budget: Callable[[], int]) -> Iterator[Batch]:
-    """Yield batches of at most `budget()` tokens, but of one cell at least, each as soon as it is full.
+def batches(rows: Iterable[RowAccumulator | FinishedRow], budget: Callable[[], int]) -> Iterator[Batch]:
+    """Yield batches of at most `budget()` tokens, but at least one cell, each as soon as it is full.
 
-    A row that needs no device comes at once when no cell waits before it.
+    A row that needs no device is yielded immediately, unless cells of earlier rows are still waiting.
     """
     batch = Batch()
-    for work in works:
-        batch.works.append(work)
+    for row in rows:
+        batch.rows.append(row)
         first = 0
-        while isinstance(work, RowAccumulator) and first < len(work.lengths):
-            last = first + _that_fit(work, first, budget() - batch.n_tokens)
+        while isinstance(row, RowAccumulator) and first < len(row.lengths):
+            last = first + _cells_that_fit(row, first, budget() - batch.n_tokens)
             if last == first and batch.pieces:
                 yield batch
                 batch = Batch()
                 continue
             last = max(last, first + 1)
-            batch.pieces.append(work.piece(first, last))
+            batch.pieces.append(row.piece(first, last))
             first = last
         if not batch.pieces:
             yield batch
             batch = Batch()
-    if batch.works or batch.pieces:
+    if batch.rows or batch.pieces:
         yield batch
 
 
-def _that_fit(work: RowAccumulator, first: int, room: int) -> int:
-    """How many of the work's cells from `first` on may go together and have no more than `room` tokens."""
-    ends = np.cumsum(work.lengths[first : work.run_end(first)])
-    return int(np.searchsorted(ends, room, side="right"))
+def _cells_that_fit(row: RowAccumulator, first: int, tokens: int) -> int:
+    """Return how many cells from `first` on can form a piece of at most `tokens` tokens."""
+    ends = np.cumsum(row.lengths[first : row.run_end(first)])
+    return int(np.searchsorted(ends, tokens, side="right"))
 
 
 def prefetched(items: Iterable[T]) -> Generator[T, None, None]:
-    """Draw items in a thread, at most AHEAD before they are asked for.
+    """Yield items that a thread computes in advance, at most AHEAD of them.
 
-    What `items` raises is raised here, in its place. Closing this generator waits for the item in the making and ends
-    the thread. The thread keeps to the caller's share of cores, which numba remembers for each thread apart.
+    Exceptions of `items` are raised here. Closing the generator waits for the item in progress and ends the thread.
+    numba's number of threads is a property of each thread; the new thread inherits the caller's.
     """
     source, end = iter(items), object()
     cores = numba.get_num_threads()
@@ -83,6 +91,6 @@ def prefetched(items: Iterable[T]) -> Generator[T, None, None]:
         ahead = deque(pool.submit(next, source, end) for _ in range(AHEAD))
         while (item := ahead.popleft().result()) is not end:
             ahead.append(pool.submit(next, source, end))
-            yield item  # type: ignore[misc]  # it is no `end`
+            yield item  # type: ignore[misc]  # not `end`
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -1,6 +1,6 @@
-"""Rows in, embeddings out: static, contextual and cell mode. Knows the model and preprocessing, no MLflow, no Spark.
+"""The inference engine: embeddings of rows in static, contextual and cell mode.
 
-Every path to an embedding (batch job, endpoint, Python) ends here, so a row gets the same numbers everywhere.
+The batch job, the endpoint and the Python API all use it, so a row gets the same embeddings everywhere.
 """
 
 import logging
@@ -34,29 +34,44 @@ from scgpt_batch.preprocessing.tokens import ScgptTokenizer
 
 logger = logging.getLogger(__name__)
 
-CPU_TOKENS = 16_384  # in a batch: some 200 MB of activations at d 512; larger ones are no faster
-GPU_TOKENS = 131_072  # likewise, where memory allows
-GPU_SHARE = 0.5  # of the free memory that a batch may take
-NAMED = 20  # genes that a warning names
+CPU_TOKENS = 16_384  # tokens per batch on the CPU: about 200 MB of activations at d 512; larger batches are no faster
+GPU_TOKENS = 131_072  # tokens per batch on a GPU with enough memory; larger batches are no faster
+GPU_SHARE = 0.5  # share of the free GPU memory that a batch may use
+NAMED = 20  # maximum number of genes that a warning names
 
 
 class Embedder:
-    """A loaded checkpoint that answers rows. Safe to call from several threads: one batch at a time is on the device.
+    """Computes embeddings with one checkpoint. Thread-safe; the device computes one batch at a time.
 
-    Weights are read when a vector is first asked for: static genes without vectors need the vocabulary alone.
+    The weights are read when they are first needed. Static mode without vectors only needs the vocabulary.
+
+    Parameters
+    ----------
+    checkpoint
+        The checkpoint.
+    device
+        Device of the model, such as "cuda:0". Default: the GPU if there is one, else the CPU.
+    roots
+        Folders below which `input_data_path` may name files. Default: none.
+
+    Attributes
+    ----------
+    config, vocabulary, digest
+        Dimensions, vocabulary and SHA-256 of the checkpoint.
+    reader
+        Reads and tokenizes rows for this model.
     """
 
     def __init__(self, checkpoint: Checkpoint, *, device: str | None = None, roots: Sequence[str] = ()) -> None:
-        """Keep the checkpoint; `device` None means the GPU if there is one; `roots` are for `input_data_path`."""
         self.config = checkpoint.config
         self.vocabulary = checkpoint.vocabulary
         self.digest = checkpoint.digest
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.reader = RowReader(ScgptTokenizer(checkpoint.vocabulary, checkpoint.config.pad_value), roots)
         self._checkpoint = checkpoint
-        self._requested = lru_cache(maxsize=4)(self._look_up)  # the genes of a request are those of each of its rows
+        self._requested = lru_cache(maxsize=4)(self._look_up)  # all rows of a request have the same `genes`
         self._models: dict[str, Encoder] = {}
-        self._budget: int | None = None  # tokens of a batch; known once a model is on the device
+        self._budget: int | None = None  # maximum tokens per batch; set when a model is on the device
         self._lock = threading.Lock()
 
     @cached_property
@@ -74,9 +89,17 @@ class Embedder:
         min_coverage: float | None = None,
         with_vectors: bool = True,
     ) -> RowResult:
-        """Answer one row, as `embed_rows` does."""
-        (answer,) = self.embed_rows([row], parameters, min_coverage=min_coverage, with_vectors=with_vectors)
-        return answer
+        """Return the embeddings of one row; see `embed_rows` for parameters and errors.
+
+        Examples
+        --------
+        >>> embedder = load_embedder("checkpoints/scgpt-human")
+        >>> result = embedder.embed(to_row(adata), Parameters(mode="cell", need_preprocess=False))
+        >>> result.cell_embeddings.shape
+        (2638, 512)
+        """
+        (result,) = self.embed_rows([row], parameters, min_coverage=min_coverage, with_vectors=with_vectors)
+        return result
 
     def embed_rows(
         self,
@@ -88,45 +111,45 @@ class Embedder:
         sums: bool = False,
         wanted: Callable[[], bool] = lambda: True,
     ) -> Generator[RowResult, None, None]:
-        """Answer rows in their order, small ones together on the device.
+        """Return an iterator over the results of rows, in order. Small rows are computed together on the device.
 
-        Rows are drawn, read and preprocessed in a thread, a few batches ahead of the device; close the iterator if it
-        is not drawn to its end.
+        A thread reads and preprocesses rows a few batches ahead of the device. Close the iterator if you do not exhaust
+        it.
 
         Parameters
         ----------
         rows
-            Each has the payload columns of `io.rows`. In a list or tuple, rows that share a `sample_id` are one
-            sample, as in the batch job; each row of an iterator is a sample by itself. Other columns are ignored.
+            Dicts with the payload columns of `io.rows`; other columns are ignored. In a list or tuple, rows with the
+            same `sample_id` are one sample, as in the batch job. In any other iterable, each row is its own sample.
         parameters
-            As for the PyFunc; `on_error` and `encoding` are the caller's to act on.
+            The parameters; `on_error` and `encoding` are ignored here.
         min_coverage
-            If given, takes the place of `parameters.min_coverage`.
+            Overrides `parameters.min_coverage`.
         with_vectors
-            False leaves out static mode's vectors, which are rows of `gene_table`: the weights are not read.
+            If False, static mode returns no vectors (they are rows of `gene_table`) and does not read the weights.
         sums
-            Contextual mode: sums over the cells instead of means, to be added up over the rows of a sample.
+            In contextual mode, return sums over cells instead of means, so that rows of a sample can be added up.
         wanted
-            Asked before each batch; answers end early once it returns False.
+            Called before each batch; the iterator ends when it returns False.
 
         Returns
         -------
-        An answer for each row; a RowError is returned in the answer's `error`, never raised.
+        Iterator with a result for each row. A RowError is not raised, but returned in the result's `error`.
 
         Raises
         ------
         ConfigError
-            The parameters state another model than the checkpoint's.
+            A parameter contradicts the checkpoint, or none of `genes` is in the vocabulary.
         """
         check_model_parameters(parameters, self.config, self.vocabulary)
         if min_coverage is not None:
             parameters = Parameters.create(parameters.model_dump(), {"min_coverage": min_coverage})
-        given = (
+        decided = (
             with_decisions(self.reader, rows, parameters)
             if isinstance(rows, (list, tuple))
             else zip(rows, repeat(None))
         )
-        return self._embed(given, parameters, with_vectors, sums, wanted)
+        return self._embed(decided, parameters, with_vectors, sums, wanted)
 
     def embed_sample_rows(
         self,
@@ -136,7 +159,7 @@ class Embedder:
         with_vectors: bool = True,
         sums: bool = False,
     ) -> Generator[RowResult, None, None]:
-        """Answer rows as `embed_rows` does, each with the decisions of its sample, or None."""
+        """Return results as `embed_rows` does, for pairs of a row and the decisions of its sample (or None)."""
         check_model_parameters(parameters, self.config, self.vocabulary)
         return self._embed(rows, parameters, with_vectors, sums, lambda: True)
 
@@ -148,30 +171,30 @@ class Embedder:
         sums: bool,
         wanted: Callable[[], bool],
     ) -> Generator[RowResult, None, None]:
-        works = (self._work(row, decisions, parameters, with_vectors, sums) for row, decisions in rows)
-        return self._answers(works, parameters, wanted)
+        prepared = (self._prepare(row, decisions, parameters, with_vectors, sums) for row, decisions in rows)
+        return self._results(prepared, parameters, wanted)
 
-    def _answers(
-        self, works: Iterator[RowAccumulator | FinishedRow], parameters: Parameters, wanted: Callable[[], bool]
+    def _results(
+        self, rows: Iterator[RowAccumulator | FinishedRow], parameters: Parameters, wanted: Callable[[], bool]
     ) -> Generator[RowResult, None, None]:
-        waiting: deque[RowAccumulator | FinishedRow] = deque()
-        with closing(prefetched(batches(works, lambda: self._tokens_a_batch(parameters.dtype)))) as ready:
-            for batch in ready:
+        pending: deque[RowAccumulator | FinishedRow] = deque()
+        with closing(prefetched(batches(rows, lambda: self._tokens_per_batch(parameters.dtype)))) as prepared_batches:
+            for batch in prepared_batches:
                 if not wanted():
                     return
-                waiting.extend(batch.works)
+                pending.extend(batch.rows)
                 if batch.pieces:
                     self._run(batch, parameters)
-                while waiting and not waiting[0].remaining:
-                    yield waiting.popleft().answer()
+                while pending and not pending[0].remaining:
+                    yield pending.popleft().result()
 
-    def _work(
+    def _prepare(
         self, row: Row, decisions: Decisions | None, parameters: Parameters, with_vectors: bool, sums: bool
     ) -> RowAccumulator | FinishedRow:
-        """Prepare a row for the device; static mode and errors are answered at once."""
+        """Return a row that is prepared for the device, or finished: in static mode, or after an error."""
         try:
             if is_empty(row) and not parameters.input_data_path:
-                raise PayloadError(f"the row is empty: {', '.join(PAYLOAD_COLUMNS)} are null or not given")
+                raise PayloadError(f"the row is empty: {', '.join(PAYLOAD_COLUMNS)} are null or missing")
             prepared = self.reader.prepare(row, parameters, decisions)
         except RowError as exc:
             return FinishedRow(RowResult(report=exc.report or RowReport(), error=exc))
@@ -184,18 +207,18 @@ class Embedder:
         return FinishedRow(self._static(prepared, wanted, with_vectors))
 
     def whole_vocabulary(self, parameters: Parameters) -> RowResult:
-        """Return the static vectors of all tokens, or of the `genes` asked for: the answer to a call without input.
+        """Return the static embeddings of the whole vocabulary, or of `parameters.genes` if given.
 
         Raises
         ------
         PayloadError
-            The mode needs cells.
+            The mode is not "static".
         ConfigError
-            The parameters state another model than the checkpoint's, or genes of which it knows none.
+            A parameter contradicts the checkpoint, or none of `genes` is in the vocabulary.
         """
         check_model_parameters(parameters, self.config, self.vocabulary)
         if parameters.mode != "static":
-            raise PayloadError(f"mode {parameters.mode!r} needs cells: without input, only mode 'static' has an answer")
+            raise PayloadError(f"mode {parameters.mode!r} needs cells: without input, only mode 'static' is possible")
         genes = np.array(self.vocabulary.tokens, dtype=object)
         kept = self._wanted(genes, parameters)
         unknown, _ = self._requested(parameters.genes)
@@ -204,31 +227,31 @@ class Embedder:
         return RowResult(genes[kept].tolist(), n_cells=n_cells, gene_embeddings=self.gene_table[kept], report=report)
 
     def _wanted(self, genes: np.ndarray, parameters: Parameters) -> np.ndarray:
-        """Mask the genes that the caller wants answered."""
+        """Return which of the genes the parameter `genes` selects, bool, (genes,)."""
         if not parameters.genes:
             return np.ones(len(genes), bool)
         _, names = self._requested(parameters.genes)
         return np.fromiter((gene in names for gene in genes), bool, len(genes))
 
     def _look_up(self, genes: tuple[str, ...]) -> tuple[str | None, frozenset[str]]:
-        """Return what to say of requested genes that are unknown, and the others."""
+        """Return a warning about requested genes that are not in the vocabulary, and the other requested genes."""
         known = frozenset(gene for gene in genes if gene in self.vocabulary)
         unknown = [gene for gene in dict.fromkeys(genes) if gene not in known]
         warning = _genes_warning(unknown, "is not in the model's vocabulary", "are not in the model's vocabulary")
         return warning and warning + did_you_mean(unknown[0], self.vocabulary.tokens, cutoff=GENE_CUTOFF), known
 
     def _with_missing_genes(self, prepared: PreparedRow, wanted: np.ndarray, parameters: Parameters) -> PreparedRow:
-        """Add warnings that name the requested genes without a vector in the answer."""
+        """Add warnings that name the requested genes without a vector in the result."""
         if not parameters.genes:
             return prepared
         unknown, known = self._requested(parameters.genes)
-        if prepared.cells is not None:  # a contextual mean needs a cell that expresses the gene
+        if prepared.cells is not None:  # in contextual mode, only expressed genes have a vector
             wanted = wanted & prepared.cells.expressed
-        answered = set(prepared.genes[wanted])
-        missing = [gene for gene in dict.fromkeys(parameters.genes) if gene in known and gene not in answered]
+        embedded = set(prepared.genes[wanted])
+        missing = [gene for gene in dict.fromkeys(parameters.genes) if gene in known and gene not in embedded]
         what = "no vector: not among the row's genes after preprocessing"
-        told = (unknown, _genes_warning(missing, f"has {what}", f"have {what}"))
-        report = replace(prepared.report, warnings=(*prepared.report.warnings, *filter(None, told)))
+        warnings = (unknown, _genes_warning(missing, f"has {what}", f"have {what}"))
+        report = replace(prepared.report, warnings=(*prepared.report.warnings, *filter(None, warnings)))
         return replace(prepared, report=report)
 
     def _static(self, prepared: PreparedRow, kept: np.ndarray, with_vectors: bool) -> RowResult:
@@ -240,35 +263,35 @@ class Embedder:
         ).checked()
 
     def _run(self, batch: Batch, parameters: Parameters) -> None:
-        """Run a batch and hand each row what is its own."""
-        cells = parameters.mode == "cell"
+        """Compute a batch, and add the output of each piece to its row."""
+        is_cell_mode = parameters.mode == "cell"
         with self._lock:
             output = self._forward(batch.tokens, parameters)
-            sizes = [piece.last - piece.first if cells else len(piece.tokens.genes) for piece in batch.pieces]
+            sizes = [piece.last - piece.first if is_cell_mode else len(piece.tokens.genes) for piece in batch.pieces]
             for piece, part in zip(batch.pieces, output.split(sizes), strict=True):
-                piece.work.add(piece, part)
+                piece.row.add(piece, part)
 
     def _forward(self, tokens: Tokens, parameters: Parameters) -> torch.Tensor:
-        """Run the model; where memory does not suffice, run both halves of the cells and ask for half from now on."""
+        """Return the output of the model. If memory runs out, compute halves, and use smaller batches from then on."""
         model = self._model(parameters.dtype)
         genes, values = torch.from_numpy(tokens.genes), torch.from_numpy(tokens.values)
         try:
             return model(genes, values, tokens.lengths.tolist(), cls_only=parameters.mode == "cell")
-        except RuntimeError as exc:  # torch.OutOfMemoryError is one, and the CPU's has no class of its own
+        except RuntimeError as exc:  # base class of torch.OutOfMemoryError; raised itself if CPU memory runs out
             if len(tokens.lengths) == 1 or not _is_out_of_memory(exc):
                 raise
         self._budget = max(1, len(tokens.genes) // 2)
-        logger.warning("out of memory with %d tokens: %d a batch from now on", len(tokens.genes), self._budget)
+        logger.warning("out of memory with %d tokens; batches now have at most %d", len(tokens.genes), self._budget)
         if self.device != "cpu":
             torch.cuda.empty_cache()
         return torch.cat([self._forward(half, parameters) for half in tokens.halves()])
 
-    def _tokens_a_batch(self, dtype: str) -> int:
+    def _tokens_per_batch(self, dtype: str) -> int:
         if self._budget is None:
             with self._lock:
-                self._model(dtype)  # what it takes is not free
+                self._model(dtype)  # loaded first, because the budget depends on the memory that is still free
                 self._budget = token_budget(torch.device(self.device), self.config)
-                logger.info("%d tokens a batch on %s", self._budget, self.device)
+                logger.info("up to %d tokens per batch on %s", self._budget, self.device)
         return self._budget
 
     def _model(self, dtype: str) -> Encoder:
@@ -278,27 +301,33 @@ class Embedder:
 
 
 def token_budget(device: torch.device, config: ModelConfig) -> int:
-    """Return how many tokens to run at once: a number that suffices to be fast, if so much memory is free."""
+    """Return the maximum number of tokens per batch: the fastest size, or less if little GPU memory is free."""
     if device.type != "cuda":
         return CPU_TOKENS
     free, _ = torch.cuda.mem_get_info(device)
-    # at the peak of a layer: x, its sum and norm, q, k, v and what they attend to, the feed-forward layer's inside
-    bytes_a_token = 4 * (8 * config.embsize + 2 * config.d_hid)
-    return max(1, min(GPU_TOKENS, int(free * GPU_SHARE) // bytes_a_token))
+    # at the peak of a layer: x, its sum and norm; q, k, v and the attention output; the feed-forward activations
+    bytes_per_token = 4 * (8 * config.embsize + 2 * config.d_hid)
+    return max(1, min(GPU_TOKENS, int(free * GPU_SHARE) // bytes_per_token))
 
 
 def check_model_parameters(parameters: Parameters, config: ModelConfig, vocabulary: Vocabulary) -> None:
-    """Reject parameters of another model than the checkpoint, or genes of which it knows none (ConfigError)."""
+    """Check that parameters match the checkpoint.
+
+    Raises
+    ------
+    ConfigError
+        A parameter such as `embsize` differs from the checkpoint, or none of `genes` is in the vocabulary.
+    """
     names = {"embsize": "embsize", "nhead": "nheads", "d_hid": "d_hid", "nlayers": "nlayers"}
     for name, attribute in {**names, "n_layers_cls": "n_layers_cls"}.items():
         stated, has = getattr(parameters, name), getattr(config, attribute)
         if stated is not None and stated != has:
-            raise ConfigError(f"{name} is {stated}, but the checkpoint has {has}: leave it out, or take that model")
+            raise ConfigError(f"{name} is {stated}, but the checkpoint has {has}; leave {name} out, or use that model")
     if parameters.genes and not any(gene in vocabulary for gene in parameters.genes):
         end = did_you_mean(parameters.genes[0], vocabulary.tokens, cutoff=GENE_CUTOFF)
         raise ConfigError(
             f"genes: none of the {len(parameters.genes)} names is in the model's vocabulary (first: "
-            f"{parameters.genes[0]!r}{end}); give the names that the vocabulary uses, e.g. human gene symbols"
+            f"{parameters.genes[0]!r}{end}); use the names of the vocabulary, e.g. human gene symbols"
         )
 
 
@@ -309,39 +338,50 @@ _LOADING = threading.Lock()
 def load_embedder(
     folder: str | Path, *, digest: str | None = None, device: str | None = None, roots: Sequence[str] = ()
 ) -> Embedder:
-    """Return the embedder of a checkpoint folder, made once per process; it reads the weights when it needs them.
+    """Return the embedder of a checkpoint folder, created once per process. The weights are read when first needed.
 
     Parameters
     ----------
+    folder
+        The checkpoint folder.
     digest
-        The checkpoint's digest where it is known (a registered model states it): it saves reading the files again,
-        and files that turn out to have another are refused when the weights are read.
+        Digest of the checkpoint, if known, as for a registered model. The files are then not read to compute it now;
+        it is verified when the weights are read.
+    device, roots
+        See `Embedder`.
 
     Raises
     ------
     CheckpointError
-        args.json or vocab.json is missing, unreadable or not built here.
+        args.json or vocab.json is missing, unreadable or not supported.
+
+    Examples
+    --------
+    >>> embedder = load_embedder("checkpoints/scgpt-human")
+    >>> genes = embedder.whole_vocabulary(Parameters(genes=["CD3D", "LYZ"]))
+    >>> genes.gene_embeddings.shape
+    (2, 512)
     """
     with _LOADING:
         key = (digest or checkpoint_digest(folder), device, tuple(roots))
         if key not in _EMBEDDERS:
             _EMBEDDERS[key] = Embedder(Checkpoint(folder, digest=digest), device=device, roots=roots)
-            logger.info("model %s opened in process %d on %s", key[0][:12], os.getpid(), _EMBEDDERS[key].device)
+            logger.info("checkpoint %s opened in process %d on %s", key[0][:12], os.getpid(), _EMBEDDERS[key].device)
         return _EMBEDDERS[key]
 
 
 def opened_embedder(digest: str, device: str | None = None) -> Embedder | None:
-    """Return the embedder of a checkpoint that this process has opened; None if it has not."""
+    """Return the embedder of a checkpoint if this process has created it, else None."""
     return _EMBEDDERS.get((digest, device, ()))
 
 
 def loads_in_this_process() -> int:
-    """How many models this process has loaded: one for each checkpoint, however many requests."""
+    """Return the number of embedders that this process has created, one for each checkpoint and device."""
     return len(_EMBEDDERS)
 
 
 def _genes_warning(genes: Sequence[str], one: str, several: str) -> str | None:
-    """Name some requested genes and what is the matter with them; None where there are none."""
+    """Return a warning that names some of the genes, or None if there are none."""
     if not genes:
         return None
     named = ", ".join(genes[:NAMED]) + (", …" if len(genes) > NAMED else "")

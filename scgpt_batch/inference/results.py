@@ -1,4 +1,4 @@
-"""What a row gets back: its embeddings or its error, and the report that the ledger keeps."""
+"""The result of a row: its embeddings or its error, and the report for the ledger."""
 
 import base64
 from collections.abc import Sequence
@@ -8,37 +8,39 @@ import numpy as np
 
 from scgpt_batch.errors import NonFiniteOutput, RowError, plain_line
 
-_PACKED_TYPES = {"float32_base64": "<f4", "float16_base64": "<f2"}  # of the numbers in each packed `encoding`
+_PACKED_TYPES = {"float32_base64": "<f4", "float16_base64": "<f2"}  # number type of each packed `encoding`
 
 
 @dataclass(frozen=True)
 class RowReport:
-    """What was seen of a row on the way: counts for the ledger, warnings for a person."""
+    """Counts and warnings about a row, for the ledger."""
 
-    cells: int = 0  # that were embedded or averaged
-    genes_in: int = 0
-    genes_matched: int = 0  # names found in the vocabulary
-    coverage: float | None = None  # share of the row's counts that these carry
-    warnings: tuple[str, ...] = ()  # each one line of bounded length
+    cells: int = 0  # number of cells that were embedded or averaged
+    genes_in: int = 0  # number of gene expression features
+    genes_matched: int = 0  # number of those whose name is in the vocabulary
+    coverage: float | None = None  # share of the row's counts in these genes
+    warnings: tuple[str, ...] = ()  # each a single line of bounded length
 
     def __post_init__(self) -> None:
-        """Shorten the warnings and escape control characters: names from the row stand in them."""
+        # warnings quote names from the row
         object.__setattr__(self, "warnings", tuple(map(plain_line, self.warnings)))
 
 
 @dataclass(frozen=True)
 class RowResult:
-    """The embeddings of one row, or the error that stood in the way.
+    """The embeddings of one row, or its error.
 
     Attributes
     ----------
     genes, groups, n_cells, gene_embeddings
-        Static and contextual mode: one entry per gene (per group and gene with `group_by`); cells that carry the
-        gene; float32, (genes, d).
+        Static and contextual mode, one entry for each gene (with `group_by`, for each group and gene): name, group,
+        number of cells that express the gene, and vectors, float32, (genes, d).
     cell_ids, cell_embeddings
-        Cell mode: the cells' names; float32, (cells, d), rows of norm 1.
-    report, error
-        What was seen of the row; the RowError, or None when well.
+        Cell mode: names of the cells, and vectors of length 1, float32, (cells, d).
+    report
+        Counts and warnings.
+    error
+        The error, or None if the row has embeddings.
     """
 
     genes: Sequence[str] | None = None
@@ -52,25 +54,26 @@ class RowResult:
 
     @property
     def embeddings(self) -> np.ndarray | None:
-        """The answer's vectors, of genes or of cells, whichever the mode gives."""
+        """The vectors of genes or cells, depending on the mode."""
         return self.gene_embeddings if self.gene_embeddings is not None else self.cell_embeddings
 
     def base64(self, encoding: str) -> str:
-        """The vectors as one little-endian, row-major base64 string."""
+        """Return the vectors as one base64 string, little-endian and row-major."""
         vectors = self.embeddings
         return "" if vectors is None else base64.b64encode(vectors.astype(_PACKED_TYPES[encoding]).tobytes()).decode()
 
     def checked(self) -> "RowResult":
-        """Return the answer, or its error where a vector is not finite."""
+        """Return this result, or a NonFiniteOutput error if a vector contains NaN or infinity."""
         vectors = self.embeddings
         if vectors is None or np.isfinite(vectors).all():
             return self
         bad = int(np.argmin(np.isfinite(vectors).all(axis=1)))
         names = self.genes if self.genes is not None else self.cell_ids
-        error = NonFiniteOutput(f"the embedding of {names[bad]!r} holds NaN or infinity")  # type: ignore[index]
+        name = names[bad]  # type: ignore[index]
+        error = NonFiniteOutput(f"the embedding of {name!r} contains NaN or infinity; use dtype float32, or report it")
         return RowResult(report=self.report, error=error)
 
 
 def unpack(text: str, encoding: str, d: int) -> np.ndarray:
-    """Read the vectors that `RowResult.base64` has packed: (genes or cells, d), read-only."""
+    """Return the vectors in a string of `RowResult.base64`; read-only array of shape (genes or cells, d)."""
     return np.frombuffer(base64.b64decode(text), _PACKED_TYPES[encoding]).reshape(-1, d)

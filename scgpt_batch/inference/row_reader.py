@@ -1,6 +1,6 @@
-"""A row, read and preprocessed: everything between its columns and its tokens that needs no device.
+"""Reading and preprocessing of rows, from table columns to tokens.
 
-Errors of a row's own data are RowErrors here, whatever library raised them.
+Exceptions that libraries raise for the data of a row are converted to RowErrors here.
 """
 
 import logging
@@ -47,16 +47,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class OpenRow:
-    """A row as the model sees it, before preprocessing.
+    """A row whose genes are matched to the vocabulary, before preprocessing.
 
     Attributes
     ----------
     adata
-        Cells × genes in float32; var's names are those of the vocabulary, each once, and var has no columns.
+        Cells × genes in float32, with unique gene names and no columns in var.
     report
-        What was seen so far.
+        Counts and warnings so far.
     whole_numbers
-        X was of an integer type or bool.
+        Whether X had an integer type or bool.
     """
 
     adata: ad.AnnData
@@ -66,26 +66,33 @@ class OpenRow:
 
 @dataclass(frozen=True)
 class PreparedRow(TokenizedRow):
-    """A row, read and tokenized.
+    """A tokenized row with its report.
 
     Attributes
     ----------
     report
-        What was counted on the way.
+        Counts and warnings.
     """
 
     report: RowReport
 
 
 class RowReader:
-    """Reads and tokenizes rows for one model. Safe in several threads."""
+    """Reads and tokenizes rows for one model. Thread-safe.
+
+    Parameters
+    ----------
+    tokenizer
+        Tokenizer of the model.
+    roots
+        Folders below which `input_data_path` may name files.
+    """
 
     def __init__(self, tokenizer: ScgptTokenizer, roots: Sequence[str]) -> None:
-        """Tokenize by `tokenizer`; `input_data_path` may name files below `roots`."""
         self.tokenizer = tokenizer
         self.vocabulary = tokenizer.vocabulary
         self.roots = tuple(roots)
-        # the genes of a file or sample come with each of its rows
+        # all rows of a file or sample have the same genes
         self._shared_selection = lru_cache(maxsize=SHARED_TABLES)(self._select_shared_genes)
 
     def prepare(
@@ -94,38 +101,47 @@ class RowReader:
         parameters: Parameters,
         decisions: Decisions | None = None,
     ) -> PreparedRow:
-        """Read and preprocess one row, by the `decisions` of its sample where it is one of several.
+        """Return one row, preprocessed and tokenized.
+
+        Parameters
+        ----------
+        row
+            The payload columns.
+        parameters
+            The parameters.
+        decisions
+            Decisions of the sample; None if the row is its own sample.
 
         Raises
         ------
         RowError
-            The row has no answer, whatever a library calls the reason; `report` on it says what was seen before.
+            The row cannot be embedded; the `report` of the error has the counts and warnings so far.
         """
         with row_errors():
             opened = self.open(row, parameters)
             try:
                 return self._tokenize(opened, parameters, decisions)
             except RowError as exc:
-                exc.report = opened.report  # for the ledger's line of the failed row
+                exc.report = opened.report  # written to the ledger
                 raise
 
     def open(self, row: Mapping[str, Any], parameters: Parameters) -> OpenRow:
-        """Read one row and apply the rules for values and names: what every way into the model has in common.
+        """Return one row with validated values and matched gene names, before preprocessing.
 
         Raises
         ------
         RowError
-            It cannot be read, or the vocabulary knows too few of its genes.
+            The row cannot be read, or the genes in the vocabulary carry too small a share of its counts.
         """
-        content, layers, told = self._read(row, parameters)
+        content, layers, messages = self._read(row, parameters)
         genes = self._genes(row, content)
         x, rounded = as_float32(content.x, content.var.index)
         adata = ad.AnnData(genes.apply(x), obs=content.obs, var=pd.DataFrame(index=genes.names))
         for name, layer in layers.items():
             adata.layers[name] = genes.apply(as_float32(layer, content.var.index)[0])
-        report = self._report(adata, genes, parameters, (*told, *content.warnings, rounded))
+        report = self._report(adata, genes, parameters, (*messages, *content.warnings, rounded))
         try:
-            _refuse_low_coverage(report, parameters.min_coverage, genes.hint)
+            _check_coverage(report, parameters.min_coverage, genes.hint)
         except RowError as exc:
             exc.report = report
             raise
@@ -141,26 +157,28 @@ class RowReader:
     def _read(
         self, row: Mapping[str, Any], parameters: Parameters
     ) -> tuple[RowContent, dict[str, sp.csr_matrix], list[str]]:
-        """Return the row's content, or the named file's, its other layers in use, and warnings."""
+        """Return the content of the row (or of `input_data_path`), the layer that is normalised, and warnings."""
         if parameters.input_data_path and is_empty(row):
             path = allowed_path(parameters.input_data_path, self.roots)
             return _read_file(path, parameters)
         if parameters.use_key != "X" and not parameters.need_preprocess:
-            raise PayloadError(f"use_key {parameters.use_key!r} is not a layer of the row: a row holds X alone")
+            raise PayloadError(
+                f"use_key {parameters.use_key!r} is not a layer of the row: rows have only X; set use_key to 'X'"
+            )
         return read_row(row), {}, []
 
     def _genes(self, row: Mapping[str, Any], content: RowContent) -> GeneSelection:
-        """Choose the row's genes, once for the rows that share `adata_var`."""
+        """Return the genes of a row, cached for rows with the same `adata_var`."""
         text = row.get("adata_var")
         return self.genes_of(text) if isinstance(text, str) else select_genes(content.var, self.vocabulary)
 
     def genes_of(self, text: str) -> GeneSelection:
-        """Choose the genes of a JSON table (`adata_var`), once for the rows that share it.
+        """Return the genes of a JSON table (`adata_var`), cached for rows with the same table.
 
         Raises
         ------
         PayloadError
-            It cannot be read, or holds no gene expression.
+            The table cannot be read, or contains no gene expression features.
         """
         if len(text) <= SHARED_LENGTH:
             return self._shared_selection(text)
@@ -168,14 +186,16 @@ class RowReader:
 
     def _select_shared_genes(self, text: str) -> GeneSelection:
         genes = select_genes(genes_from_json(text), self.vocabulary)
-        genes.names.is_unique  # noqa: B018  # builds the hash table before several threads look names up in it
+        genes.names.is_unique  # noqa: B018  # builds the hash table, which is not thread-safe, before threads use it
         return genes
 
-    def _report(self, adata: ad.AnnData, genes: GeneSelection, p: Parameters, told: Iterable[str | None]) -> RowReport:
-        # in float64: float32 loses counts from 2^24 on
+    def _report(
+        self, adata: ad.AnnData, genes: GeneSelection, p: Parameters, messages: Iterable[str | None]
+    ) -> RowReport:
+        # float64, because float32 sums of counts are not exact above 2^24
         total = adata.X.data.sum(dtype=np.float64)
         matched = (adata.X @ genes.known.astype(np.float64)).sum()
-        warnings = [*told, *genes.warnings]
+        warnings = [*messages, *genes.warnings]
         if not p.data_is_binned:
             warnings.append(value_warning(adata, data_is_raw=p.data_is_raw))
         warnings += _missing_labels(adata, p)
@@ -189,70 +209,77 @@ class RowReader:
 
 
 def allowed_path(path: str, roots: Iterable[str]) -> Path:
-    """Return the real path if it lies below one of `roots`; a PayloadError otherwise.
+    """Return the real path of a file or .zarr folder below one of `roots`.
 
-    Links are followed before the comparison, and `..` is refused outright. A folder must be a .zarr, and no link in it
-    may lead out of the roots.
+    Links are resolved before the comparison, also those inside a .zarr folder.
+
+    Raises
+    ------
+    PayloadError
+        The path is outside the roots, contains "..", or is neither a file nor a .zarr folder.
     """
     allowed = [Path(root).resolve() for root in roots]
     if not allowed:
-        raise PayloadError("input_data_path is not allowed: no root was listed when the model was registered")
+        raise PayloadError(
+            "input_data_path is not allowed: the model was registered without roots; register it with --input-roots"
+        )
     real = Path(path).resolve()
 
     def is_below(place: Path) -> bool:
         return any(place.is_relative_to(root) for root in allowed)
 
     if ".." in Path(path).parts or not is_below(real):
-        raise PayloadError(f"input_data_path {path!r} does not lie below a root listed at registration")
+        raise PayloadError(f"input_data_path {path!r} is not below one of the --input-roots of the registered model")
     if real.is_dir() and real.suffix == ".zarr":
         if not all(is_below(part.resolve()) for part in real.rglob("*")):
-            raise PayloadError(f"input_data_path {path!r} contains links out of the roots listed at registration")
+            raise PayloadError(f"input_data_path {path!r} contains links to places outside the --input-roots")
     elif not real.is_file():
         raise PayloadError(f"input_data_path {path!r} is not an .h5ad file or a .zarr folder")
     return real
 
 
 def _read_file(path: Path, p: Parameters) -> tuple[RowContent, dict[str, sp.csr_matrix], list[str]]:
-    """Read a file and check it as a row is checked; of its layers, the one that is used.
+    """Return the validated content of a file, the layer `use_key` if it is normalised, and warnings.
 
-    Without preprocessing the layer takes the place of X, which is not looked at then.
+    Without preprocessing, the layer `use_key` is read instead of X.
     """
     try:
-        with quiet_libraries(), nullcontext() if path.is_dir() else open_hdf5(path):  # warnings of repeated names
+        # open_hdf5 checks the file; anndata warns about repeated names, which are handled later
+        with quiet_libraries(), nullcontext() if path.is_dir() else open_hdf5(path):
             file = ad.read_zarr(path) if path.is_dir() else ad.read_h5ad(path)
     except (FileError, OSError, KeyError, ValueError) as exc:
         raise PayloadError(f"input_data_path: {path.name} cannot be read as .h5ad or .zarr: {exc}") from exc
-    told: list[str] = []
+    messages: list[str] = []
 
     def content(layer: str | None) -> RowContent:
         try:
-            return read_row(to_row(file, layer=layer, warnings=told))
+            return read_row(to_row(file, layer=layer, warnings=messages))
         except PayloadError as exc:
             raise PayloadError(f"input_data_path: {path.name}: {exc}") from exc
 
     layer = None if p.use_key == "X" else p.use_key
     if layer is None or not p.need_preprocess:
-        return content(layer), {}, told
-    return content(None), {p.use_key: content(layer).x}, told
+        return content(layer), {}, messages
+    return content(None), {p.use_key: content(layer).x}, messages
 
 
 def _empty_cells_warning(cells: CellTokens | None) -> str | None:
-    """Say when cells have no gene for the model to see: their embeddings are all alike."""
+    """Return a warning if cells express no gene of the vocabulary, so that their embeddings are all the same."""
     empty = 0 if cells is None else int((cells.lengths == 1).sum())
-    return f"{empty} cells carry no gene of the vocabulary: what they give is that of <cls> alone" if empty else None
+    return f"{empty} cells express no gene of the vocabulary: they all get the vector of <cls> alone" if empty else None
 
 
 def _missing_labels(adata: ad.AnnData, p: Parameters) -> list[str | None]:
-    """Say how many cells have no group or batch; a column that obs lacks is an error later."""
-    told = []
+    """Return warnings about cells without group or batch. A missing obs column raises an error later."""
+    warnings = []
     if p.group_by in adata.obs:
-        told.append(missing_warning(group_labels(adata, p.group_by), p.group_by))
+        warnings.append(missing_warning(group_labels(adata, p.group_by), p.group_by))
     if p.need_preprocess and p.subset_hvg and p.batch_key in adata.obs:
-        told.append(missing_warning(batch_labels(adata, p), p.batch_key))
-    return told
+        warnings.append(missing_warning(batch_labels(adata, p), p.batch_key))
+    return warnings
 
 
-def _refuse_low_coverage(report: RowReport, min_coverage: float, hint: str) -> None:
+def _check_coverage(report: RowReport, min_coverage: float, hint: str) -> None:
     coverage = report.coverage or 0.0
     if report.genes_matched and coverage >= min_coverage:
         return

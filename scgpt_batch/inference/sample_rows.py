@@ -1,4 +1,4 @@
-"""Rows of samples larger than a row: what each contributes to its sample's decisions, and the decisions it gets."""
+"""Preprocessing decisions for samples of several rows, from the rows themselves."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -13,12 +13,18 @@ Row = Mapping[str, Any]
 
 
 def statistics(reader: RowReader, row: Row, parameters: Parameters, decisions: Decisions | None = None) -> Statistics:
-    """Return what a row contributes to the next pass; a row that will fail by itself contributes nothing.
+    """Return the statistics of a row for the next pass; a row that cannot be read is only counted.
 
     Parameters
     ----------
+    reader
+        Reader of the model.
+    row
+        The row.
+    parameters
+        The parameters.
     decisions
-        What the passes before decided; None in the first.
+        Decisions after the previous passes; None in the first pass.
     """
     if decisions is not None and decisions.final:
         return Statistics()
@@ -26,18 +32,12 @@ def statistics(reader: RowReader, row: Row, parameters: Parameters, decisions: D
         with row_errors():
             opened = reader.open(row, parameters)
             return contribution(opened.adata, parameters, decisions, whole_numbers=opened.whole_numbers)
-    except RowError:  # the ledger says why when the row is embedded
+    except RowError:  # reported when the row is embedded
         return Statistics(left_out=1)
 
 
 def decisions_of_sample(reader: RowReader, rows: Iterable[Row], parameters: Parameters) -> Decisions | None:
-    """Return the decisions of one sample from all of its rows, which are read up to three times.
-
-    Parameters
-    ----------
-    rows
-        The sample's rows; iterated once for each pass.
-    """
+    """Return the decisions of one sample; its `rows` are iterated once for each pass, up to three times."""
     decisions: Decisions | None = None
     for _ in range(passes(parameters)):
         decisions = decide(merge(statistics(reader, row, parameters, decisions) for row in rows), parameters, decisions)
@@ -47,9 +47,10 @@ def decisions_of_sample(reader: RowReader, rows: Iterable[Row], parameters: Para
 def with_decisions(
     reader: RowReader, rows: Sequence[Row], parameters: Parameters
 ) -> Iterable[tuple[Row, Decisions | None]]:
-    """Pair each row with the decisions of its sample, as the batch job does; None for a row that is a sample by itself.
+    """Return each row with the decisions of its sample, as in the batch job.
 
-    Rows belong together by `sample_id`. Without preprocessing there is nothing to decide.
+    Rows with the same `sample_id` are one sample. The decisions are None if a row is its own sample, or if
+    preprocessing is off.
     """
     decided: list[Decisions | None] = [None] * len(rows)
     samples: dict[str, list[int]] = {}

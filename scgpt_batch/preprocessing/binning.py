@@ -1,7 +1,7 @@
-"""Quantile bins of each cell's values, and the random draws that settle ties.
+"""Quantile bins of the values of each cell, and the random choice of a bin for ties.
 
-Bins equal those of scGPT 0.2.4 (`scgpt.preprocess.binning`, `scgpt.data_collator`) bit for bit, except that ties are
-drawn from the cell itself instead of a global generator. Whole blocks of cells are binned at once.
+Bins are identical to those of scGPT 0.2.4 (`scgpt.preprocess.binning`, `scgpt.data_collator`), except for ties: their
+random numbers are derived from the cell itself instead of a global generator. Blocks of cells are binned together.
 """
 
 import sys
@@ -15,33 +15,33 @@ import torch
 
 from scgpt_batch.parameters import Parameters
 
-COLLATOR_BINS = 51  # upstream's data collator takes this number whatever args.json says
-BLOCK = 65_536  # entries binned at once: what they need stays in the cache
+COLLATOR_BINS = 51  # number of bins in upstream's data collator, independent of args.json
+BLOCK = 65_536  # entries that are binned together; their data fits the CPU cache
 
 
 def bin_range(
     values: np.ndarray, indptr: np.ndarray, n_bins: int = COLLATOR_BINS
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Bin each cell's positive values by the cell's own quantiles, as upstream does.
+    """Return the range of bins of each positive value, from the quantiles of its cell, as upstream does.
 
-    Edges are `np.quantile(values, linspace(0, 1, n_bins - 1))` of the cell, in float64 and bit for bit. A value that
-    lies on several equal edges may take any bin between `lower` and `upper`; upstream draws one.
+    The bin edges of a cell are exactly `np.quantile(values, linspace(0, 1, n_bins - 1))` in float64. If several edges
+    equal a value, it may be in any bin between `lower` and `upper`, and upstream draws one at random.
 
     Parameters
     ----------
     values
-        The cells' positive values one after the other, (nnz,).
+        Positive values of all cells, concatenated, (nnz,).
     indptr
         Start of each cell in `values`, (B + 1,).
     n_bins
-        Bins, of which 0 is left to zeros.
+        Number of bins, including bin 0 for zeros.
 
     Returns
     -------
     lower, upper
-        Lowest and highest admissible bin, 1..n_bins - 1, int64, (nnz,).
+        Lowest and highest possible bin, 1 to n_bins - 1, int64, (nnz,).
     edges
-        Quantiles, float64, (B, n_bins - 1); 0 for a cell without values.
+        Bin edges, float64, (B, n_bins - 1); 0 for a cell without values.
     """
     lower, upper = np.empty(len(values), np.int64), np.empty(len(values), np.int64)
     edges = np.zeros((len(indptr) - 1, n_bins - 1))
@@ -54,10 +54,15 @@ def bin_range(
 def bin_values(
     values: np.ndarray, indptr: np.ndarray, gene_hashes: np.ndarray, parameters: Parameters, *, n_bins: int
 ) -> np.ndarray:
-    """Bin as `bin_range` and settle ties by `tie_break`: float32, (nnz,).
+    """Return the bin of each positive value, float32, (nnz,); see `bin_range` for `values`, `indptr` and `n_bins`.
 
-    "random" draws uniformly, as upstream, but from the cell's own values and genes and the seed: the same cell gets
-    the same bins in whatever row, order or process it comes.
+    Ties are resolved by `parameters.tie_break`. "random" draws uniformly, as upstream does, but with random numbers
+    derived from the cell and the seed. A cell therefore gets the same bins in any row, order or process.
+
+    Parameters
+    ----------
+    gene_hashes
+        Hash of the gene name of each value, from `gene_hash`, (nnz,).
     """
     bins = np.empty(len(values), np.float32)
     for cells, entries in _blocks(indptr, n_bins):
@@ -65,8 +70,7 @@ def bin_values(
         lower, upper, _ = _bin_block(values[entries], np.diff(within), n_bins)
         if parameters.tie_break == "random":
             u = cell_noise(values[entries], within, gene_hashes[entries], parameters.seed, stream=0)
-            # upstream draws ceil(u * (lo - hi) + hi) with lo = lower - 1 where the edges differ: uniform in
-            # lower..upper
+            # upstream: ceil(u * (lo - hi) + hi) with lo = lower - 1, which is uniform over lower..upper
             u *= (upper - lower + 1).astype(np.float64)
             bins[entries] = upper - u.astype(np.int32)
         else:
@@ -75,9 +79,9 @@ def bin_values(
 
 
 def bin_matrix(matrix: sp.csr_matrix, names: np.ndarray, parameters: Parameters, n_bins: int) -> sp.csr_matrix:
-    """Put bins in the place of values, cells × genes; `names` are the genes', by which ties are drawn."""
+    """Return a matrix with bins instead of values, cells × genes; `names` are the names of the genes."""
     matrix = sp.csr_matrix(matrix)
-    hashes = gene_hash(names)[matrix.indices.astype(np.intp)]  # numpy is twice as fast with its own index type
+    hashes = gene_hash(names)[matrix.indices.astype(np.intp)]  # indexing is twice as fast with numpy's index type
     bins = bin_values(matrix.data, matrix.indptr, hashes, parameters, n_bins=n_bins)
     return sp.csr_matrix((bins, matrix.indices, matrix.indptr), matrix.shape)
 
@@ -85,24 +89,26 @@ def bin_matrix(matrix: sp.csr_matrix, names: np.ndarray, parameters: Parameters,
 def cell_noise(
     values: np.ndarray, indptr: np.ndarray, gene_hashes: np.ndarray, seed: int, *, stream: int
 ) -> np.ndarray:
-    """Draw one number in [0, 1) per entry from the seed, the gene and the whole content of the entry's cell.
+    """Return a pseudorandom number in [0, 1) for each entry, float64, (nnz,).
 
-    No generator state: hashes are mixed (splitmix64's finaliser), so neither the order of cells nor of genes, nor
-    what else is in the block, changes a draw.
+    It is a hash (splitmix64's finaliser) of the seed, the gene, and all values and genes of the cell. It does not
+    depend on the order of cells or genes, or on other cells.
 
     Parameters
     ----------
     values, indptr
-        The cells' values one after the other, and where each cell starts.
+        Values of all cells, concatenated, and the start of each cell.
     gene_hashes
-        A 64-bit hash of each entry's gene name, (nnz,).
+        Hash of the gene name of each entry, from `gene_hash`, (nnz,).
+    seed
+        The seed.
     stream
-        Different streams are independent.
+        Different streams give independent numbers.
     """
     value_bits = values.astype(np.float32, copy=False).view(np.uint32).astype(np.uint64)
     entries = _mix(gene_hashes ^ _mix(value_bits))
     totals = np.zeros(len(entries) + 1, np.uint64)
-    np.cumsum(entries, out=totals[1:])  # wraps, as it may
+    np.cumsum(entries, out=totals[1:])  # overflow is harmless: differences are exact modulo 2^64
     cells = totals[indptr[1:]] - totals[indptr[:-1]]
     salt = _mix(np.array([seed, stream], np.uint64))
     salt = _mix(salt[:1] + _mix(salt[1:] + np.uint64(0x632BE59BD9B4E019)))
@@ -111,11 +117,11 @@ def cell_noise(
 
 
 def gene_hash(names: np.ndarray) -> np.ndarray:
-    """Hash gene names to 64 bits, the same in every process: read-only, (genes,)."""
+    """Return a 64-bit hash of each gene name, the same in every process; read-only array of shape (genes,)."""
     return _gene_hash(tuple(names))
 
 
-@lru_cache(maxsize=4)  # the genes of a file come with each of its rows
+@lru_cache(maxsize=4)  # all rows of a file have the same genes
 def _gene_hash(names: tuple[str, ...]) -> np.ndarray:
     hashes = pd.util.hash_array(np.array(names, dtype=object), categorize=False)
     hashes.flags.writeable = False
@@ -123,7 +129,7 @@ def _gene_hash(names: tuple[str, ...]) -> np.ndarray:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """Finalise as splitmix64 does (Steele, Lea and Flood 2014, Fast splittable pseudorandom number generators)."""
+    """Return the finaliser of splitmix64 (Steele, Lea and Flood 2014, Fast splittable pseudorandom generators)."""
     shifted = x >> np.uint64(30)
     x = x ^ shifted
     x *= np.uint64(0xBF58476D1CE4E5B9)
@@ -134,9 +140,10 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def _blocks(indptr: np.ndarray, n_bins: int) -> Iterator[tuple[slice, slice]]:
-    """Split cells into runs whose padded size stays within BLOCK: slices of the cells and of their entries.
+    """Yield blocks of consecutive cells, as slices of the cells and of their entries.
 
-    A cell takes room for its entries or its bin edges, whichever are more.
+    A block is padded to its longest cell (or the number of bins, if that is larger) and has at most `BLOCK` entries
+    after padding, but at least one cell.
     """
     start, longest = 0, n_bins
     for i, length in enumerate(np.diff(indptr).tolist()):
@@ -149,13 +156,14 @@ def _blocks(indptr: np.ndarray, n_bins: int) -> Iterator[tuple[slice, slice]]:
 
 
 def _bin_block(values: np.ndarray, lengths: np.ndarray, n_bins: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Bin cells of at least one entry between them; what `bin_range` returns."""
+    """Return the same as `bin_range` for one block of cells, which must have at least one entry in total."""
     present = np.arange(max(1, lengths.max()), dtype=np.int32) < lengths.astype(np.int32)[:, None]  # (B, L)
     ordered, order = _sort_rows(values, present, np.cumsum(lengths) - lengths)
     edges = _quantiles(ordered, lengths, n_bins - 1)
-    # an edge lies below (at or below) all values from the position on that counts those below it (not above it)
+    # searchsorted counts, for each edge, the values below it (or not above it); from that position on, a sorted value
+    # is at or above (or strictly above) the edge
     sought, among = torch.from_numpy(edges), torch.from_numpy(ordered.astype(np.float64))
-    back = order[present].astype(np.intp)  # where each value came from, in ascending order within its cell
+    back = order[present].astype(np.intp)  # original position of each sorted value
     upper, under = np.empty(len(values), np.int32), np.empty(len(values), np.int32)
     upper[back] = _edges_passed(torch.searchsorted(among, sought).numpy(), lengths)
     under[back] = _edges_passed(torch.searchsorted(among, sought, right=True).numpy(), lengths)
@@ -164,11 +172,19 @@ def _bin_block(values: np.ndarray, lengths: np.ndarray, n_bins: int) -> tuple[np
 
 
 def _sort_rows(values: np.ndarray, present: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Lay positive numbers where `present` is True, infinity elsewhere, and sort each row; all are (B, L).
+    """Return the values of each cell in ascending order, padded with infinity, (B, L), and their original positions.
 
-    Returns the sorted rows, and where in `values` each number stood; `starts` says where there each row begins. Bits
-    of positive floats order as the floats do: with its position in the lower half of a 64-bit key, a float32 is sorted
-    four times as fast as by `argsort`.
+    The bit patterns of positive floats have the same order as the floats. A float32 is therefore sorted as the upper
+    half of a 64-bit key with its position in the lower half, four times faster than with `argsort`.
+
+    Parameters
+    ----------
+    values
+        Positive values, concatenated.
+    present
+        Mask of the places that contain a value, (B, L).
+    starts
+        Start of each cell in `values`, (B,).
     """
     if values.dtype != np.float32:
         padded = np.full(present.shape, np.inf, values.dtype)
@@ -185,7 +201,7 @@ def _sort_rows(values: np.ndarray, present: np.ndarray, starts: np.ndarray) -> t
 
 
 def _quantiles(ordered: np.ndarray, lengths: np.ndarray, n: int) -> np.ndarray:
-    """Return each row's n evenly spaced quantiles, as np.quantile's linear method in its own order and types."""
+    """Return n evenly spaced quantiles of each row, with the same operations and types as np.quantile ("linear")."""
     last = np.maximum(lengths[:, None] - 1, 0)
     at = last * np.linspace(0, 1, n)
     below = np.floor(at).astype(np.int64)
@@ -197,7 +213,7 @@ def _quantiles(ordered: np.ndarray, lengths: np.ndarray, n: int) -> np.ndarray:
 
 
 def _edges_passed(positions: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Count for each sorted value the edges at or before its position; cells one after the other, (nnz,)."""
+    """Return, for each sorted value, the number of edges at or before its position; (nnz,), cells concatenated."""
     n_cells, n_edges = positions.shape
     bounds = np.concatenate([np.zeros((n_cells, 1), np.int64), positions, lengths[:, None]], axis=1)
     bounds = np.minimum(np.maximum.accumulate(bounds, axis=1), lengths[:, None])

@@ -1,9 +1,9 @@
-"""The choice of variable genes from each gene's mean and variance.
+"""Selection of highly variable genes from the mean and variance of each gene.
 
-For samples whose cells are never in one place, and for rows by "cell_ranger", without the cost of scanpy's tables.
-Equal to `scanpy.pp.highly_variable_genes` (1.10 to 1.12): the same formulas in the same order (see NOTICE). Only the
-sums over a sample are not rounded here, so genes that are equally variable but for the rounding of scanpy's sums may
-change places.
+It is used for samples whose cells are never gathered on one machine, and for "cell_ranger" on single rows, where it
+avoids the cost of scanpy's tables. It applies the formulas of `scanpy.pp.highly_variable_genes` (1.10 to 1.12) in the
+same order (see NOTICE). The only difference: sums over a sample are exact here, but rounded in scanpy, so genes with
+equal variance up to that rounding can be ranked differently.
 """
 
 from collections.abc import Sequence
@@ -21,8 +21,9 @@ from scgpt_batch.errors import PreprocessError
 from scgpt_batch.preprocessing.sample_selection import BatchFit
 
 MEAN_BINS, SPAN = 20, 0.3  # scanpy's defaults
-MIN_POINTS, MIN_MEANS = 4, 3  # of the curve's fit: its span must hold a point, and a parabola has 3 coefficients
-MAD_SCALE = normal.ppf(0.75)  # a normal distribution's median deviation is so many standard deviations
+# Requirements of the curve fit: the span must contain a point (4 genes), and a parabola has 3 coefficients (3 means)
+MIN_POINTS, MIN_MEANS = 4, 3
+MAD_SCALE = normal.ppf(0.75)  # median absolute deviation of a normal distribution, in standard deviations
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,9 @@ class Moments:
     Attributes
     ----------
     cells
-        How many they are.
+        Number of cells.
     sums, squares
-        Sums of the values and of their squares, float64, (genes,).
+        Sums of the values, and of their squares, of each gene, float64, (genes,).
     """
 
     cells: int
@@ -42,21 +43,22 @@ class Moments:
     squares: np.ndarray
 
     def mean_var(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return mean and unbiased variance of each gene."""
+        """Return the mean and the unbiased variance of each gene, float64, (genes,)."""
         mean = self.sums / self.cells
         var = self.squares / self.cells - mean**2
         return mean, var * (self.cells / (self.cells - 1)) if self.cells != 1 else var
 
 
 def mean_var(x: sp.csr_matrix) -> tuple[np.ndarray, np.ndarray]:
-    """Return mean and unbiased variance of each gene, equal to scanpy's bit for bit: float64, (genes,).
+    """Return the mean and the unbiased variance of each gene, bit-identical to scanpy: float64, (genes,).
 
-    scanpy adds up in float64: first the cells of each of numba's threads, then the threads. Squares have X's type.
+    Like scanpy, this sums in float64, first the cells of each numba thread, then the threads. Squares are computed in
+    the type of X.
     """
     n_obs, n_vars = x.shape
     threads = numba.get_num_threads()
     thread = np.repeat(np.arange(n_obs) % threads, np.diff(x.indptr))
-    values = x.data if x.data.dtype.kind == "f" else x.data.astype(np.int64)  # as numba widens whole numbers
+    values = x.data if x.data.dtype.kind == "f" else x.data.astype(np.int64)  # numba computes integers in int64
     place = thread * n_vars + x.indices
 
     def summed(values: np.ndarray) -> np.ndarray:
@@ -66,14 +68,16 @@ def mean_var(x: sp.csr_matrix) -> tuple[np.ndarray, np.ndarray]:
 
 
 def by_dispersion(mean: np.ndarray, var: np.ndarray, n_top: int, flavor: str) -> dict[str, np.ndarray]:
-    """Choose by dispersion among genes of like mean ("cell_ranger", "seurat").
+    """Select genes by dispersion, normalised among genes of similar mean ("cell_ranger", "seurat").
 
     Parameters
     ----------
     mean, var
-        Of each gene, float64, (genes,).
+        Mean and variance of each gene, float64, (genes,).
     n_top
-        How many genes to choose; more where several are as dispersed as the last.
+        Number of genes to select. If several genes are as dispersed as the last one, all of them are selected.
+    flavor
+        "cell_ranger" or "seurat".
 
     Returns
     -------
@@ -82,7 +86,7 @@ def by_dispersion(mean: np.ndarray, var: np.ndarray, n_top: int, flavor: str) ->
     Raises
     ------
     ValueError, IndexError
-        As scanpy, where means are too much alike or no gene is left to choose from.
+        As in scanpy: the means are too similar, or there is no gene to select from.
     """
     mean = np.where(mean == 0, 1e-12, mean)
     dispersion = var / mean
@@ -99,12 +103,12 @@ def by_dispersion(mean: np.ndarray, var: np.ndarray, n_top: int, flavor: str) ->
 
 
 def by_dispersion_in_batches(genes: np.ndarray, batches: Sequence[Moments], n_top: int, flavor: str) -> np.ndarray:
-    """Choose the genes that most batches would choose, then the most dispersed: a mask, (genes,)."""
+    """Return which genes are selected, bool, (genes,): those selected in most batches, then the most dispersed."""
     tables = []
     for moments in batches:
-        seen = moments.sums > 0
-        within = Moments(moments.cells, moments.sums[seen], moments.squares[seen])
-        table = pd.DataFrame(by_dispersion(*within.mean_var(), n_top, flavor), index=genes[seen])
+        expressed = moments.sums > 0
+        within = Moments(moments.cells, moments.sums[expressed], moments.squares[expressed])
+        table = pd.DataFrame(by_dispersion(*within.mean_var(), n_top, flavor), index=genes[expressed])
         tables.append(table.astype(float).reindex(genes, fill_value=0.0))
     together = pd.concat(tables)
     ranked = together.groupby(together.index).agg({"highly_variable": "sum", "dispersions_norm": "mean"})
@@ -113,37 +117,41 @@ def by_dispersion_in_batches(genes: np.ndarray, batches: Sequence[Moments], n_to
 
 
 def _over_bins_mean(mean: np.ndarray, dispersion: np.ndarray) -> np.ndarray:
-    """Scale each gene's dispersion by mean and deviation of its bin ("seurat")."""
+    """Return dispersions as z-scores by mean and standard deviation of the gene's bin ("seurat")."""
     bins = pd.cut(pd.Series(mean), MEAN_BINS)
     stats = pd.Series(dispersion).groupby(bins, observed=True).agg(avg="mean", dev="std")
-    alone = stats["dev"].isna()  # a bin of one gene: its scaled dispersion is 1
-    stats.loc[alone, "dev"] = stats.loc[alone, "avg"]
-    stats.loc[alone, "avg"] = 0.0
+    single = stats["dev"].isna()  # for a bin with one gene, the normalised dispersion is 1
+    stats.loc[single, "dev"] = stats.loc[single, "avg"]
+    stats.loc[single, "avg"] = 0.0
     of_gene = stats.loc[bins]
     return (dispersion - of_gene["avg"].to_numpy()) / of_gene["dev"].to_numpy()
 
 
 def _over_bins_median(mean: np.ndarray, dispersion: np.ndarray) -> np.ndarray:
-    """Scale each gene's dispersion by median and median deviation of its bin ("cell_ranger")."""
+    """Return dispersions normalised by median and median absolute deviation of the gene's bin ("cell_ranger")."""
     edges = np.r_[-np.inf, np.percentile(mean, np.arange(10, 105, 5)), np.inf]
     if (np.diff(edges) == 0).any():
-        raise ValueError("a twentieth of the genes or more have one mean: bins of like means cannot be told apart")
+        raise ValueError("5% of the genes or more have the same mean, so that genes cannot be binned by mean")
     bins = np.searchsorted(edges, mean)
-    distance = dispersion - ndimage.median(dispersion, bins, bins)  # of each gene's bin
+    distance = dispersion - ndimage.median(dispersion, bins, bins)  # median of the gene's bin
     return distance / ndimage.median(np.abs(distance) / MAD_SCALE, bins, bins)
 
 
 def by_curve(x: sp.csr_matrix, batches: Sequence[sp.csr_matrix], n_top: int, flavor: str) -> dict[str, np.ndarray]:
-    """Choose by variance over a curve of the mean ("seurat_v3", "seurat_v3_paper").
+    """Select genes by variance, normalised by a fitted curve of variance over mean ("seurat_v3", "seurat_v3_paper").
 
-    scanpy 1.12 adds up batches in float32, and so chooses other genes than 1.10 and 1.11; these are the sums of 1.11.
+    scanpy 1.12 sums batches in float32 and therefore selects other genes than 1.10 and 1.11; this equals 1.11.
 
     Parameters
     ----------
     x
-        All cells.
+        All cells × genes.
     batches
         The cells of each batch.
+    n_top
+        Number of genes to select.
+    flavor
+        "seurat_v3" or "seurat_v3_paper", which differ in how batches are combined.
 
     Returns
     -------
@@ -168,26 +176,26 @@ def by_curve(x: sp.csr_matrix, batches: Sequence[sp.csr_matrix], n_top: int, fla
 
 
 def _variance_over_curve(x: sp.csr_matrix) -> np.ndarray:
-    """Return each gene's variance in one batch over the batch's curve, of values cut at its bounds."""
+    """Return the normalised variance of each gene in one batch, with values clipped at the bounds of the fit."""
     fit = fit_curve(x.shape[0], *mean_var(x))
-    cut = np.minimum(x.data.astype(np.float64), fit.bounds[x.indices])
-    sums, squares = (np.bincount(x.indices, values, x.shape[1]) for values in (cut, cut**2))
+    clipped = np.minimum(x.data.astype(np.float64), fit.bounds[x.indices])
+    sums, squares = (np.bincount(x.indices, values, x.shape[1]) for values in (clipped, clipped**2))
     return normalized_variance(fit, Moments(fit.cells, sums, squares))
 
 
 def fit_batch(moments: Moments) -> BatchFit:
-    """Fit seurat_v3's curve to one batch; see `fit_curve`."""
+    """Return seurat_v3's fit for one batch; see `fit_curve`."""
     return fit_curve(moments.cells, *moments.mean_var())
 
 
 def fit_curve(cells: int, mean: np.ndarray, var: np.ndarray) -> BatchFit:
-    """Fit seurat_v3's curve of variance over mean to one batch.
+    """Return seurat_v3's fit of variance over mean for one batch.
 
     Raises
     ------
     PreprocessError
-        The points do not determine a curve. The fit's native code must not see such points: with fewer than 4 it ends
-        the process.
+        The points do not determine a curve. This is checked first, because skmisc's native code ends the process if
+        there are fewer than 4 points.
     """
     varying = var > 0
     with np.errstate(all="ignore"):
@@ -195,11 +203,11 @@ def fit_curve(cells: int, mean: np.ndarray, var: np.ndarray) -> BatchFit:
     means = len(np.unique(x))
     if len(x) < MIN_POINTS or means < MIN_MEANS:
         raise PreprocessError(
-            f"{len(x)} genes vary between the {cells} cells of a batch, with {means} different means; the fit of "
-            f"variances needs {MIN_POINTS} genes and {MIN_MEANS} means"
+            f"in a batch of {cells} cells, {len(x)} genes vary, with {means} different means; the fit of variances "
+            f"needs at least {MIN_POINTS} such genes and {MIN_MEANS} different means"
         )
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
-        raise PreprocessError("means or variances of genes are beyond the range of numbers: use counts, or rescale X")
+        raise PreprocessError("means or variances of genes exceed the range of float64; use counts, or rescale X")
     curve = loess(x, y, span=SPAN, degree=2)
     curve.fit()
     log_var = np.zeros(len(mean))
@@ -208,7 +216,7 @@ def fit_curve(cells: int, mean: np.ndarray, var: np.ndarray) -> BatchFit:
 
 
 def normalized_variance(fit: BatchFit, clipped: Moments) -> np.ndarray:
-    """Return each gene's variance over the fit's, from sums of values that were cut at the fit's bounds."""
+    """Return the variance of each gene relative to the fit, (genes,); `clipped` are sums of the clipped values."""
     n, mean = fit.cells, fit.mean
     return (1 / ((n - 1) * np.square(fit.reg_std))) * (
         (n * np.square(mean)) + clipped.squares - 2 * clipped.sums * mean
@@ -216,12 +224,12 @@ def normalized_variance(fit: BatchFit, clipped: Moments) -> np.ndarray:
 
 
 def by_normalized_variance(variances: Sequence[np.ndarray], n_top: int, flavor: str) -> np.ndarray:
-    """Choose by normalised variance in each batch ("seurat_v3", "seurat_v3_paper"): a mask, (genes,)."""
+    """Return which genes are selected by their normalised variance in each batch, bool, (genes,)."""
     return _best_ranks(_ranks(variances, n_top), n_top, flavor)
 
 
 def _ranks(variances: Sequence[np.ndarray], n_top: int) -> pd.DataFrame:
-    """Count the batches that would choose a gene ("batches"), and take the median of its ranks there ("rank")."""
+    """Return, for each gene, the number of batches that select it ("batches") and its median rank in these ("rank")."""
     norm = np.stack(variances)
     ranks = np.argsort(np.argsort(-norm, axis=1), axis=1).astype(np.float32)
     n_batches = np.sum(ranks < n_top, axis=0)

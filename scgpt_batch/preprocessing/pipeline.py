@@ -1,6 +1,6 @@
-"""Filter genes and cells, normalise, take logarithms and cut to variable genes.
+"""Preprocessing: gene and cell filters, normalisation, logarithm and selection of highly variable genes.
 
-The steps and their order are those of scGPT 0.2.4 (`scgpt.preprocess.Preprocessor`), built on scanpy.
+The steps and their order are those of scGPT 0.2.4 (`scgpt.preprocess.Preprocessor`), implemented with scanpy.
 """
 
 import threading
@@ -20,7 +20,7 @@ from scgpt_batch.parameters import Parameters
 from scgpt_batch.preprocessing.hvg import by_curve, by_dispersion, mean_var
 from scgpt_batch.preprocessing.sample_selection import Decisions
 
-# where genes cannot be chosen: scanpy's, and ours
+# raised by scanpy and by `hvg` if variable genes cannot be selected
 HVG_ERRORS = (ValueError, IndexError, KeyError, ZeroDivisionError, np.linalg.LinAlgError, PreprocessError)
 _ONE_AT_A_TIME = threading.Lock()
 
@@ -33,34 +33,36 @@ def preprocess(
     decisions: Decisions | None = None,
     whole_numbers: bool = False,
 ) -> ad.AnnData:
-    """Filter genes and cells, normalise, take logs, cut to variable genes: upstream's order.
+    """Return the preprocessed cells × genes: filtered, normalised, log-transformed, and cut to variable genes.
 
     Parameters
     ----------
     adata
-        Cells × genes, X in CSR. It is changed.
+        Cells × genes, X in CSR. Modified.
+    parameters
+        The parameters.
     genes_only
-        Leave out normalising and logs where they do not decide which genes survive (they do when they change X,
-        which the choice of variable genes looks at; see `changes_x`). The result may be a view then, and its var has
-        `n_cells`, the number of cells that express each gene: reading the view's X would copy it.
+        The caller needs only the genes, not their values. Normalisation and logarithm are then skipped, unless they
+        change the X that variable genes are selected from (see `changes_x`). The result can be a view, whose X is
+        expensive to read; its `var["n_cells"]` has the number of cells that express each gene.
     decisions
-        Of the sample that the row belongs to: they take the place of the row's own choice of genes. Its cells may all
-        be dropped then.
+        Decisions of the sample that the row belongs to. They replace the selection of genes from the row alone, and
+        the result may have no cells.
     whole_numbers
-        X was of an integer type (or bool) before it became float32: upstream takes its logarithms elsewhere.
+        Whether X had an integer type or bool before it was converted to float32. Upstream's logarithm depends on it.
 
     Returns
     -------
-    The surviving cells × genes, with upstream's layers and scanpy's statistics in `var`.
+    The remaining cells × genes, with upstream's layers and scanpy's statistics in `var`.
 
     Raises
     ------
     PreprocessError
-        No gene or cell survives, a layer or column is missing, or scanpy cannot choose variable genes.
+        No gene or cell remains, a layer or column is missing, or variable genes cannot be selected.
     """
     p = parameters
     layer = _existing_layer(adata, p.use_key)
-    with quiet_libraries():  # scanpy's advice (raw or not, low bins): ours is `value_warning`
+    with quiet_libraries():  # scanpy's warnings about raw or normalised values are replaced by `value_warning`
         if decisions is not None:
             adata = on_sample_genes(adata, decisions)
         elif p.filter_gene_by_counts:
@@ -68,7 +70,7 @@ def preprocess(
         if wanted := min_counts(p):
             sc.pp.filter_cells(adata, min_counts=wanted)
             if decisions is None:
-                _refuse_empty(adata, f"no cell reaches {wanted:g} counts")
+                _check_not_empty(adata, f"no cell has {wanted:g} counts or more; lower min_cell_counts")
         genes_known = decisions is not None and decisions.final
         if adata.n_obs and not (genes_only and (genes_known or not changes_x(p, whole_numbers=whole_numbers))):
             _normalize(adata, layer, p, whole_numbers=whole_numbers)
@@ -80,55 +82,63 @@ def preprocess(
 
 
 def min_counts(parameters: Parameters) -> float:
-    """Return the least sum of values that a cell needs; 0: none."""
+    """Return the minimum sum of values of a cell; 0 keeps all cells."""
     return parameters.min_cell_counts or float(parameters.filter_cell_by_counts)
 
 
 def on_sample_genes(adata: ad.AnnData, decisions: Decisions) -> ad.AnnData:
-    """Lay a row on its sample's genes: others are left out, those that the row lacks are zero.
+    """Return a row with the genes of its sample: other genes are dropped, and genes that the row lacks are zero.
 
     Raises
     ------
     PreprocessError
-        The sample has no answer.
+        The sample could not be preprocessed.
     """
     if decisions.error:
-        raise PreprocessError(f"the sample has no answer: {decisions.error}")
+        raise PreprocessError(f"the sample could not be preprocessed: {decisions.error}")
     genes = pd.Index(decisions.genes)
     var = adata.var.reindex(genes)
     if genes.equals(adata.var_names):
         adata.var = var
         return adata
-    at = genes.get_indexer(adata.var_names)  # where each of the row's genes goes
+    at = genes.get_indexer(adata.var_names)  # position of each of the row's genes in the sample, or -1
 
-    def laid(matrix: sp.csr_matrix) -> sp.csr_matrix:
+    def aligned(matrix: sp.csr_matrix) -> sp.csr_matrix:
         x = sp.csr_matrix(matrix[:, np.flatnonzero(at >= 0)])
-        placed = sp.csr_matrix((x.data, at[at >= 0][x.indices], x.indptr), (x.shape[0], len(genes)))
-        placed.sort_indices()
-        return placed
+        result = sp.csr_matrix((x.data, at[at >= 0][x.indices], x.indptr), (x.shape[0], len(genes)))
+        result.sort_indices()
+        return result
 
-    layers = {name: laid(adata.layers[name]) for name in layer_names(adata)}
-    return ad.AnnData(laid(adata.X), obs=adata.obs, var=var, layers=layers)
+    layers = {name: aligned(adata.layers[name]) for name in layer_names(adata)}
+    return ad.AnnData(aligned(adata.X), obs=adata.obs, var=var, layers=layers)
 
 
 def batch_labels(adata: ad.AnnData, parameters: Parameters) -> np.ndarray:
-    """Return each cell's batch as a string ("" without `batch_key`, "(missing)" for null), (cells,).
+    """Return the batch of each cell as a string, (cells,): "" without `batch_key`, "(missing)" for null.
 
     Raises
     ------
     PreprocessError
-        obs lacks the column.
+        obs has no such column.
     """
     p = parameters
     if not (p.subset_hvg and p.batch_key):
         return np.full(adata.n_obs, "", object)
     if p.batch_key not in adata.obs:
-        raise PreprocessError(f"batch_key {p.batch_key!r} is not a column of obs{_columns(adata.obs, p.batch_key)}")
+        raise PreprocessError(
+            f"batch_key {p.batch_key!r} is not a column of adata_obs{_columns(adata.obs, p.batch_key)}"
+        )
     return string_labels(adata.obs[p.batch_key])
 
 
 def check_columns(adata: ad.AnnData, parameters: Parameters) -> None:
-    """Refuse a row that lacks a column of obs or a layer which the parameters name (RowError)."""
+    """Check that a row has the obs columns and the layer that the parameters name.
+
+    Raises
+    ------
+    RowError
+        A column or the layer is missing.
+    """
     if parameters.need_preprocess:
         _existing_layer(adata, parameters.use_key)
         batch_labels(adata, parameters)
@@ -138,10 +148,10 @@ def check_columns(adata: ad.AnnData, parameters: Parameters) -> None:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Ignore warnings, for one thread at a time.
+    """Suppress warnings of libraries; only one thread at a time can be inside.
 
-    Warning filters belong to the process, and scanpy changes them too: two threads that restore them in turns could
-    leave all warnings off. Nor may two threads be in numba's parallel kernels at once.
+    Warning filters are global, and scanpy changes them too: two threads that restore them alternately could leave all
+    warnings disabled. In addition, numba's parallel kernels must not run in two threads at once.
     """
     with _ONE_AT_A_TIME, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -149,23 +159,23 @@ def quiet_libraries() -> Iterator[None]:
 
 
 def binned_layer(adata: ad.AnnData, parameters: Parameters) -> sp.csr_matrix:
-    """Return the matrix that upstream bins: the last layer that `preprocess` made (or X)."""
+    """Return the matrix that upstream bins: the last layer that `preprocess` wrote, or X."""
     p = parameters
-    layer = None if p.use_key == "X" else p.use_key  # a result key "X" is a layer of that name, as upstream
+    layer = None if p.use_key == "X" else p.use_key  # a result key "X" means a layer of that name, as in upstream
     if p.normalize_total:
         layer = p.result_normed_key or layer
     if p.log1p:
         layer = p.result_log1p_key or layer
-    if not adata.n_obs:  # no cell reached the cell filter: nothing was normalised
+    if not adata.n_obs:  # no cell passed the filter, so no layer was written
         layer = None
     return sp.csr_matrix(adata.X if layer is None else adata.layers[layer])
 
 
 def value_warning(adata: ad.AnnData, *, data_is_raw: bool) -> str | None:
-    """Say when the values contradict `data_is_raw`.
+    """Return a warning if the values contradict `data_is_raw`.
 
-    A maximum above 30, or whole numbers alone, means counts. (Upstream's `check_logged` takes "no positive value below
-    1" for the second, which some log-transformed cells meet too.)
+    Values are taken for counts if the maximum is above 30 or all are whole numbers. Upstream's `check_logged` uses "no
+    positive value below 1" instead of the latter, which also holds for some log-transformed cells.
     """
     data = adata.X.data
     if not len(data):
@@ -173,10 +183,10 @@ def value_warning(adata: ad.AnnData, *, data_is_raw: bool) -> str | None:
     raw = data.max() > 30 or bool((data == np.floor(data)).all())
     if raw == data_is_raw:
         return None
-    seen = f"values from {data.min():g} to {data.max():g}"
+    found = f"values from {data.min():g} to {data.max():g}"
     if raw:
-        return f"data_is_raw is false, but X looks like counts ({seen})"
-    return f"data_is_raw is true, but X looks log-transformed ({seen})"
+        return f"data_is_raw is false, but X looks like counts ({found})"
+    return f"data_is_raw is true, but X looks log-transformed ({found})"
 
 
 def _existing_layer(adata: ad.AnnData, use_key: str) -> str | None:
@@ -189,10 +199,11 @@ def _existing_layer(adata: ad.AnnData, use_key: str) -> str | None:
 
 
 def changes_x(parameters: Parameters, *, whole_numbers: bool) -> bool:
-    """Tell whether normalising or logs change X itself, which the choice of variable genes looks at.
+    """Return whether normalisation or logarithm change X, from which variable genes are selected.
 
-    An empty result key replaces what was there before. And upstream's log layer is not a copy: with nothing between X
-    and the logs, scanpy takes them in place, in X too, unless X is of an integer type, which it copies first.
+    They do if the result key is empty, because the result then replaces X. In addition, upstream's log layer is not a
+    copy: if X is not normalised first, scanpy computes the logarithm in place and thereby changes X, except if X has an
+    integer type, which scanpy copies.
     """
     p = parameters
     if p.use_key != "X":
@@ -204,7 +215,7 @@ def changes_x(parameters: Parameters, *, whole_numbers: bool) -> bool:
 
 
 def _normalize(adata: ad.AnnData, layer: str | None, p: Parameters, *, whole_numbers: bool) -> None:
-    """Normalise and take logs into upstream's layers; an empty result key replaces the layer before."""
+    """Write upstream's layers with normalised values and logarithms; with an empty result key, replace the input."""
     if p.normalize_total:
         normed = sc.pp.normalize_total(adata, target_sum=p.normalize_total, layer=layer, inplace=False)["X"]
         layer = p.result_normed_key or layer
@@ -229,32 +240,34 @@ def _set_layer(adata: ad.AnnData, layer: str | None, matrix: sp.csr_matrix) -> N
 def _cut_to_genes_with_counts(adata: ad.AnnData, p: Parameters) -> ad.AnnData:
     enough, adata.var["n_counts"] = sc.pp.filter_genes(adata, min_counts=p.filter_gene_by_counts, inplace=False)
     if not enough.any():
-        raise PreprocessError(f"no gene reaches filter_gene_by_counts {p.filter_gene_by_counts}")
+        raise PreprocessError(
+            f"no gene has {p.filter_gene_by_counts} counts or more; lower filter_gene_by_counts, or use larger rows"
+        )
     return adata if enough.all() else adata[:, enough].copy()
 
 
 def _variable_genes(adata: ad.AnnData, p: Parameters) -> np.ndarray | None:
-    """Choose variable genes, with scanpy's statistics in var: a mask, (genes,); None where all are kept."""
+    """Return which genes are variable, bool, (genes,), or None to keep all; scanpy's statistics are added to var."""
     if not p.subset_hvg:
         return None
     labels = batch_labels(adata, p)
     if p.batch_key:
         adata.obs[p.batch_key] = pd.Categorical(labels)
-    keeps_all = p.subset_hvg >= adata.n_vars  # then no choice is needed, and none that fails may fail the row
+    keeps_all = p.subset_hvg >= adata.n_vars  # then the row must not fail if the selection does
     try:
-        found = _scanpys_choice(adata, labels, p)
+        found = _highly_variable(adata, labels, p)
     except HVG_ERRORS as exc:
         if keeps_all:
             return None
-        raise cannot_choose(p, adata.n_obs, adata.n_vars, exc) from exc
+        raise selection_error(p, adata.n_obs, adata.n_vars, exc) from exc
     if keeps_all and not found.any():
         return None
     if not found.any():
-        raise PreprocessError("no variable gene is left")
+        raise PreprocessError("no gene is variable; use rows with more cells, or set subset_hvg to 0 to keep all genes")
     return with_requested_genes(found, adata.var_names, p)
 
 
-def _scanpys_choice(adata: ad.AnnData, labels: np.ndarray, p: Parameters) -> np.ndarray:
+def _highly_variable(adata: ad.AnnData, labels: np.ndarray, p: Parameters) -> np.ndarray:
     if p.hvg_flavor.startswith("seurat_v3"):
         batches = [sp.csr_matrix(adata.X[np.flatnonzero(labels == batch)]) for batch in np.unique(labels)]
         _describe_genes(adata, by_curve(adata.X, batches, p.subset_hvg, p.hvg_flavor))
@@ -266,7 +279,7 @@ def _scanpys_choice(adata: ad.AnnData, labels: np.ndarray, p: Parameters) -> np.
 
 
 def with_requested_genes(variable: np.ndarray, genes: pd.Index, parameters: Parameters) -> np.ndarray:
-    """Add the genes that the request asks for to the variable ones: a mask, (genes,)."""
+    """Return which genes are variable or named by the parameter `genes`, bool, (genes,)."""
     if parameters.mode == "cell" or not parameters.genes:
         return variable
     return variable | genes.isin(parameters.genes)
@@ -277,18 +290,18 @@ def _describe_genes(adata: ad.AnnData, columns: dict[str, np.ndarray]) -> None:
         adata.var[name] = values
 
 
-def cannot_choose(p: Parameters, n_obs: int, n_vars: int, exc: Exception) -> PreprocessError:
-    """Say what an error in the choice of variable genes means."""
+def selection_error(p: Parameters, n_obs: int, n_vars: int, exc: Exception) -> PreprocessError:
+    """Return the error to raise if the selection of variable genes failed with `exc`."""
     return PreprocessError(
-        f"cannot choose {p.subset_hvg} variable genes ({p.hvg_flavor}) from {n_obs} cells × {n_vars} genes: "
-        f"{str(exc).splitlines()[0]}. Use seurat_v3 for counts and cell_ranger or seurat for log values, rows of more "
-        "cells, or subset_hvg 0"
+        f"cannot select {p.subset_hvg} variable genes ({p.hvg_flavor}) from {n_obs} cells × {n_vars} genes: "
+        f"{str(exc).splitlines()[0]}. Use seurat_v3 for counts and cell_ranger or seurat for log values, rows with "
+        "more cells, or subset_hvg 0"
     )
 
 
-def _refuse_empty(adata: ad.AnnData, why: str) -> None:
+def _check_not_empty(adata: ad.AnnData, message: str) -> None:
     if not (adata.n_obs and adata.n_vars):
-        raise PreprocessError(why)
+        raise PreprocessError(message)
 
 
 def _columns(obs: pd.DataFrame, name: str) -> str:
@@ -296,7 +309,13 @@ def _columns(obs: pd.DataFrame, name: str) -> str:
 
 
 def group_labels(adata: ad.AnnData, group_by: str) -> np.ndarray:
-    """Return each cell's group as a string, "(missing)" for null, (cells,); a PayloadError where obs lacks it."""
+    """Return the group of each cell as a string, "(missing)" for null: (cells,).
+
+    Raises
+    ------
+    PayloadError
+        obs has no such column.
+    """
     if group_by not in adata.obs:
         raise PayloadError(f"group_by {group_by!r} is not a column of adata_obs{_columns(adata.obs, group_by)}")
     return string_labels(adata.obs[group_by])

@@ -1,6 +1,6 @@
-"""What a sample's rows share: the genes that are kept, decided over all of its cells.
+"""The genes that all rows of a sample keep, and their serialization.
 
-`samples` makes decisions, pass by pass; `preprocess` applies them to a row.
+`sample_statistics` computes the decisions in several passes over the rows; `pipeline` applies them to each row.
 """
 
 import json
@@ -14,7 +14,7 @@ import pyarrow as pa
 
 @dataclass(frozen=True)
 class BatchFit:
-    """The standard deviation that seurat_v3 expects of each gene in one batch.
+    """The standard deviation of each gene in one batch that seurat_v3's fit predicts.
 
     Attributes
     ----------
@@ -30,26 +30,28 @@ class BatchFit:
 
     @property
     def bounds(self) -> np.ndarray:
-        """Largest value of each gene that counts, float64, (genes,)."""
+        """Upper bound of each gene; larger values are clipped. float64, (genes,)."""
         return self.reg_std * np.sqrt(self.cells) + self.mean
 
 
 @dataclass(frozen=True)
 class Decisions:
-    """The genes that a sample's rows keep. Grows from pass to pass until it is `final`.
+    """The genes that the rows of a sample keep. Each pass adds to it, until it is `final`.
 
     Attributes
     ----------
     genes
-        Names of the genes that pass the gene filter, in the joined AnnData's order, (genes,).
+        Names of the genes that pass the gene filter, in the order of the concatenated AnnData, (genes,).
     variable
-        Mask of the variable genes among them, (genes,); None: no choice was made, or not yet.
+        Which of them are variable, bool, (genes,); None if all are kept, or before the last pass.
     fits
-        seurat_v3: each batch's fit, between the pass that makes them and the one that uses them.
+        seurat_v3: the fit of each batch, between the second and the third pass.
     left_out
-        Rows of the sample that could not be read and so had no say.
+        Number of rows that could not be read and were not considered.
+    final
+        Whether no further pass is needed.
     error
-        Why the sample has no answer; "" when well.
+        Why the sample cannot be preprocessed; empty if it can.
     """
 
     genes: np.ndarray
@@ -61,26 +63,28 @@ class Decisions:
 
     @classmethod
     def failed(cls, error: str) -> Self:
-        """Decide that no row of the sample can be answered."""
+        """Return the decisions of a sample that cannot be preprocessed."""
         return cls(np.zeros(0, object), final=True, error=error)
 
     @property
     def warning(self) -> str | None:
-        """Say that rows had no part in the decisions."""
-        return f"{self.left_out} rows of the sample had no part in choosing its genes" if self.left_out else None
+        """A warning if rows were not considered."""
+        if not self.left_out:
+            return None
+        return f"{self.left_out} rows of the sample failed and were not used to select its genes"
 
     def to_bytes(self) -> bytes:
-        """Write as an Arrow stream; some 5 bytes a gene."""
+        """Return the decisions as an Arrow stream, about 5 bytes per gene."""
         columns = {"gene": self.genes, "variable": self.variable}
         for i, fit in enumerate(self.fits.values()):
             columns |= {f"mean {i}": fit.mean, f"reg_std {i}": fit.reg_std}
-        held = {name: values for name, values in columns.items() if values is not None}
+        present = {name: values for name, values in columns.items() if values is not None}
         notes = {"left_out": self.left_out, "final": self.final, "error": self.error}
-        return write_columns(held, notes | {"batches": [(batch, fit.cells) for batch, fit in self.fits.items()]})
+        return write_columns(present, notes | {"batches": [(batch, fit.cells) for batch, fit in self.fits.items()]})
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
-        """Read what `to_bytes` wrote."""
+        """Return the decisions that `to_bytes` wrote."""
         columns, notes = read_columns(data)
         batches = notes.pop("batches")
         fits = {
@@ -91,7 +95,7 @@ class Decisions:
 
 
 def write_columns(columns: Mapping[str, np.ndarray], notes: Mapping[str, object]) -> bytes:
-    """Write arrays of one length, of numbers or strings, and notes in JSON as a compressed Arrow stream."""
+    """Return arrays of equal length (numbers or strings) and notes (JSON) as a compressed Arrow stream."""
     table = pa.table({name: pa.array(values) for name, values in columns.items()})
     table = table.cast(pa.schema([f.with_type(pa.string()) if pa.types.is_null(f.type) else f for f in table.schema]))
     table = table.replace_schema_metadata({"notes": json.dumps(notes)})
@@ -102,7 +106,7 @@ def write_columns(columns: Mapping[str, np.ndarray], notes: Mapping[str, object]
 
 
 def read_columns(data: bytes) -> tuple[dict[str, np.ndarray], dict]:
-    """Read the arrays and notes that `write_columns` wrote."""
+    """Return the arrays and notes that `write_columns` wrote."""
     table = pa.ipc.open_stream(data).read_all()
     columns = {name: table[name].to_numpy() for name in table.column_names}
     return columns, json.loads(table.schema.metadata[b"notes"])

@@ -1,13 +1,14 @@
-"""Samples larger than a row: decisions over all cells of a sample, from sums that each row contributes.
+"""Preprocessing decisions for samples of several rows, computed from statistics of each row.
 
     decisions = None
     for _ in range(passes(parameters)):
-        parts = [contribution(adata, parameters, decisions, …) for adata in rows]     # anywhere, any order
-        decisions = decide(merge(parts), parameters, decisions)                                  # once a sample
+        parts = [contribution(adata, parameters, decisions, …) for adata in rows]     # distributed, in any order
+        decisions = decide(merge(parts), parameters, decisions)                       # once for each sample
 
-The result is what scanpy decides on the joined AnnData (`anndata.concat(rows, join="outer")`): which genes reach the
-gene filter, and which are variable among the cells that reach the cell filter. Sums are exact, so neither the cut into
-rows nor their order changes a bit of them; their size is genes × batches, whatever the number of cells.
+The decisions equal those of scanpy on the concatenated AnnData (`anndata.concat(rows, join="outer")`): which genes pass
+the gene filter, and which are variable among the cells that pass the cell filter. Sums are exact, so the division into
+rows and their order do not change the result. The size of the statistics is genes × batches, independent of the number
+of cells.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -34,28 +35,28 @@ from scgpt_batch.preprocessing.hvg import (
 from scgpt_batch.preprocessing.pipeline import (
     HVG_ERRORS,
     batch_labels,
-    cannot_choose,
     check_columns,
     min_counts,
     preprocess,
     quiet_libraries,
+    selection_error,
     with_requested_genes,
 )
 from scgpt_batch.preprocessing.sample_selection import BatchFit, Decisions, read_columns, write_columns
 
-ALL = ""  # the batch of all cells where there is no batch_key
-_EXPONENTS = 54  # bits of a float64 below its sign and the upper 9 of its exponent
+ALL = ""  # label of the single batch without batch_key
+_EXPONENTS = 54  # shift that leaves the sign and the upper 9 bits of the exponent of a float64
 
-Key = tuple[str, str, int]  # batch, what is summed, size of the summands
+Key = tuple[str, str, int]  # batch, name of the summed quantity, size class of the summands (see `exact_sums`)
 
 
 def rows_depend(parameters: Parameters) -> bool:
-    """Tell whether a row's result depends on the other rows of its sample: on shared decisions, or shared means."""
+    """Return whether the result of a row depends on other rows of its sample (shared decisions or shared means)."""
     return parameters.need_preprocess or parameters.mode == "contextual"
 
 
 def passes(parameters: Parameters) -> int:
-    """How often the rows of a sample are read to decide: 1 to 3."""
+    """Return the number of passes over the rows of a sample, 1 to 3."""
     p = parameters
     if not p.need_preprocess:
         return 1
@@ -66,19 +67,19 @@ def passes(parameters: Parameters) -> int:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What rows contribute to a pass: sums by gene and batch.
+    """Sums by gene and batch over one row or several rows, for one pass.
 
     Attributes
     ----------
     genes
-        Names of the rows' genes, (genes,). In the order of the rows when all have one, else sorted: as anndata joins
-        them.
+        Names of the genes, (genes,): in the order of the rows if it is the same in all, else sorted, as in
+        `anndata.concat`.
     cells
-        Cells of each batch.
+        Number of cells of each batch.
     sums
-        For each batch and moment the sums of summands of like size, float64, (genes,); see `exact_sums`.
+        Sums for each batch, quantity and size class of the summands, float64, (genes,); see `exact_sums`.
     left_out
-        Rows that could not be read.
+        Number of rows that could not be read.
     """
 
     genes: np.ndarray = field(default_factory=lambda: np.zeros(0, object))
@@ -87,7 +88,7 @@ class Statistics:
     left_out: int = 0
 
     def merged(self, other: "Statistics") -> "Statistics":
-        """Add the contributions of other rows; the order does not matter."""
+        """Return the sum with the statistics of other rows. Commutative and associative."""
         left_out = self.left_out + other.left_out
         if not len(self.genes) or not len(other.genes):
             return replace(self if len(self.genes) else other, left_out=left_out)
@@ -103,7 +104,7 @@ class Statistics:
         return Statistics(a.genes, cells, sums, left_out)
 
     def total(self, moment: str, *batches: str) -> np.ndarray:
-        """Return the sums of a moment in some batches, or in all where none is named: float64, (genes,)."""
+        """Return the sums of a quantity over these batches (default: all), float64, (genes,)."""
         by_size: dict[int, np.ndarray] = {}
         for (batch, what, size), values in self.sums.items():
             if what == moment and (not batches or batch in batches):
@@ -111,14 +112,14 @@ class Statistics:
         return sum((by_size[size] for size in sorted(by_size)), np.zeros(len(self.genes)))
 
     def to_bytes(self) -> bytes:
-        """Write as an Arrow stream."""
+        """Return the statistics as an Arrow stream."""
         keys = list(self.sums)
         columns = {"gene": self.genes} | {str(i): self.sums[key] for i, key in enumerate(keys)}
         return write_columns(columns, {"keys": keys, "cells": list(self.cells.items()), "left_out": self.left_out})
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
-        """Read what `to_bytes` wrote."""
+        """Return the statistics that `to_bytes` wrote."""
         columns, notes = read_columns(data)
         sums = {(batch, what, size): columns[str(i)] for i, (batch, what, size) in enumerate(notes["keys"])}
         return cls(columns["gene"], dict(notes["cells"]), sums, notes["left_out"])
@@ -135,23 +136,25 @@ class Statistics:
 def contribution(
     adata: ad.AnnData, parameters: Parameters, decisions: Decisions | None, *, whole_numbers: bool
 ) -> Statistics:
-    """Return what a row's cells × genes contribute to the next pass.
+    """Return the statistics of one row for the next pass.
 
     Parameters
     ----------
     adata
-        As read and named, before preprocessing; it is changed.
+        The row's cells × genes with matched gene names, before preprocessing. Modified.
+    parameters
+        The parameters.
     decisions
-        What the passes before decided; None in the first.
+        Decisions after the previous passes; None in the first pass.
     whole_numbers
-        As for `preprocess`.
+        See `preprocess`.
 
     Raises
     ------
     RowError
         The row cannot be preprocessed.
     """
-    with np.errstate(over="ignore", invalid="ignore"):  # values too large for scanpy: `decide` says so
+    with np.errstate(over="ignore", invalid="ignore"):  # `decide` reports values that are too large
         check_columns(adata, parameters)
         if decisions is None:
             sums = _sums(adata.X, adata.X.data, ALL, "x")
@@ -161,53 +164,64 @@ def contribution(
 
 
 def merge(parts: Iterable[Statistics]) -> Statistics:
-    """Add up what rows contributed."""
+    """Return the sum of the statistics of several rows."""
     return reduce(Statistics.merged, parts, Statistics())
 
 
 def decide(statistics: Statistics, parameters: Parameters, decisions: Decisions | None = None) -> Decisions:
-    """Take the next decisions from the sums over all rows of a sample.
+    """Return the decisions after a pass over all rows of a sample.
+
+    Parameters
+    ----------
+    statistics
+        Merged statistics of all rows.
+    parameters
+        The parameters.
+    decisions
+        Decisions after the previous passes; None after the first pass.
 
     Returns
     -------
-    Decisions, final after the last pass; with an `error` where the sample has no answer.
+    Decisions, `final` after the last pass. If the sample cannot be preprocessed, `error` says why.
     """
     if decisions is not None and decisions.final:
         return decisions
-    if decisions is not None and statistics.left_out > decisions.left_out:  # a later pass lost more
+    if decisions is not None and statistics.left_out > decisions.left_out:  # more rows failed in a later pass
         decisions = replace(decisions, left_out=statistics.left_out)
     try:
         if not len(statistics.genes):
-            raise PreprocessError("no row of the sample can be read")
+            raise PreprocessError("no row of the sample can be read; see the errors of its rows")
         if decisions is None:
             return _kept_genes(statistics, parameters)
-        decide_next = _by_curve if decisions.fits else _of_kept_cells
-        with row_errors():  # whatever scanpy raises concerns this sample alone
+        decide_next = _by_curve if decisions.fits else _from_kept_cells
+        with row_errors():  # an error of scanpy affects only this sample
             return decide_next(statistics, parameters, decisions)
     except RowError as exc:
         return Decisions.failed(str(exc))
 
 
 def exact_sums(columns: np.ndarray, values: np.ndarray, n_columns: int) -> dict[int, np.ndarray]:
-    """Sum values by column, those of like size apart, so that no sum is rounded.
+    """Return exact sums of values by column, separately for each size class of the values.
 
-    Values are split in parts of 24 bits, and the parts by exponent in steps of 4: a float64 (53 bits) holds any sum of
-    33 million of one kind exactly, in whatever order they are added.
+    Values are split into parts of 24 bits, and the parts are grouped by exponent in steps of 4 (size classes). A
+    float64 has 53 bits, so sums of up to 33 million parts of one size class are exact in any order of addition.
 
     Parameters
     ----------
     columns, values
-        Place and value of each summand; float32, or float64 of 48 bits (the square of a float32).
+        Column and value of each summand: float32, or float64 with 48 significant bits (the square of a float32).
+    n_columns
+        Number of columns.
 
     Returns
     -------
-    For each size that occurs the sums, float64, (n_columns,).
+    The sums of each size class that occurs, float64, (n_columns,).
     """
     upper = values.astype(np.float32).astype(np.float64)
     sums: dict[int, np.ndarray] = {}
     for part in (upper, values - upper):
-        held = part != 0
-        summands, places = part[held], columns[held]
+        is_nonzero = part != 0
+        summands, places = part[is_nonzero], columns[is_nonzero]
         size = (summands.view(np.int64) >> _EXPONENTS) & 0x1FF
         used = np.flatnonzero(np.bincount(size, minlength=512))
         rank = np.zeros(512, np.int64)
@@ -234,19 +248,19 @@ def _sums(x: sp.csr_matrix, values: np.ndarray, batch: str, moment: str) -> dict
 
 
 def _moments(x: sp.csr_matrix, batch: str, p: Parameters) -> dict[Key, np.ndarray]:
-    """Sum X, and what scanpy's methods for variable genes look at; squares in the type of X, as there."""
+    """Return sums of X, and of the values and squares that scanpy's flavors use; squares have the type of X."""
     sums = _sums(x, x.data, batch, "x")
     if not p.subset_hvg:
         return sums
-    seen = x.data
+    values = x.data
     if p.hvg_flavor == "seurat":
-        seen = np.expm1(x.data)
-        sums |= _sums(x, seen, batch, "expm1")
-    return sums | _sums(x, np.square(seen), batch, "square")
+        values = np.expm1(x.data)
+        sums |= _sums(x, values, batch, "expm1")
+    return sums | _sums(x, np.square(values), batch, "square")
 
 
 def _clipped(x: sp.csr_matrix, batch: str, fits: Mapping[str, BatchFit]) -> dict[Key, np.ndarray]:
-    """Sum the values within the bounds and count those beyond, which count as the bound."""
+    """Return sums of the values within the bounds, and the number of values beyond, which are clipped later."""
     if batch not in fits:
         return {}
     values = x.data.astype(np.float64)
@@ -262,7 +276,7 @@ def _kept_genes(statistics: Statistics, p: Parameters) -> Decisions:
     if p.need_preprocess and p.filter_gene_by_counts:
         kept = totals >= p.filter_gene_by_counts
     if not kept.any():
-        raise PreprocessError(f"no gene reaches filter_gene_by_counts {p.filter_gene_by_counts}")
+        raise PreprocessError(f"no gene has {p.filter_gene_by_counts} counts or more; lower filter_gene_by_counts")
     return Decisions(
         genes=statistics.genes[kept],
         left_out=statistics.left_out,
@@ -270,11 +284,11 @@ def _kept_genes(statistics: Statistics, p: Parameters) -> Decisions:
     )
 
 
-def _of_kept_cells(statistics: Statistics, p: Parameters, decisions: Decisions) -> Decisions:
+def _from_kept_cells(statistics: Statistics, p: Parameters, decisions: Decisions) -> Decisions:
     if not sum(statistics.cells.values()):
-        raise PreprocessError(f"no cell reaches {min_counts(p):g} counts")
+        raise PreprocessError(f"no cell has {min_counts(p):g} counts or more; lower min_cell_counts")
     decided = replace(decisions, final=True)
-    keeps_all = p.subset_hvg >= len(decided.genes)  # then no choice is needed
+    keeps_all = p.subset_hvg >= len(decided.genes)  # then the sample must not fail if the selection does
     if not p.subset_hvg:
         return decided
     batches = {batch: _batch_moments(statistics, batch, p) for batch in sorted(statistics.cells)}
@@ -313,8 +327,8 @@ def _by_curve(statistics: Statistics, p: Parameters, decisions: Decisions) -> De
 
 
 def _batch_moments(statistics: Statistics, batch: str, p: Parameters) -> Moments:
-    seen = "expm1" if p.hvg_flavor == "seurat" else "x"
-    return Moments(statistics.cells[batch], statistics.total(seen, batch), statistics.total("square", batch))
+    quantity = "expm1" if p.hvg_flavor == "seurat" else "x"
+    return Moments(statistics.cells[batch], statistics.total(quantity, batch), statistics.total("square", batch))
 
 
 def _fits_curve(p: Parameters) -> bool:
@@ -327,4 +341,4 @@ def _scanpy_errors(statistics: Statistics, p: Parameters) -> Iterator[None]:
         with quiet_libraries():
             yield
     except HVG_ERRORS as exc:
-        raise cannot_choose(p, sum(statistics.cells.values()), len(statistics.genes), exc) from exc
+        raise selection_error(p, sum(statistics.cells.values()), len(statistics.genes), exc) from exc

@@ -1,4 +1,4 @@
-"""A row's cells × genes -> the tokens of scGPT: preprocessed, binned, sampled, each cell starting with `<cls>`."""
+"""Conversion of a row into scGPT tokens: preprocessing, binning, sampling of long cells, and `<cls>` for each cell."""
 
 from dataclasses import dataclass
 
@@ -14,17 +14,17 @@ from scgpt_batch.preprocessing.binning import COLLATOR_BINS, bin_matrix, cell_no
 from scgpt_batch.preprocessing.pipeline import binned_layer, check_columns, group_labels, on_sample_genes, preprocess
 from scgpt_batch.preprocessing.sample_selection import Decisions
 
-PAD_VALUE = -2  # of the published model: the value that <cls> gets
+PAD_VALUE = -2  # value of <cls> in the published model
 
 
 @dataclass(frozen=True)
 class BinnedCells:
-    """The cells of one row as scGPT sees them.
+    """The binned cells of one row.
 
     Attributes
     ----------
     binned
-        Bins, cells × G; each stored entry is a token, an explicit zero too.
+        Bins, cells × G; each stored entry is a token, including explicit zeros.
     token_ids
         Token id of each gene, (G,).
     cls_id, cls_value
@@ -38,32 +38,31 @@ class BinnedCells:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each cell, `<cls>` included: int64, (cells,)."""
+        """Number of tokens of each cell, including `<cls>`: int64, (cells,)."""
         return np.diff(self.binned.indptr).astype(np.int64) + 1
 
     @property
     def expressed(self) -> np.ndarray:
-        """Mask of the genes that at least one cell has a token of: (G,)."""
+        """Whether any cell has a token of each gene: bool, (G,)."""
         return self.binned.getnnz(axis=0) > 0
 
     def tokens(self, cells: np.ndarray) -> tuple[Tokens, np.ndarray]:
-        """Return the tokens of some cells, and each one's position among the row's genes, -1 for `<cls>`."""
+        """Return the tokens of some cells, and the gene (column) of each token, -1 for `<cls>`."""
         return tokenize(self.binned[cells], self.token_ids, cls_id=self.cls_id, cls_value=self.cls_value)
 
 
 @dataclass(frozen=True)
 class TokenizedRow:
-    """What the engine needs of a row.
+    """A row that is ready for the model.
 
     Attributes
     ----------
     cell_ids, groups
-        Names of the cells, and each cell's group (None without `group_by`).
+        Name of each cell, and its group (None without `group_by`).
     genes, token_ids, n_cells
-        Names of the vocabulary's genes in the row, their token ids, and the number of cells that express each; all
-        (G,).
+        The row's genes that are in the vocabulary: names, token ids, and number of cells that express each; all (G,).
     cells
-        The cells' tokens; None in static mode.
+        The tokens of the cells; None in static mode.
     """
 
     cell_ids: np.ndarray
@@ -75,31 +74,40 @@ class TokenizedRow:
 
 
 class ScgptTokenizer:
-    """Turns rows into scGPT's tokens. Safe in several threads."""
+    """Converts rows into scGPT tokens. Thread-safe.
+
+    Parameters
+    ----------
+    vocabulary
+        Token ids of the genes.
+    pad_value
+        Value of the `<cls>` token.
+    """
 
     def __init__(self, vocabulary: Vocabulary, pad_value: float = PAD_VALUE) -> None:
-        """Use the token ids of `vocabulary`; `<cls>` gets `pad_value`."""
         self.vocabulary = vocabulary
         self.pad_value = pad_value
 
     def tokenize(
         self, adata: ad.AnnData, parameters: Parameters, decisions: Decisions | None, *, whole_numbers: bool
     ) -> TokenizedRow:
-        """Preprocess a row, keep the vocabulary's genes, and bin its cells where upstream does.
+        """Return a row, preprocessed, restricted to the genes of the vocabulary, and binned (not in static mode).
 
         Parameters
         ----------
         adata
-            Cells × genes, X in CSR and float32. It is changed.
+            Cells × genes, X in CSR and float32. Modified.
+        parameters
+            The parameters.
         decisions
-            Of the sample that the row belongs to; None for a row that is a sample by itself.
+            Decisions of the sample that the row belongs to; None if the row is its own sample.
         whole_numbers
-            As for `preprocess`.
+            See `preprocess`.
 
         Raises
         ------
         RowError
-            No gene or cell survives, or a column or layer is missing.
+            No gene or cell remains, or a column or layer is missing.
         """
         p, is_static = parameters, parameters.mode == "static"
         if decisions is not None:
@@ -112,9 +120,12 @@ class ScgptTokenizer:
         ids = self.vocabulary.ids(names)
         columns = np.flatnonzero(ids >= 0)
         if not len(columns):
-            raise PreprocessError("no gene that survives preprocessing is in the vocabulary")
-        counted = p.need_preprocess and is_static  # X of a view would be copied
-        n_cells = adata.var["n_cells"].to_numpy() if counted else adata.X.getnnz(axis=0)
+            raise PreprocessError(
+                f"none of the {len(names)} genes left after preprocessing is in the vocabulary; keep more genes, e.g. "
+                "with subset_hvg or filter_gene_by_counts"
+            )
+        has_counts = p.need_preprocess and is_static  # then adata is a view, and reading X would copy it
+        n_cells = adata.var["n_cells"].to_numpy() if has_counts else adata.X.getnnz(axis=0)
         cells = None
         if not is_static:
             binned = _binned(adata, names, columns, p)
@@ -130,7 +141,11 @@ class ScgptTokenizer:
 
 
 def _binned(adata: ad.AnnData, names: np.ndarray, columns: np.ndarray, p: Parameters) -> sp.csr_matrix:
-    """Bin all genes of a preprocessed row, as upstream's Preprocessor does, or those of the vocabulary alone."""
+    """Return the binned genes of the vocabulary.
+
+    With preprocessing, bins are computed from all genes, as in upstream's Preprocessor; without it, only from genes of
+    the vocabulary, as in upstream's data collator.
+    """
     if p.need_preprocess:
         matrix = bin_matrix(binned_layer(adata, p), names, p, p.binning)
         binned = sp.csr_matrix(matrix[:, columns])
@@ -142,7 +157,7 @@ def _binned(adata: ad.AnnData, names: np.ndarray, columns: np.ndarray, p: Parame
 
 
 def _sampled(binned: sp.csr_matrix, names: np.ndarray, parameters: Parameters) -> sp.csr_matrix:
-    """Keep `max_length` - 1 entries of each longer cell."""
+    """Return the matrix with a random sample of `max_length` - 1 entries of each longer cell."""
     lengths = np.diff(binned.indptr)
     if lengths.max(initial=0) <= parameters.max_length - 1:
         return binned
@@ -155,18 +170,20 @@ def _sampled(binned: sp.csr_matrix, names: np.ndarray, parameters: Parameters) -
 def tokenize(
     matrix: sp.csr_matrix, gene_ids: np.ndarray, *, cls_id: int, cls_value: float
 ) -> tuple[Tokens, np.ndarray]:
-    """Turn each cell's stored entries into tokens: `<cls>`, then the genes in the matrix's order.
+    """Return the tokens of each cell: `<cls>`, then its stored entries in the order of the matrix.
 
     Parameters
     ----------
     matrix
-        Binned values, cells × genes; an explicit zero is a token like any other.
+        Binned values, cells × genes; explicit zeros are tokens too.
     gene_ids
         Token id of each gene (column); none may be -1.
+    cls_id, cls_value
+        Token id and value of `<cls>`.
 
     Returns
     -------
-    The tokens, and the column of each one's gene, int64, (T,); -1 for `<cls>`.
+    The tokens, and the column of each token's gene, int64, (T,); -1 for `<cls>`.
     """
     lengths = np.diff(matrix.indptr).astype(np.int64) + 1
     starts = np.cumsum(lengths) - lengths
@@ -182,9 +199,16 @@ def tokenize(
 
 
 def sample_long_cells(indptr: np.ndarray, noise: np.ndarray, max_length: int) -> np.ndarray | None:
-    """Choose max_length - 1 entries of each longer cell at random; None when no cell is longer.
+    """Return a mask of the entries to keep, `max_length` - 1 of each longer cell; None if no cell is longer.
 
-    `noise` is (nnz,), from `cell_noise`; a cell keeps its smallest. Returns a mask over the entries.
+    Parameters
+    ----------
+    indptr
+        Start of each cell, (B + 1,).
+    noise
+        A random number for each entry, from `cell_noise`, (nnz,). The entries with the smallest numbers are kept.
+    max_length
+        Maximum number of tokens of a cell, including `<cls>`.
     """
     lengths = np.diff(indptr)
     if lengths.max(initial=0) <= max_length - 1:

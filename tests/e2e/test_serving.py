@@ -176,7 +176,7 @@ def test_mlflow_routes_respond(endpoint):
         ({"dataframe_records": [{}, {}]}, 400, "no column is an input of the model"),
         ({"dataframe_records": [{"X_DATA": [1.0]}]}, 400, "unknown column 'X_DATA': did you mean 'x_data'"),
         ({"dataframe_records": [{"mode": "cell", "maxlength": 9}]}, 400, "did you mean 'max_length'"),
-        ({"inputs": [{"counts": [1.0]}], "params": UNPROCESSED}, 400, "(given: counts); a row needs x_data"),
+        ({"inputs": [{"counts": [1.0]}], "params": UNPROCESSED}, 400, "(columns: counts); a row needs x_data"),
         ({"dataframe_records": [], "params": {"genes": ["cd4"] * 100_001}}, 400, "at most 100,000 names"),
         ({"dataframe_records": [{"genes": ["A", "B" * 201]}]}, 400, "a name may have 200 characters, not 201"),
         ({"dataframe_records": [{"genes": ["cd4"]}], "params": UNPROCESSED}, 400, "none of the 1 names"),

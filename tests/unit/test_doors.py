@@ -187,7 +187,7 @@ def test_columns_of_one_gene_are_added_up(door):
     added[:, 2] += x[:, 5]
     genes = [*GENES[:5], GENES[2], *GENES[6:12]]
     wanted = door(cells(sp.csr_matrix(added), genes=[*GENES[:5], *GENES[6:12]]), **CELLS)
-    said = f"1 columns repeat the name of an earlier gene (first: {GENES[2]!r}): their values are added up"
+    said = f"1 columns repeat the name of an earlier gene (first: {GENES[2]!r}): their values are summed"
     assert_same(door(cells(genes=genes), **CELLS), wanted, said=said)
 
 
@@ -208,7 +208,7 @@ def test_genes_without_a_name_are_unknown(door):
 def test_features_that_are_not_gene_expression_are_left_out(door):
     types = ["Gene Expression"] * 9 + ["Antibody Capture", "Antibody Capture", "CRISPR Guide Capture"]
     wanted = door(cells(sp.csr_matrix(counts()[:, :9])), **CELLS)
-    said = "3 features are not gene expression and are left out: 2 Antibody Capture, 1 CRISPR Guide Capture"
+    said = "3 features are not gene expression and are dropped: 2 Antibody Capture, 1 CRISPR Guide Capture"
     assert_same(door(cells(var={"feature_types": types}), **CELLS), wanted, said=said)
 
 

@@ -99,9 +99,9 @@ def test_genes_of_another_species_in_one_file_stay_unknown():
 @pytest.mark.parametrize(
     ("names", "said"),
     [
-        (["Cd3d", "Lyz2", "Nkg7"], "mouse gene symbols (e.g. 'Cd3d'): map them to their human orthologs"),
+        (["Cd3d", "Lyz2", "Nkg7"], "mouse gene symbols (e.g. 'Cd3d'): map them to human orthologs"),
         (["cd3d", "lyz", "nkg7"], "gene symbols in lower case (e.g. 'cd3d')"),
-        (["915", "4069", "4818"], "numbers (Entrez ids, or row numbers) (e.g. '915'): use gene symbols"),
+        (["915", "4069", "4818"], "numbers (Entrez ids or row numbers) (e.g. '915'): use gene symbols"),
         (IDS, "Ensembl ids (e.g. 'ENSG00000167286'): add a var column of gene symbols"),
         (["ENSMUSG00000032094", "ENSMUSG00000069516"], "Ensembl ids of another species"),
     ],
@@ -134,9 +134,7 @@ def test_columns_of_one_name_are_added_up_at_the_place_of_the_first():
     genes = select(["CD3D", "LYZ", "CD3D", "NKG7"])
     assert genes.names.tolist() == ["CD3D", "LYZ", "NKG7"]
     assert values(genes) == [[5, 2, 8], [0, 16, 32]]
-    assert genes.warnings == (
-        "1 columns repeat the name of an earlier gene (first: 'CD3D'): their values are added up",
-    )
+    assert genes.warnings == ("1 columns repeat the name of an earlier gene (first: 'CD3D'): their values are summed",)
 
 
 def test_columns_of_one_symbol_are_added_up_as_columns_of_one_name_are():
@@ -148,7 +146,7 @@ def test_columns_of_one_symbol_are_added_up_as_columns_of_one_name_are():
 
 def test_a_sum_beyond_float32_is_an_error():
     genes = select(["CD3D", "CD3D"])
-    with pytest.raises(PayloadError, match="'CD3D' add up to more than float32 holds"):
+    with pytest.raises(PayloadError, match="'CD3D' exceeds float32"):
         genes.apply(sp.csr_matrix(np.array([[3e38, 3e38]], np.float32)))
 
 
@@ -156,7 +154,7 @@ def test_genes_without_a_name_stay_apart_and_unknown():
     genes = select(["CD3D", "", "LYZ", " "])
     assert genes.known.tolist() == [True, False, True, False]
     assert values(genes) == [[1, 2, 4, 8], [0, 16, 0, 32]]
-    assert genes.warnings == ("2 genes have no name: unknown to the model",)
+    assert genes.warnings == ("2 genes have no name, so the model does not know them",)
 
 
 @pytest.mark.parametrize("column", ["feature_types", "feature_type", "Feature_Types"])
@@ -166,7 +164,7 @@ def test_features_that_are_not_gene_expression_are_left_out(column):
     assert genes.names.tolist() == ["CD3D", "LYZ"]
     assert values(genes) == [[1, 8], [0, 32]]
     assert (genes.genes_in, genes.genes_matched) == (2, 2)
-    left_out = "2 features are not gene expression and are left out: 1 Antibody Capture, 1 CRISPR Guide Capture"
+    left_out = "2 features are not gene expression and are dropped: 1 Antibody Capture, 1 CRISPR Guide Capture"
     assert genes.warnings == (left_out,)
 
 
@@ -176,7 +174,7 @@ def test_an_antibody_is_not_added_to_the_gene_of_its_name():
 
 
 def test_a_row_without_gene_expression_is_an_error():
-    with pytest.raises(PayloadError, match=r"no feature is of type 'Gene Expression' .* 3 Antibody Capture"):
+    with pytest.raises(PayloadError, match=r"no feature has the type 'Gene Expression' .* 3 Antibody Capture"):
         select(SYMBOLS, feature_types=["Antibody Capture"] * 3)
 
 

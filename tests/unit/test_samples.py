@@ -248,7 +248,7 @@ def test_a_bad_row_is_left_out_and_the_others_say_so(reader):
     decisions = decisions_of([*good, *bad], parameters, reader)
     assert kept(decisions) == kept(decisions_of(good, parameters, reader))
     prepared = reader.prepare(good[0], parameters, decisions)
-    assert "2 rows of the sample had no part in choosing its genes" in prepared.report.warnings
+    assert "2 rows of the sample failed and were not used to select its genes" in prepared.report.warnings
     with pytest.raises(PayloadError, match="x_indptr"):
         reader.prepare(bad[0], parameters, decisions)
     with pytest.raises(PreprocessError, match="batch_key 'donor' is not a column"):
@@ -266,10 +266,10 @@ FEW = {"hvg_flavor": "seurat_v3", "subset_hvg": 2}
 @pytest.mark.parametrize(
     ("cells", "changes", "message"),
     [
-        (500, {"filter_gene_by_counts": 10**6}, "no gene reaches filter_gene_by_counts 1000000"),
-        (500, {"min_cell_counts": 1e6}, r"no cell reaches 1e\+06 counts"),
-        (1000, {"filter_gene_by_counts": most_counts(3)} | FEW, "3 genes vary between the 1000 cells"),
-        (40, {"filter_gene_by_counts": 0}, "cannot choose 1200 variable genes"),
+        (500, {"filter_gene_by_counts": 10**6}, "no gene has 1000000 counts or more"),
+        (500, {"min_cell_counts": 1e6}, r"no cell has 1e\+06 counts or more"),
+        (1000, {"filter_gene_by_counts": most_counts(3)} | FEW, "in a batch of 1000 cells, 3 genes vary"),
+        (40, {"filter_gene_by_counts": 0}, "cannot select 1200 variable genes"),
         (500, {"hvg_flavor": "seurat", "result_normed_key": ""}, "not in index"),  # scanpy, on exp(10,000)
     ],
     ids=["no gene", "no cell", "too few genes for the fit", "scanpy cannot choose", "scanpy breaks"],
@@ -279,7 +279,7 @@ def test_a_sample_without_an_answer_says_why_on_each_row(reader, cells, changes,
     rows = cut(pbmc()[:cells], 3)
     decisions = decisions_of(rows, parameters, reader)
     for row in rows:
-        with pytest.raises(PreprocessError, match=f"the sample has no answer: .*{message}"):
+        with pytest.raises(PreprocessError, match=f"the sample could not be preprocessed: .*{message}"):
             reader.prepare(row, parameters, decisions)
 
 
