@@ -82,7 +82,7 @@ def test_dense_layout_keeps_doubles_to_the_last_bit():
     assert_same_counts(from_row(plain(to_row(adata, layout="dense"))), adata)
 
 
-def test_annotation_without_x_is_refused():
+def test_anndata_without_x_is_rejected():
     with pytest.raises(PayloadError, match="no X"):
         to_row(ad.AnnData(obs=pd.DataFrame(index=["c"]), var=pd.DataFrame(index=["g"])))
 
@@ -203,7 +203,7 @@ def test_tables_with_number_names_are_read():
     assert obs.index.tolist() == [0, 1], "the caller's table was changed"
 
 
-def test_explicit_zeros_are_no_entries():
+def test_explicit_zeros_are_dropped():
     assert from_row(small_row(x_data=[1, 0, 3])).X.nnz == 2
 
 
@@ -392,7 +392,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize(("row", "message"), DAMAGE.values(), ids=DAMAGE)
-def test_damage_is_named(row, message):
+def test_error_names_the_damaged_column(row, message):
     with pytest.raises(PayloadError, match=message):
         from_row(row)
 
@@ -412,7 +412,7 @@ def test_nulls_in_arrow_matrix_are_named(cells):
         from_row(row)
 
 
-def test_rows_with_the_same_genes_read_them_once_and_share_no_change(monkeypatch):
+def test_rows_share_a_gene_table_but_not_changes(monkeypatch):
     genes = table(["s0", "s1", "s2"], symbol=["A", "B", "C"])
     read = []
     monkeypatch.setattr(json, "loads", lambda text, loads=json.loads: read.append(text) or loads(text))
@@ -425,7 +425,7 @@ def test_rows_with_the_same_genes_read_them_once_and_share_no_change(monkeypatch
     assert second.var.to_dict() == {"symbol": {"s0": "A", "s1": "B", "s2": "C"}}
 
 
-def test_each_row_with_unreadable_genes_is_told_so():
+def test_each_row_with_unreadable_genes_fails():
     for _ in range(2):
         with pytest.raises(PayloadError, match="adata_var is not JSON"):
             from_row(small_row(adata_var="{"))
@@ -436,7 +436,7 @@ def test_each_row_with_unreadable_genes_is_told_so():
 
 @given(damaged_rows())
 @settings(max_examples=500, derandomize=True, deadline=None)
-def test_random_damage_is_read_or_refused(row):
+def test_random_damage_is_read_or_rejected(row):
     try:
         adata = from_row(row)
     except PayloadError as exc:

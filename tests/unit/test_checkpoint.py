@@ -101,7 +101,7 @@ def test_missing_layer_is_named(folder):
         load_checkpoint(folder)
 
 
-def test_layers_beyond_the_stated_ones_are_refused(folder):
+def test_more_layers_than_stated_are_rejected(folder):
     change_json(folder / "args.json", nlayers=2)
     with pytest.raises(CheckpointError, match=r"has 3 layers, but args\.json has nlayers 2"):
         load_checkpoint(folder)
@@ -121,7 +121,7 @@ def test_wrong_shape_is_named(folder, name, args):
         load_checkpoint(folder)
 
 
-def test_tensor_in_both_key_layouts_is_refused(folder):
+def test_tensor_in_both_key_layouts_is_rejected(folder):
     twin = WQKV.replace("Wqkv.", "in_proj_")
     change_tensors(folder, lambda state: state.update({twin: state[WQKV]}))
     with pytest.raises(CheckpointError, match=f"contains '{twin}' twice"):
@@ -239,13 +239,13 @@ def test_vocabulary_comes_in_any_order(folder):
     assert load_checkpoint(folder).vocabulary.tokens == load_checkpoint(GOLDEN / "checkpoint_flash").vocabulary.tokens
 
 
-def test_longer_vocabulary_is_refused(folder):
+def test_longer_vocabulary_is_rejected(folder):
     change_json(folder / "vocab.json", ANOTHER=2503)
     with pytest.raises(CheckpointError, match=f"has 2504 tokens .* '{EMBEDDING}' has 2503 rows"):
         load_checkpoint(folder)
 
 
-def test_shorter_vocabulary_is_refused(folder):
+def test_shorter_vocabulary_is_rejected(folder):
     change_tensors(folder, lambda state: state.update({EMBEDDING: torch.ones(2510, 64)}))
     with pytest.raises(CheckpointError, match=f"has 2503 tokens .* '{EMBEDDING}' has 2510 rows"):
         load_checkpoint(folder)
@@ -258,7 +258,7 @@ def test_missing_special_tokens_follow_the_genes(folder):
     assert (vocabulary.pad_id, vocabulary.cls_id) == (2500, 2501)
 
 
-def test_missing_special_tokens_without_rows_are_refused(folder):
+def test_special_tokens_without_vectors_are_rejected(folder):
     change_json(folder / "vocab.json", **{"<pad>": ..., "<cls>": ..., "<eoc>": ...})
     change_tensors(folder, lambda state: state.update({EMBEDDING: state[EMBEDDING][:2500]}))
     with pytest.raises(CheckpointError, match=r"has 2503 tokens \(including special tokens\).* has 2500 rows"):
@@ -327,13 +327,13 @@ def test_missing_folder_is_named(tmp_path):
         load_checkpoint(tmp_path / "nowhere")
 
 
-def test_folder_without_weights_is_refused(folder):
+def test_folder_without_weights_is_rejected(folder):
     (folder / "best_model.pt").unlink()
     with pytest.raises(CheckpointError, match=r"exactly one of best_model\.pt, .*, but contains none"):
         load_checkpoint(folder)
 
 
-def test_folder_with_two_weights_files_is_refused(folder):
+def test_folder_with_two_weights_files_is_rejected(folder):
     save_file(tensors(folder), folder / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"but contains best_model\.pt, model\.safetensors"):
         load_checkpoint(folder)
@@ -349,7 +349,7 @@ class RunsCode:
         return os.mkdir, (str(self.path),)
 
 
-def test_pickle_that_would_run_code_is_refused(folder, tmp_path):
+def test_pickle_that_would_run_code_is_rejected(folder, tmp_path):
     torch.save(tensors(folder) | {"hook": RunsCode(tmp_path / "pwned")}, folder / "best_model.pt")
     with pytest.raises(CheckpointError, match=r"best_model\.pt cannot be read as tensors: .*posix.mkdir") as caught:
         load_checkpoint(folder)
@@ -358,13 +358,13 @@ def test_pickle_that_would_run_code_is_refused(folder, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8, torch.complex64], ids=str)
-def test_weights_of_another_than_a_float_type_are_named(folder, dtype):
+def test_weights_must_have_a_float_type(folder, dtype):
     change_tensors(folder, lambda state: state.update({EMBEDDING: state[EMBEDDING].to(dtype)}))
     with pytest.raises(CheckpointError, match=f"{EMBEDDING}' has the type {dtype}, not a float type"):
         load_checkpoint(folder)
 
 
-def test_sparse_weights_are_refused(folder):
+def test_sparse_weights_are_rejected(folder):
     change_tensors(folder, lambda state: state.update({EMBEDDING: state[EMBEDDING].to_sparse()}))
     with pytest.raises(CheckpointError, match="sparse tensors"):
         load_checkpoint(folder)
@@ -375,7 +375,7 @@ def test_sparse_weights_are_refused(folder):
     [[torch.ones(1)], torch.ones(1), {"model": {"a": torch.ones(1)}}, {"epoch": 3}, {0: torch.ones(1)}],
     ids=["list", "tensor", "nested", "number", "number for a name"],
 )
-def test_weights_that_are_no_state_dict_are_refused(folder, content):
+def test_weights_must_be_a_state_dict(folder, content):
     torch.save(content, folder / "best_model.pt")
     with pytest.raises(CheckpointError, match="is not a state dict"):
         load_checkpoint(folder)
@@ -383,7 +383,7 @@ def test_weights_that_are_no_state_dict_are_refused(folder, content):
 
 @pytest.mark.parametrize("name", ["best_model.pt", "model.safetensors"])
 @pytest.mark.parametrize("content", [b"", b"not a model"], ids=["empty", "text"])
-def test_weights_that_cannot_be_read_are_refused(folder, name, content):
+def test_unreadable_weights_are_rejected(folder, name, content):
     (folder / "best_model.pt").unlink()
     (folder / name).write_bytes(content)
     with pytest.raises(CheckpointError, match=f"{name} cannot be read as tensors"):

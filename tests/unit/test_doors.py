@@ -139,7 +139,7 @@ TYPES = ["float64", "float16", "int8", "int64", "uint16", ">f4", ">i4", "bool"]
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-def test_any_number_type_gives_the_vectors_of_float32(door, dtype):
+def test_all_number_types_equal_float32(door, dtype):
     x = (counts() > 1 if dtype == "bool" else counts()).astype(dtype)
     wanted = cells(sp.csr_matrix(x.astype(np.float32)))
     assert_same(door(cells(x), **CELLS), door(wanted, **CELLS))
@@ -191,7 +191,7 @@ def test_columns_of_one_gene_are_added_up(door):
     assert_same(door(cells(genes=genes), **CELLS), wanted, said=said)
 
 
-def test_a_cells_vector_does_not_depend_on_the_counts_of_others(door):
+def test_vector_of_a_cell_is_independent_of_other_cells(door):
     genes = [*GENES[:5], GENES[2], *GENES[6:12]]
     adata = cells(genes=genes)
     alone, together = door(adata[1:2].copy(), **CELLS), door(adata, **CELLS)

@@ -248,7 +248,7 @@ def test_batch_size_does_not_change_cell_vectors(embed, embedder, monkeypatch):
 
 
 @pytest.mark.numbers
-def test_the_same_call_gives_the_same_bits(embed):
+def test_repeated_calls_are_bit_identical(embed):
     first, second = (embed(small(20), **CELLS).cell_embeddings for _ in range(2))
     assert np.array_equal(first, second)
 
@@ -279,7 +279,7 @@ def mixed_rows():
 
 @pytest.mark.parametrize("mode", ["static", "contextual", "cell"])
 @pytest.mark.parametrize("budget", [1, 700, 10**6], ids=["cell by cell", "across rows", "all at once"])
-def test_rows_are_answered_in_order_and_as_if_each_were_alone(embedder, monkeypatch, mode, budget):
+def test_results_keep_order_and_equal_single_rows(embedder, monkeypatch, mode, budget):
     parameters = Parameters(**UNPROCESSED, mode=mode)
     alone = [embedder.embed(row, parameters) for row in mixed_rows()]
     monkeypatch.setattr(embedder, "_budget", budget)
@@ -291,7 +291,7 @@ def test_rows_are_answered_in_order_and_as_if_each_were_alone(embedder, monkeypa
             assert_close(found.embeddings, wanted.embeddings, atol=1e-5)
 
 
-def test_rows_are_drawn_only_a_little_ahead_and_not_at_all_once_closed(embedder):
+def test_rows_are_read_a_little_ahead_until_closed(embedder):
     drawn = []
     rows = (drawn.append(i) or to_row(small(2)) for i in range(100))
     answers = embedder.embed_rows(rows, Parameters(**UNPROCESSED))
@@ -418,7 +418,7 @@ def peak_mb_of(call):
 
 
 @pytest.mark.parametrize("mode", ["contextual", "cell"])
-def test_a_row_of_many_cells_takes_no_more_memory_than_its_cells(embed, mode):
+def test_memory_of_a_large_row_is_bounded(embed, mode):
     n_cells, n_genes = 100_000, 4  # 500,000 tokens, of which one layer's activations alone take 1,000 MB
     x = sp.random(n_cells, len(known_genes()), density=n_genes / 400, format="csr", dtype=np.float32, random_state=0)
     obs = pd.DataFrame({"donor": np.arange(n_cells) % 300}, index=[str(i) for i in range(n_cells)])
@@ -433,7 +433,7 @@ def test_a_row_of_many_cells_takes_no_more_memory_than_its_cells(embed, mode):
     assert peak < 400
 
 
-def test_genes_without_vectors_need_no_weights(tmp_path, embed):
+def test_static_genes_without_vectors_read_no_weights(tmp_path, embed):
     folder = shutil.copytree(GOLDEN / "checkpoint_flash", tmp_path / "checkpoint")
     (folder / "best_model.pt").write_bytes(b"cannot be read")
     reader = Embedder(Checkpoint(folder), device="cpu")
@@ -460,7 +460,7 @@ def test_group_by_names_a_column_that_must_exist(refuse):
 
 
 @pytest.mark.parametrize("mode", ["static", "contextual"])
-def test_genes_restrict_the_answer_not_the_computation(embed, mode):
+def test_genes_restrict_the_result_not_the_computation(embed, mode):
     wanted = (known_genes()[5], known_genes()[2], "not-a-gene")
     answer, whole = (embed(small(10), **UNPROCESSED, mode=mode, genes=genes) for genes in (wanted, ()))
     assert answer.genes == [known_genes()[2], known_genes()[5]]
@@ -475,7 +475,7 @@ def test_genes_restrict_the_whole_vocabulary(embedder):
     assert answer.report.warnings == ("1 requested gene is not in the model's vocabulary: not-a-gene",)
 
 
-def test_misspelt_gene_is_answered_with_a_suggestion(embedder):
+def test_misspelt_gene_gets_a_suggestion(embedder):
     answer = embedder.whole_vocabulary(Parameters(genes=("CD3D", "ms4a1")))
     assert answer.report.warnings == (
         "1 requested gene is not in the model's vocabulary: ms4a1: did you mean 'MS4A1'?",
@@ -494,7 +494,7 @@ def test_requested_genes_without_a_vector_are_named(embed, mode):
     )
 
 
-def test_requested_gene_that_no_cell_carries_has_no_contextual_mean(embed):
+def test_unexpressed_gene_has_no_contextual_mean(embed):
     adata = small(10)
     zero = known_genes()[3]
     adata.X[:, 3] = 0
@@ -512,14 +512,14 @@ def test_genes_that_are_all_unknown_are_an_error(embedder, mode):
             embedder.whole_vocabulary(parameters)
 
 
-def test_preprocessing_decides_which_genes_are_answered(embed):
+def test_result_has_the_genes_left_after_preprocessing(embed):
     answer = embed(golden_log1p())
     assert 0 < len(answer.genes) < 1200
     assert set(answer.genes) < set(embed(golden_log1p(), **UNPROCESSED).genes)
 
 
 @pytest.mark.parametrize("name", ["embsize", "nhead", "d_hid", "nlayers", "n_layers_cls"])
-def test_a_stated_size_that_disagrees_is_refused(embedder, name):
+def test_a_size_that_contradicts_the_checkpoint_is_rejected(embedder, name):
     with pytest.raises(ConfigError, match=f"{name} is 7, but the checkpoint has"):
         embedder.embed(to_row(small(1)), Parameters(**UNPROCESSED, **{name: 7}))
 
@@ -544,7 +544,7 @@ def with_names(adata, names):
     return ad.AnnData(adata.X, obs=adata.obs, var=pd.DataFrame(index=names))
 
 
-def test_the_report_tells_cells_matches_and_their_share_of_the_counts(embed):
+def test_report_has_cells_matched_genes_and_coverage(embed):
     adata = small(10)
     report = embed(adata, **UNPROCESSED, data_is_raw=True).report
     assert (report.cells, report.genes_in, report.genes_matched) == (10, 401, 400)
@@ -570,7 +570,7 @@ def test_a_row_without_a_known_gene_is_low_coverage(refuse, min_coverage):
     assert isinstance(error, LowCoverage) and "0 of 6 gene names" in str(error)
 
 
-def test_a_row_below_min_coverage_is_refused_and_one_above_is_not(refuse):
+def test_rows_below_min_coverage_fail(refuse):
     adata = small(10)
     coverage = 1 - 10 / float(adata.X.sum(dtype=np.float64))
     assert isinstance(refuse(adata, **UNPROCESSED, min_coverage=coverage + 1e-6), LowCoverage)
@@ -583,7 +583,7 @@ def test_min_coverage_of_a_call_replaces_the_parameters(embedder):
     assert isinstance(embedder.embed(row, Parameters(**UNPROCESSED), min_coverage=1.0).error, LowCoverage)
 
 
-def test_a_refused_row_still_carries_its_report(embedder):
+def test_a_failed_row_keeps_its_report(embedder):
     answer = embedder.embed(to_row(random_adata(4, 6)), Parameters(**UNPROCESSED))
     assert (answer.report.cells, answer.report.genes_in, answer.report.genes_matched) == (4, 6, 0)
 
@@ -621,7 +621,7 @@ def test_ensembl_ids_are_mapped_by_the_rows_symbol_column(embed):
     assert np.array_equal(mapped.cell_embeddings, plain.cell_embeddings)
 
 
-def test_ensembl_ids_that_nothing_maps_are_refused_with_the_reason(refuse):
+def test_unmapped_ensembl_ids_fail_with_a_hint(refuse):
     error = refuse(with_names(small(5), ensembl(401)), **UNPROCESSED)
     assert isinstance(error, LowCoverage) and "unknown gene names look like Ensembl ids" in str(error)
 
@@ -643,7 +643,7 @@ def without_known_genes(adata, cells):
     return ad.AnnData(x.tocsr(), obs=adata.obs, var=adata.var)
 
 
-def test_a_cell_without_any_known_gene_gets_the_vector_of_cls_alone_and_a_warning(embed):
+def test_cell_without_known_genes_gets_a_warning(embed):
     adata = without_known_genes(small(6), [0, 5])
     answer, whole = embed(adata, **CELLS, data_is_raw=True), embed(small(6), **CELLS)
     assert np.array_equal(answer.cell_embeddings[0], answer.cell_embeddings[5])
@@ -652,7 +652,7 @@ def test_a_cell_without_any_known_gene_gets_the_vector_of_cls_alone_and_a_warnin
     assert any("2 cells express no gene" in warning for warning in answer.report.warnings)
 
 
-def test_a_cell_without_any_known_gene_counts_for_no_gene(embed):
+def test_cell_without_known_genes_counts_for_no_gene(embed):
     adata = without_known_genes(small(6), [0])
     answer, others = (embed(a, **UNPROCESSED, mode="contextual") for a in (adata, small(6)[1:].copy()))
     assert (answer.genes, answer.n_cells.tolist()) == (others.genes, others.n_cells.tolist())
@@ -660,7 +660,7 @@ def test_a_cell_without_any_known_gene_counts_for_no_gene(embed):
 
 
 @pytest.mark.parametrize("mode", ["static", "contextual", "cell"])
-def test_a_row_of_zeros_is_answered_without_a_crash(embed, mode):
+def test_a_row_of_zeros_does_not_crash(embed, mode):
     adata = small(3)
     zeros = ad.AnnData(sp.csr_matrix(adata.shape, dtype=np.float32), obs=adata.obs, var=adata.var)
     answer = embed(zeros, **UNPROCESSED, mode=mode, min_coverage=0)
@@ -669,7 +669,7 @@ def test_a_row_of_zeros_is_answered_without_a_crash(embed, mode):
 
 
 @pytest.mark.parametrize("parameters", [UNPROCESSED, CELLS], ids=["static", "cell"])
-def test_nan_in_the_answer_fails_the_row_by_name(parameters):
+def test_nan_in_the_output_fails_the_row(parameters):
     checkpoint = load_checkpoint(GOLDEN / "checkpoint_flash")
     gene = known_genes()[3]
     checkpoint.tensors["encoder.embedding.weight"][checkpoint.vocabulary.ids([gene])] = np.nan
@@ -679,12 +679,12 @@ def test_nan_in_the_answer_fails_the_row_by_name(parameters):
     assert answer.embeddings is None
 
 
-def test_a_row_that_cannot_be_read_is_an_answer_not_an_exception(embedder):
+def test_an_unreadable_row_is_a_result_not_an_exception(embedder):
     answer = embedder.embed(to_row(small(2)) | {"x_indptr": [0, 9, 3]}, Parameters(**UNPROCESSED))
     assert isinstance(answer.error, PayloadError) and "x_indptr" in str(answer.error)
 
 
-def test_values_beyond_float32_are_refused(embedder):
+def test_values_outside_float32_are_rejected(embedder):
     row = to_row(small(1), layout="dense")
     row["adata_sparsematrix"][0][0] = 1e39
     answer = embedder.embed(row, Parameters(**UNPROCESSED))
@@ -701,7 +701,7 @@ def test_a_fault_of_the_code_is_an_internal_error_of_the_row(refuse, monkeypatch
     assert isinstance(error, InternalError) and str(error).startswith("IndexError: deep inside")
 
 
-def test_a_row_of_which_no_gene_survives_says_so(refuse):
+def test_a_row_without_remaining_genes_fails(refuse):
     error = refuse(small(2), filter_gene_by_counts=10**6)
     assert isinstance(error, PreprocessError) and "filter_gene_by_counts" in str(error)
 
@@ -717,7 +717,7 @@ def root(tmp_path):
     return tmp_path / "data"
 
 
-def test_no_file_is_read_where_no_root_was_listed(root):
+def test_no_file_is_read_without_roots(root):
     with pytest.raises(PayloadError, match="registered without roots"):
         allowed_path(str(root / "cells.h5ad"), [])
 
@@ -729,18 +729,18 @@ def test_a_file_below_a_root_is_read(root):
         assert allowed_path(str(root / name), ["/nowhere", str(root)]) == root / name
 
 
-def test_a_root_that_is_a_link_counts_as_the_folder_it_leads_to(root, tmp_path):
+def test_a_linked_root_is_resolved(root, tmp_path):
     (tmp_path / "link").symlink_to(root)
     assert allowed_path(str(tmp_path / "link" / "cells.h5ad"), [str(tmp_path / "link")]) == root / "cells.h5ad"
 
 
 @pytest.mark.parametrize("path", ["../secret.h5ad", "../data/cells.h5ad", "deep/../cells.h5ad", "..", "."])
-def test_dots_and_folders_are_refused(root, path):
+def test_dots_and_folders_are_rejected(root, path):
     with pytest.raises(PayloadError):
         allowed_path(f"{root}/{path}", [str(root)])
 
 
-def test_links_out_of_the_root_are_refused(root, tmp_path):
+def test_links_out_of_the_root_are_rejected(root, tmp_path):
     (root / "link.h5ad").symlink_to(tmp_path / "secret.h5ad")
     (root / "folder").symlink_to(tmp_path)
     for name in ("link.h5ad", "folder/secret.h5ad"):
@@ -748,7 +748,7 @@ def test_links_out_of_the_root_are_refused(root, tmp_path):
             allowed_path(str(root / name), [str(root)])
 
 
-def test_a_sibling_whose_name_starts_like_the_root_is_refused(root, tmp_path):
+def test_a_sibling_with_the_prefix_of_a_root_is_rejected(root, tmp_path):
     (tmp_path / "database").mkdir()
     (tmp_path / "database" / "cells.h5ad").touch()
     with pytest.raises(PayloadError, match="is not below one of the --input-roots"):
@@ -760,7 +760,7 @@ def test_a_missing_file_is_named(root):
         allowed_path(str(root / "nothing.h5ad"), [str(root)])
 
 
-def test_a_file_gives_what_its_row_gives(tmp_path, embed):
+def test_a_file_has_the_result_of_its_row(tmp_path, embed):
     small(5).write_h5ad(tmp_path / "cells.h5ad")
     reader = Embedder(load_checkpoint(GOLDEN / "checkpoint_flash"), device="cpu", roots=[str(tmp_path)])
     answer = reader.embed({}, Parameters(**CELLS, input_data_path=str(tmp_path / "cells.h5ad")))
@@ -794,7 +794,7 @@ def test_a_layer_of_a_file_may_be_what_is_normalised(tmp_path):
     assert_close(found.cell_embeddings, reader.embed(to_row(small(40)), Parameters(**same)).cell_embeddings, atol=1e-6)
 
 
-def test_a_layer_of_a_file_takes_the_place_of_x_without_preprocessing(tmp_path, embed):
+def test_a_layer_of_a_file_replaces_x_without_preprocessing(tmp_path, embed):
     adata = small(5)
     adata.layers["counts"] = adata.X.copy()
     adata.X = adata.X * -1.0  # scaled values are not looked at
@@ -834,7 +834,7 @@ def test_a_checkpoint_is_loaded_once_per_process():
     assert loads_in_this_process() == loads
 
 
-def test_weights_that_are_not_the_registered_ones_are_refused():
+def test_weights_with_another_digest_are_rejected():
     embedder = load_embedder(GOLDEN / "checkpoint_torch", digest="0" * 64)
     with pytest.raises(CheckpointError, match="was registered"):
         embedder.whole_vocabulary(Parameters())
@@ -867,7 +867,7 @@ def test_the_demo_checkpoint_does_not_overwrite_another(tmp_path):
         write_demo_checkpoint(DATA / "pbmc3k.h5ad", tmp_path)
 
 
-def test_marker_genes_of_one_cell_type_are_nearer_to_each_other_than_to_other_types(demo):
+def test_marker_genes_of_a_cell_type_are_neighbours(demo):
     markers = {
         "T": "CD3D CD3E CD2 IL7R",
         "B": "MS4A1 CD79A CD79B",

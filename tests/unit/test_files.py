@@ -49,16 +49,16 @@ def counts():
 # Names of files and rows
 
 
-def test_a_name_is_the_stem_where_no_other_file_has_it():
+def test_a_unique_stem_is_the_name():
     assert name_sources(["/d/a.h5ad", "/d/b.v1.zarr"]) == {"/d/a.h5ad": "a", "/d/b.v1.zarr": "b.v1"}
 
 
-def test_files_of_one_name_are_told_apart_by_their_folders():
+def test_files_of_equal_name_are_distinguished_by_folder():
     one, two = "/runs/A/outs/f.h5", "/runs/B/outs/f.h5"
     assert name_sources([one, two]) == {one: "A/outs/f", two: "B/outs/f"}
 
 
-def test_files_of_one_name_in_one_folder_are_told_apart_by_their_suffix():
+def test_files_of_equal_stem_are_distinguished_by_suffix():
     assert name_sources(["/d/one.h5ad", "/d/one.zarr"]) == {"/d/one.h5ad": "one.h5ad", "/d/one.zarr": "one.zarr"}
 
 
@@ -68,7 +68,7 @@ def test_a_file_keeps_the_name_that_the_table_has():
     assert name_sources(["/d/A/f.h5ad"], known=known | {"/d/B/f.h5ad": "B/f"}) == {"/d/A/f.h5ad": "f"}
 
 
-def test_a_name_of_another_source_in_the_table_is_not_given_again():
+def test_a_name_in_the_table_is_not_reused():
     assert name_sources(["/d/B/f.h5ad"], known={"/d/A/f.h5ad": "f"}) == {"/d/B/f.h5ad": "B/f"}
 
 
@@ -146,7 +146,7 @@ def test_without_samples_each_row_is_its_own(tmp_path, counts):
     assert {row["sample_id"] for row in read_all(tmp_path / "s.h5ad", sample_id="none")} == {None}
 
 
-def test_no_sample_has_the_id_of_a_row(tmp_path, counts):
+def test_sample_ids_never_equal_row_ids(tmp_path, counts):
     counts.obs["range"] = "x:0-30"
     counts.write_h5ad(tmp_path / "s.h5ad")
     (row,) = read_all(tmp_path / "s.h5ad", sample_id="range")
@@ -208,7 +208,7 @@ def scaled(adata):
 
 @pytest.mark.parametrize("make_x", [log_normalised, scaled])
 @pytest.mark.parametrize("place", ["counts", "raw"])
-def test_auto_takes_counts_where_x_has_none(tmp_path, counts, make_x, place):
+def test_auto_reads_counts_if_x_has_none(tmp_path, counts, make_x, place):
     adata = counts.copy()
     if place == "raw":
         adata.raw = counts
@@ -224,18 +224,18 @@ def test_auto_takes_counts_where_x_has_none(tmp_path, counts, make_x, place):
     assert rows[0]["notes"][0].startswith(f"{place} is read: it contains counts")
 
 
-def test_auto_takes_x_where_it_has_counts(tmp_path, counts):
+def test_auto_reads_x_if_it_has_counts(tmp_path, counts):
     counts.layers["counts"] = counts.X * 2
     counts.write_h5ad(tmp_path / "f.h5ad")
     assert_same(read_all(tmp_path / "f.h5ad"), counts)
 
 
-def test_auto_reads_a_layer_where_there_is_no_x(tmp_path, counts):
+def test_auto_reads_a_layer_without_x(tmp_path, counts):
     ad.AnnData(obs=counts.obs, var=counts.var, layers={"counts": counts.X}).write_zarr(tmp_path / "f.zarr")
     assert_same(read_all(tmp_path / "f.zarr"), counts)
 
 
-def test_auto_takes_log_values_over_scaled_ones_and_says_so(tmp_path, counts):
+def test_auto_prefers_log_values_to_scaled_values(tmp_path, counts):
     log = counts.copy()
     log.X = log_normalised(counts)
     adata = counts.copy()
@@ -246,14 +246,14 @@ def test_auto_takes_log_values_over_scaled_ones_and_says_so(tmp_path, counts):
     assert "no matrix contains counts" in rows[0]["notes"][0]
 
 
-def test_scaled_values_alone_are_refused_with_the_flag_to_use(tmp_path, counts):
+def test_only_scaled_values_is_an_error_with_advice(tmp_path, counts):
     counts.X = scaled(counts)
     counts.write_h5ad(tmp_path / "f.h5ad")
     with pytest.raises(ConfigError, match=r"f\.h5ad.*negative values.*--layer"):
         read_all(tmp_path / "f.h5ad")
 
 
-def test_a_named_layer_is_read_and_another_is_refused_by_name(tmp_path, counts):
+def test_only_an_existing_layer_is_read(tmp_path, counts):
     counts.layers["ambient"] = counts.X * 3
     counts.write_h5ad(tmp_path / "f.h5ad")
     assert abs(cells(read_all(tmp_path / "f.h5ad", layer="ambient")).X - counts.X * 3).max() == 0
@@ -304,7 +304,7 @@ def test_folders_of_10x_text_files_are_read(tmp_path, counts, form):
     assert_same(read_all(tmp_path / "f", cells_per_row=7), counts)
 
 
-def test_several_samples_in_a_folder_are_read_by_the_name_of_their_matrix(tmp_path, counts):
+def test_samples_in_one_folder_are_read_by_matrix_name(tmp_path, counts):
     for prefix in ("GSM1_", "GSM2_"):
         write_10x(counts, tmp_path / "f", prefix=prefix)
     with pytest.raises(ConfigError, match=r"contains 2 samples.*GSM1_matrix"):
@@ -312,7 +312,7 @@ def test_several_samples_in_a_folder_are_read_by_the_name_of_their_matrix(tmp_pa
     assert_same(read_all(tmp_path / "f/GSM2_matrix.mtx.gz"), counts)
 
 
-def test_a_matrix_that_declares_more_than_it_contains_is_refused(tmp_path, counts):
+def test_a_matrix_header_with_too_many_entries_is_rejected(tmp_path, counts):
     write_10x(counts, tmp_path / "f", plain=EVERY)
     lines = (tmp_path / "f/matrix.mtx").read_text().splitlines()
     at = next(i for i, line in enumerate(lines) if not line.startswith("%"))
@@ -417,13 +417,13 @@ def test_the_rna_of_mudata_and_the_table_of_spatialdata_are_read(tmp_path, count
         ("empty.h5ad", "cannot be opened as HDF5"),
     ],
 )
-def test_what_cannot_be_read_is_refused_by_name(tmp_path, name, message):
+def test_unreadable_files_are_rejected_by_name(tmp_path, name, message):
     (tmp_path / name).write_bytes(b"")
     with pytest.raises(ScgptBatchError, match=f"{name}: .*{message}"):
         read_all(tmp_path / name)
 
 
-def test_a_folder_of_files_says_how_to_name_them(tmp_path, counts):
+def test_a_folder_of_files_is_an_error_with_a_pattern(tmp_path, counts):
     counts.write_h5ad(tmp_path / "a.h5ad")
     with pytest.raises(ConfigError, match=r"has no barcodes.tsv.gz\); for the files in it use '.*/\*.h5ad'"):
         read_all(tmp_path)

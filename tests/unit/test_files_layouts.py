@@ -83,7 +83,7 @@ def test_nullable_columns_keep_their_missing_values(tmp_path, monkeypatch):
     ],
     ids=["column missing", "short column", "code without category", "too many names", "too few genes"],
 )
-def test_tables_that_do_not_fit_are_an_error(tmp_path, damage, message):
+def test_inconsistent_tables_are_an_error(tmp_path, damage, message):
     random_adata(12, 3).write_h5ad(tmp_path / "bad.h5ad")
     with h5py.File(tmp_path / "bad.h5ad", "r+") as file:
         damage(file)

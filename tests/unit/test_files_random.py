@@ -139,7 +139,7 @@ def test_random_files_give_what_anndata_reads(file, tmp_path_factory):
 
 @settings(max_examples=max(1, FILES // 3), deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(file=random_files(), layout=st.sampled_from([name for name in LAYOUTS if name != "anndata_now"]))
-def test_random_files_of_old_layouts_give_the_cells_that_were_written(file, layout, tmp_path_factory):
+def test_random_files_of_old_layouts_round_trip(file, layout, tmp_path_factory):
     """anndata itself does not read some of them."""
     adata, _, _, options = file
     adata = adata.copy()

@@ -47,7 +47,7 @@ def test_a_symbol_column_that_matches_less_is_not_used():
     assert genes.warnings == ()
 
 
-def test_the_index_names_the_genes_unless_a_column_matches_twice_as_many():
+def test_index_is_used_unless_a_column_matches_twice_as_many():
     made_unique = ["CD3D", "LYZ", "NKG7", "GNLY", "GNLY-1"]
     genes = select(made_unique, gene_symbol=["CD3D", "LYZ", "NKG7", "GNLY", "GNLY"])
     assert genes.names.tolist() == made_unique
@@ -72,7 +72,7 @@ def test_the_column_that_matches_most_is_used():
         "ENSG00000167286|{}", "ENSG00000167286.4_{}", "GRCh38_{}_ENSG00000167286",
     ],
 )  # fmt: skip
-def test_what_stands_around_a_name_is_dropped(written):
+def test_prefixes_and_suffixes_of_names_are_dropped(written):
     genes = select([written.format(name) for name in SYMBOLS])
     assert genes.names.tolist() == SYMBOLS
     assert genes.warnings[0].startswith(f"gene names shortened, e.g. {written.format('CD3D')!r} to 'CD3D'")
@@ -89,7 +89,7 @@ def test_a_name_with_a_version_that_the_vocabulary_has_stays():
     assert genes.names.tolist() == [names[0], "ENSG00000090382"]
 
 
-def test_genes_of_another_species_in_one_file_stay_unknown():
+def test_genes_of_another_species_stay_unknown():
     genes = select(["GRCh38_CD3D", "mm10___Cd3d", "GRCh38_LYZ", "mm10___Lyz2"])
     assert genes.names.tolist() == ["CD3D", "mm10___Cd3d", "LYZ", "mm10___Lyz2"]
     assert genes.known.tolist() == [True, False, True, False]
@@ -130,14 +130,14 @@ def values(genes) -> list:
     return genes.apply(x).toarray().tolist()
 
 
-def test_columns_of_one_name_are_added_up_at_the_place_of_the_first():
+def test_columns_of_equal_name_are_summed():
     genes = select(["CD3D", "LYZ", "CD3D", "NKG7"])
     assert genes.names.tolist() == ["CD3D", "LYZ", "NKG7"]
     assert values(genes) == [[5, 2, 8], [0, 16, 32]]
     assert genes.warnings == ("1 columns repeat the name of an earlier gene (first: 'CD3D'): their values are summed",)
 
 
-def test_columns_of_one_symbol_are_added_up_as_columns_of_one_name_are():
+def test_columns_of_equal_symbol_are_summed():
     mapped = select([*IDS, "ENSG00000115523"], feature_name=["CD3D", "LYZ", "CD3D", "NKG7"])
     named = select(["CD3D", "LYZ", "CD3D", "NKG7"])
     assert mapped.names.tolist() == named.names.tolist()
@@ -196,7 +196,7 @@ def test_columns_that_decide_are_listed():
     ],
     ids=["capital", "prefix", "version", "ids", "genome", "lower case"],
 )  # fmt: skip
-def test_a_long_name_takes_linear_time(name):
+def test_long_names_are_matched_in_linear_time(name):
     """Backtracking would take minutes."""
     began = time.monotonic()
     assert select([*SYMBOLS, name]).genes_matched == 3

@@ -61,7 +61,7 @@ def declared_chunk(file, secret):
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_file_that_escapes_or_lies_is_refused(tmp_path, secret, damage, message):
+def test_files_with_links_or_wrong_sizes_are_rejected(tmp_path, secret, damage, message):
     random_adata(5, 4).write_h5ad(tmp_path / "f.h5ad")
     with h5py.File(tmp_path / "f.h5ad", "r+") as file:
         damage(file, secret)
@@ -88,7 +88,7 @@ def test_file_that_is_not_hdf5_is_an_error(tmp_path):
         open_hdf5(tmp_path / "f.h5ad")
 
 
-def test_input_data_path_refuses_external_storage(tmp_path, secret):
+def test_input_data_path_rejects_external_storage(tmp_path, secret):
     random_adata(5, 4).write_h5ad(tmp_path / "f.h5ad")
     with h5py.File(tmp_path / "f.h5ad", "r+") as file:
         external_storage(file, secret)

@@ -114,7 +114,7 @@ def test_both_key_layouts_hold_one_model():
 
 
 @pytest.mark.numbers
-def test_a_cell_alone_gives_what_it_gives_in_a_batch(model, cells):
+def test_a_cell_has_the_same_output_alone_and_in_a_batch(model, cells):
     for cell, together in zip(cells, encode(model, cells), strict=True):
         assert_close(encode(model, [cell])[0], together, atol=1e-5)
 
@@ -188,7 +188,7 @@ def test_the_cpu_runs_sdpa_and_the_log_says_so(caplog):
 
 
 @pytest.mark.parametrize("backend", ["flash", "varlen"])
-def test_a_named_backend_that_cannot_run_is_refused_with_the_reason(monkeypatch, backend):
+def test_error_says_why_a_selected_backend_cannot_run(monkeypatch, backend):
     monkeypatch.setenv("SCGPT_BATCH_ATTENTION", backend)
     with pytest.raises(ConfigError, match=f"is '{backend}', which needs a CUDA GPU, not cpu"):
         choose_backend(CPU, torch.bfloat16)
@@ -196,13 +196,13 @@ def test_a_named_backend_that_cannot_run_is_refused_with_the_reason(monkeypatch,
         choose_backend(GPU, torch.float32)
 
 
-def test_a_backend_that_does_not_exist_is_refused(monkeypatch, checkpoint):
+def test_an_unknown_backend_is_rejected(monkeypatch, checkpoint):
     monkeypatch.setenv("SCGPT_BATCH_ATTENTION", "fast")
     with pytest.raises(ConfigError, match="'fast', but must be one of 'auto', 'flash', 'varlen', 'fa3', 'fa4', 'sdpa'"):
         build_model(checkpoint)
 
 
-def test_an_old_gpu_runs_float32_and_refuses_bfloat16(monkeypatch):
+def test_an_old_gpu_supports_float32_but_not_bfloat16(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert choose_backend(GPU, torch.float32) == "sdpa"
     with pytest.raises(
@@ -229,7 +229,7 @@ def test_fa3_and_fa4_need_hopper_and_their_package(monkeypatch, backend, module)
         choose_backend(GPU, torch.bfloat16)
 
 
-def test_fa3_is_activated_where_it_is_installed_and_selected(monkeypatch, caplog):
+def test_fa3_is_used_only_if_selected(monkeypatch, caplog):
     activated = []
     monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", activated.append)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
@@ -297,6 +297,6 @@ def test_self_attention_is_torchs_multihead_attention():
         assert_close(ours(x[0], Packing([6], x.device, "sdpa")), theirs(x, x, x, need_weights=False)[0][0], atol=1e-6)
 
 
-def test_weights_want_no_gradient_and_no_dropout(model):
+def test_model_has_neither_gradients_nor_dropout(model):
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())

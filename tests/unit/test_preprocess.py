@@ -137,7 +137,7 @@ def test_variable_genes_of_seurat_v3_differ_at_the_cut_alone():
     assert_close(normalised_variances("raw_v3").loc[differ, "all"], np.full(len(differ), cut))
 
 
-def test_variable_genes_of_seurat_v3_with_batches_differ_by_ties_alone():
+def test_seurat_v3_genes_in_batches_differ_only_by_ties():
     found = survivors("raw_v3_batch").var["column"].tolist()
     wanted = golden("preprocess_raw_v3_batch")["gene_index"].tolist()
     assert found == sorted(found) and len(found) == len(wanted)
@@ -349,7 +349,7 @@ print(fitted)
 """
 
 
-def test_no_tiny_or_degenerate_counts_end_the_process():
+def test_degenerate_counts_do_not_crash_the_process():
     # two cells × four genes of 1e-38 once did: their squares are 0 in float32
     done = subprocess.run([sys.executable, "-c", FUZZ], capture_output=True, text=True, cwd=REPO)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -372,7 +372,7 @@ def test_more_variable_genes_than_genes_keeps_all(case):
 
 @pytest.mark.parametrize("flavor", ["cell_ranger", "seurat_v3", "seurat_v3_paper"])  # scanpy's seurat chooses here
 @pytest.mark.parametrize("n_top", [40, 41])
-def test_no_choice_is_needed_where_all_genes_are_kept(flavor, n_top):
+def test_keeping_all_genes_needs_no_selection(flavor, n_top):
     adata = small(1)  # too few cells for any choice
     found = prepared(adata, subset_hvg=n_top, hvg_flavor=flavor)
     assert found.var_names.tolist() == adata.var_names.tolist()
@@ -467,7 +467,7 @@ def test_log_layer_leaves_the_normalised_one_alone():
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_what_cannot_be_prepared_is_named(parameters, message):
+def test_error_names_what_cannot_be_preprocessed(parameters, message):
     with pytest.raises(PreprocessError, match=message):
         prepared(small(), **parameters)
 
@@ -541,7 +541,7 @@ def bin_table(adata: ad.AnnData, **parameters) -> pd.DataFrame:
     return pd.DataFrame(sp.csr_matrix((bins, x.indices, x.indptr), x.shape).toarray(), adata.obs_names, adata.var_names)
 
 
-def test_ties_take_the_bin_that_is_asked_for():
+def test_tie_break_selects_the_bin_of_ties():
     adata = small()
     lower, upper, _ = bin_range(adata.X.data, adata.X.indptr)
     for tie_break, wanted in (("lower", lower), ("upper", upper)):
@@ -576,7 +576,7 @@ ELSEWHERE = {
 
 
 @pytest.mark.parametrize("move", ELSEWHERE.values(), ids=ELSEWHERE)
-def test_a_cell_has_the_same_bins_wherever_it_is(move):
+def test_bins_of_a_cell_do_not_depend_on_other_cells(move):
     wanted, found = bin_table(small(20, 30)), bin_table(move(small(20, 30)))
     cells = [cell for cell in wanted.index if cell in found.index]
     assert cells
@@ -658,14 +658,14 @@ def test_long_cells_keep_max_length_and_short_ones_all():
     assert [len(genes) for genes in kept.values()] == np.minimum(lengths, 9).tolist()
 
 
-def test_nothing_is_sampled_when_no_cell_is_longer():
+def test_short_cells_are_not_sampled():
     indptr = np.array([0, 4, 4, 9])
     assert sample_long_cells(indptr, np.zeros(9), max_length=6) is None
     assert sample_long_cells(indptr, np.linspace(1, 0, 9), max_length=5).tolist() == [True] * 4 + [False] + [True] * 4
 
 
 @pytest.mark.parametrize("move", ELSEWHERE.values(), ids=ELSEWHERE)
-def test_a_cell_is_sampled_the_same_wherever_it_is(move):
+def test_sampling_of_a_cell_does_not_depend_on_other_cells(move):
     wanted, found = kept_genes(small(20, 30), 6), kept_genes(move(small(20, 30)), 6)
     cells = wanted.keys() & found.keys()
     assert cells and all(found[cell] == wanted[cell] for cell in cells)
@@ -693,7 +693,7 @@ def test_samples_change_with_the_seed():
         ([], True, None),
     ],
 )
-def test_values_that_contradict_data_is_raw_are_told(values, data_is_raw, warning):
+def test_values_that_contradict_data_is_raw_are_a_warning(values, data_is_raw, warning):
     x = sp.csr_matrix((np.array(values, np.float32), np.arange(len(values)), [0, len(values)]), (1, 4))
     assert value_warning(ad.AnnData(x), data_is_raw=data_is_raw) == warning
 

@@ -115,7 +115,7 @@ def rows_of_other_genes():
     return [whole[i : i + 200, g].copy() for i, g in zip((0, 200, 400), genes, strict=True)]
 
 
-def test_rows_of_different_genes_are_joined_as_anndata_joins_them(reader):
+def test_rows_of_different_genes_are_joined_as_in_anndata(reader):
     parts = rows_of_other_genes()
     joined = ad.concat(parts, join="outer")
     parameters = Parameters(hvg_flavor="seurat_v3", subset_hvg=600, min_cell_counts=300)
@@ -130,7 +130,7 @@ def test_rows_of_different_genes_are_joined_as_anndata_joins_them(reader):
 
 @pytest.mark.parametrize("changes", [{"subset_hvg": 600}, {"subset_hvg": 0, "need_preprocess": False}, REPLACED])
 @pytest.mark.parametrize("n", [3, 10])
-def test_cells_get_the_bins_that_they_get_in_the_joined_anndata(reader, changes, n):
+def test_bins_equal_those_of_the_joined_anndata(reader, changes, n):
     parameters = Parameters(mode="cell", max_length=300, **changes)
     joined = reader.prepare(to_row(pbmc()), parameters)
     rows = cut(pbmc(), n)
@@ -171,7 +171,7 @@ def test_contextual_sums_of_the_rows_make_the_joined_means(embedder):
 
 
 @pytest.mark.parametrize("mode", ["static", "contextual", "cell"])
-def test_a_row_without_a_cell_that_passes_answers_with_nothing(embedder, mode):
+def test_a_row_without_remaining_cells_has_an_empty_result(embedder, mode):
     whole = known_cells(embedder)
     whole.X[:10].data[:] = 0
     parameters = Parameters(mode=mode, subset_hvg=0, filter_cell_by_counts=True, log1p=True)
@@ -190,7 +190,7 @@ def test_a_row_without_a_cell_that_passes_answers_with_nothing(embedder, mode):
         assert len(empty.embeddings) == 0
 
 
-def test_columns_of_one_gene_are_added_up_in_each_row_of_a_sample(reader):
+def test_repeated_genes_are_summed_in_each_row_of_a_sample(reader):
     names = pbmc().var_names[:3]
     ids = [f"ENSG{i:011}" for i in range(4)]
     var = pd.DataFrame({"gene_symbol": [names[0], names[1], names[0], names[2]]}, index=ids)
@@ -205,7 +205,7 @@ def test_columns_of_one_gene_are_added_up_in_each_row_of_a_sample(reader):
 
 
 @pytest.mark.parametrize("flavor", FLAVORS)
-def test_a_sample_of_few_cells_keeps_all_genes_where_no_choice_is_needed(reader, flavor):
+def test_small_sample_keeps_all_genes_without_selection(reader, flavor):
     rows = cut(pbmc()[:4, :50], 2)
     parameters = Parameters(hvg_flavor=flavor, subset_hvg=50, filter_gene_by_counts=0)
     assert kept(decisions_of(rows, parameters, reader)) == pbmc().var_names[:50].tolist()
@@ -229,7 +229,7 @@ def test_listed_rows_of_one_sample_get_the_samples_genes(embedder, make):
     assert all(answer.genes == wanted for answer in embedder.embed_rows(make(rows), parameters))
 
 
-def test_rows_of_an_iterator_or_of_several_samples_decide_alone(embedder):
+def test_rows_without_a_shared_sample_decide_alone(embedder):
     parameters = Parameters(hvg_flavor="seurat_v3", subset_hvg=40)
     rows = cut(known_cells(embedder), 3)
     alone = [embedder.embed(row, parameters).genes for row in rows]
@@ -274,7 +274,7 @@ FEW = {"hvg_flavor": "seurat_v3", "subset_hvg": 2}
     ],
     ids=["no gene", "no cell", "too few genes for the fit", "scanpy cannot choose", "scanpy breaks"],
 )
-def test_a_sample_without_an_answer_says_why_on_each_row(reader, cells, changes, message):
+def test_error_of_a_sample_is_on_each_of_its_rows(reader, cells, changes, message):
     parameters = Parameters(**changes)
     rows = cut(pbmc()[:cells], 3)
     decisions = decisions_of(rows, parameters, reader)
