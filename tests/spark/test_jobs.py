@@ -274,13 +274,13 @@ def test_mlflow_spark_udf_answers_every_row(spark, model, rows_table):
 
 
 def test_a_process_loads_a_model_once_for_all_its_udfs(spark, model):
-    """Whatever the parameters. Spark keeps its Python workers, so those of both UDFs are asked in the end."""
+    """Whatever the parameters. Spark may ask the workers of both UDFs, or new ones that have loaded nothing."""
     for params in ({"mode": "static"}, {"mode": "static", "encoding": "float32_base64"}):
         udf = mlflow.pyfunc.spark_udf(spark, model, params=params | {"on_error": "record"})
         nothing = spark.range(8, numPartitions=8).selectExpr("cast(null AS string) AS adata_obs")
         assert len(nothing.select(udf(F.struct("adata_obs"))).collect()) == 8
     loads = F.udf(lambda _: loads_in_this_process(), "int")
-    assert {row[0] for row in spark.range(8, numPartitions=8).select(loads("id")).collect()} - {0} == {1}
+    assert {row[0] for row in spark.range(8, numPartitions=8).select(loads("id")).collect()} <= {0, 1}
 
 
 def write_10x(adata, folder):
