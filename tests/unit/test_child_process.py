@@ -16,7 +16,7 @@ PARENT = """
 import sys
 from scgpt_batch.child_process import ChildProcess
 from tests.unit.test_child_process import hanging
-ChildProcess(hanging).ask(sys.argv[1], 600)
+ChildProcess(hanging).run(sys.argv[1], 600)
 """
 
 
