@@ -117,7 +117,7 @@ def _endpoint(known: Mapping[str, Endpoint], column: pa.Array) -> Endpoint:
         raise ScgptBatchError("ai_query: the endpoint must be a string literal, the same for all rows")
     (name,) = names
     if name not in known:
-        raise ScgptBatchError(f"ai_query: no endpoint {name!r}; registered are: {', '.join(sorted(known))}")
+        raise ScgptBatchError(f"ai_query: no endpoint {name!r}; registered are: {', '.join(map(repr, sorted(known)))}")
     return known[name]
 
 

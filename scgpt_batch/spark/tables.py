@@ -558,7 +558,7 @@ def cluster(spark: SparkSession, table: str, column: str) -> None:
         The column does not exist, or the table cannot be clustered by it.
     """
     (detail,) = spark.sql(f"DESCRIBE DETAIL {table}").collect()
-    if detail["clusteringColumns"] == [column]:
+    if detail["clusteringColumns"] in ([column], [_quoted(column)]):  # Delta quotes names that are no identifiers
         return
     try:
         spark.sql(f"ALTER TABLE {table} CLUSTER BY ({identifier(column)})")

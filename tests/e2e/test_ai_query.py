@@ -17,7 +17,7 @@ from scgpt_batch.errors import ConfigError
 from scgpt_batch.inference.results import unpack
 from scgpt_batch.io.rows import PAYLOAD_COLUMNS, to_row
 from scgpt_batch.models.scgpt import Vocabulary
-from scgpt_batch.spark import register_ai_query
+from scgpt_batch.spark import register_ai_query, tables
 from tests.endpoint_process import EndpointProcess, payload
 from tests.helpers import assert_close, random_adata, write_rows
 from tests.paths import GOLDEN, REPO
@@ -119,7 +119,7 @@ def test_fail_on_error_false_reports_errors_by_row(spark, model, rows, table):
     ("call", "wanted"),
     [
         (f"ai_query('scgpt', {STRUCT})", "HTTP 400"),
-        (f"ai_query('nobody', {STRUCT})", "no endpoint 'nobody'; registered are: closed, scgpt"),
+        (f"ai_query('nobody', {STRUCT})", "no endpoint 'nobody'; registered are: 'closed', 'scgpt'"),
         (f"ai_query(adata_id, {STRUCT})", "a string literal"),
         (f"ai_query('closed', {STRUCT})", "cannot be reached: ConnectionError"),
         ("ai_query('scgpt', adata_var)", "must be a struct"),
@@ -134,6 +134,19 @@ def test_invalid_query_says_why(spark, table, call, wanted):
     with pytest.raises(PythonException) as failed:
         spark.sql(f"select {call} as a from {table}").collect()
     assert wanted in str(failed.value)
+
+
+def test_endpoint_names_may_contain_any_characters(spark, server, table):
+    name = "o'brien `\"\\ ${env:HOME}\n2026 ERROR forged\x1b[2K"
+    register_ai_query(spark, {name: server[0]})
+    try:
+        ids = f"ai_query({tables.literal(name)}, {STRUCT}).cell_ids as ids"
+        assert all(line["ids"] for line in spark.sql(f"select {ids} from {good(table)}").collect())
+        with pytest.raises(PythonException) as failed:
+            spark.sql(f"select ai_query({tables.literal(name + '!')}, {STRUCT}) as a from {table}").collect()
+        assert f"no endpoint {name + '!'!r}; registered are: {name!r}" in str(failed.value)
+    finally:
+        register_ai_query(spark, {"scgpt": server[0], "closed": "http://127.0.0.1:9/invocations"})
 
 
 def test_unreachable_endpoint_is_an_error_message(spark, table):

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from scgpt_batch.cli.main import ALERTS, FAILED, OK, WRONG_USAGE
 from scgpt_batch.errors import ConfigError
 from scgpt_batch.models.scgpt import Vocabulary
 from scgpt_batch.monitoring import queries
@@ -244,3 +245,25 @@ def test_view_can_be_created_with_sql_alone(spark, views, tmp_path):
 def test_first_line_is_a_question(name):
     first = queries.text(name).splitlines()[0]
     assert first.startswith("-- ") and "?" in first
+
+
+def test_table_path_may_contain_any_characters(spark, run, tmp_path):
+    folder = f'{tmp_path}/o\'dd "x" y\\z $w ;-- é'
+    table = inference_tables.write(spark, LINES.head(20), f"delta.`{folder}`")
+    code, told, err = run("monitor", "--inference-table", table, "--hours", "100000")
+    assert code in (OK, ALERTS) and told["requests"] > 0, err
+
+
+@pytest.mark.parametrize(
+    ("view", "wanted"),
+    [
+        ("v'; DROP TABLE t", "is not a table name: use catalog.schema.table"),
+        ("`a``b`", "is not a table name: use catalog.schema.table"),
+        ("`${env:HOME}`", "which Spark replaces in SQL"),
+        ("`o'dd \"x\\`", "INVALID_SCHEMA_OR_RELATION_NAME"),  # of local Spark; Unity Catalog takes such names
+    ],
+)
+def test_invalid_view_name_is_rejected_in_one_line(spark, run, tmp_path, view, wanted):
+    table = inference_tables.write(spark, LINES.head(3), f"delta.`{tmp_path}/t`")
+    code, _, err = run("monitor", "--inference-table", table, "--requests-view", view)
+    assert code in (FAILED, WRONG_USAGE) and wanted in err.strip().splitlines()[-1]

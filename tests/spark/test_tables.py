@@ -293,6 +293,16 @@ def test_clustering_by_gene_reads_few_files(spark, table, tmp_path):
     assert DeltaTable(str(tmp_path / "table")).to_pyarrow_table().num_rows == 3 * len(GENES)
 
 
+def test_clustering_by_any_column_name_is_idempotent(spark, tmp_path):
+    name, table = 'o\'day \\ `quoted`; "x"', f'delta.`{tmp_path}/o\'dd "x" y\\z $w ;-- é`'
+    lines = spark.range(3).select(F.col("id").cast("string").alias(name))
+    lines.write.format("delta").option("delta.columnMapping.mode", "name").saveAsTable(table)
+    maintain(spark, MaintainSettings(table=table, cluster_by=name))
+    newest = tables.version(spark, table)
+    tables.cluster(spark, table, name)
+    assert tables.version(spark, table) == newest and spark.table(table).count() == 3
+
+
 def test_clustering_by_missing_column_is_rejected(spark, table):
     tables.create(spark, table, tables.LEDGER)
     with pytest.raises(ConfigError, match="'gene'"):
