@@ -195,7 +195,7 @@ def test_bad_request_gets_a_message_without_traceback(endpoint, document, status
 def test_indices_out_of_range_are_named(endpoint):
     bad = payload(row()) | {"x_indices": np.asarray(row()["x_indices"]) + 1000}
     message = refusal(endpoint.post({"dataframe_records": [bad], "params": CELLS}), 400)
-    assert "x_indices holds 10" in message and "genes 0 to 30" in message
+    assert "x_indices contains 10" in message and "are 0 to 30" in message
 
 
 def names(n):
@@ -274,8 +274,8 @@ def test_response_size_is_not_underestimated(guarded, hidden):
     tokens = Vocabulary.from_file(GOLDEN / "checkpoint_flash" / "vocab.json").tokens[:2000]
     adata, asked = random_adata(3, 2000, genes=tokens), dict(UNPROCESSED)
     if hidden == "long labels":
-        adata, asked = adata[:, :1000].copy(), asked | {"mode": "contextual", "group_by": "donor", "genes": GENES[:30]}
-        adata.obs["donor"] = "x" * 10_000
+        adata, asked = adata[:, :1000].copy(), asked | {"mode": "contextual", "group_by": "donor", "genes": tokens[:60]}
+        adata.obs["donor"] = "x" * 1_000  # repeated for each gene: more than half of the limit
     sent = payload(to_row(adata))
     if hidden == "NaN in var":  # Python's JSON has it, others do not
         rows = ",".join(["[NaN]"] * 2000)
