@@ -34,7 +34,7 @@ def test_new_files_of_one_name_keep_their_rows(spark, run, tmp_path, merge_toget
     paths = [tmp_path / folder / "sample.h5ad" for folder in ("one", "two")]
     for i, path in enumerate(paths):
         path.parent.mkdir()
-        random_adata(10 + i, 20, seed=i).write_h5ad(path)
+        random_adata(10, 20, seed=i).write_h5ad(path)
     codes = []
     words = [["ingest", "--input", str(path), "--table", table] for path in paths]
     runs = [threading.Thread(target=lambda w=w: codes.append(main(w))) for w in words]
@@ -44,9 +44,9 @@ def test_new_files_of_one_name_keep_their_rows(spark, run, tmp_path, merge_toget
         one.join()
     assert codes == [OK, OK]
     rows = {row["source"]: from_row(row) for row in spark.table(table).toArrow().to_pylist()}
-    assert {source: row.n_obs for source, row in rows.items()} == {str(paths[0]): 10, str(paths[1]): 11}
+    assert set(rows) == set(map(str, paths))
     for i, path in enumerate(paths):
-        assert np.array_equal(rows[str(path)].X.toarray(), random_adata(10 + i, 20, seed=i).X.toarray())
+        assert np.array_equal(rows[str(path)].X.toarray(), random_adata(10, 20, seed=i).X.toarray())
     ids = {row[0] for row in spark.table(table).select("adata_id").collect()}
-    assert "sample:0-10" in ids or "sample:0-11" in ids
+    assert ids in ({"sample:0-10", "one/sample:0-10"}, {"sample:0-10", "two/sample:0-10"})
     assert run("ingest", "--input", *paths, "--table", table)[1]["files_unchanged"] == 2
