@@ -166,7 +166,7 @@ def test_large_whole_numbers_that_change_are_counted(door):
         (-1.0, "contains negative values (first: cell 1, gene {gene!r}); X looks scaled; use raw counts"),
         (np.nan, "contains NaN or infinity (first: cell 1, gene {gene!r})"),
         (np.inf, "contains NaN or infinity (first: cell 1, gene {gene!r})"),
-        (1e39, "contains values outside the range of float32's range (3.4e38) (first: cell 1, gene {gene!r})"),
+        (1e39, "contains values outside the range of float32 (3.4e38) (first: cell 1, gene {gene!r})"),
     ],
     ids=["negative", "NaN", "infinity", "too large"],
 )
