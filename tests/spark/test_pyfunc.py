@@ -164,7 +164,7 @@ def test_misspelt_column_is_named_with_what_was_meant(model):
 
 
 def test_input_that_is_not_a_dataframe_is_an_error(model):
-    with pytest.raises(ConfigError, match="takes a DataFrame of rows, or None, not dict"):
+    with pytest.raises(ConfigError, match="must be a DataFrame of rows, or None, not dict"):
         model.unwrap_python_model().predict(None, {"x_data": [1.0]}, CELLS)
 
 
