@@ -486,9 +486,8 @@ def _check_vector_length(spark: SparkSession, table: str, length: int) -> None:
         first = spark.table(table).select(F.size("embedding")).first()
         constraint = _of_length(first[0] if first else length)
     if constraint != _of_length(length):
-        raise ConfigError(
-            f"{table} accepts only vectors with {constraint}, but this model's have {length} numbers: use another table"
-        )
+        held = constraint.removeprefix("size(embedding) = ")
+        raise ConfigError(f"{table} has vectors of {held} numbers, but this model's have {length}: use another table")
 
 
 def _properties(vector_length: int) -> str:

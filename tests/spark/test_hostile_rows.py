@@ -50,7 +50,10 @@ HOSTILE = {
     "deep obs": (lambda row: {"adata_obs": "[" * 10_000_000}, "adata_obs is not JSON: maximum recursion depth"),
     "deep var": (lambda row: {"adata_var": '{"columns":' * 1_000_000}, "adata_var is not JSON: maximum recursion"),
     "huge number": (lambda row: {"adata_obs": labels(0).replace("0", "9" * 1_000_000)}, "adata_obs is not JSON"),
-    "indptr beyond data": (lambda row: {"x_indptr": [0, 1, 2, 2**40]}, "x_indptr ends at 1099511627776, x_data has"),
+    "indptr beyond data": (
+        lambda row: {"x_indptr": [0, 1, 2, 2**40]},
+        "x_indptr ends at 1099511627776, but x_data has",
+    ),
     "indptr negative": (lambda row: {"x_indptr": [0, -(2**40), 2, 3]}, "x_indptr must start at 0 and never decrease"),
     "indptr overflowing": (
         lambda row: {

@@ -221,7 +221,6 @@ def test_equal_static_vectors_compress_well(spark, run, home, model, golden):
     ("argv", "wanted"),
     [
         (["--mode", "dynamic"], "mode"),
-        (["--nlayers", "12"], "nlayers"),
         (["--model-uri", "models:/scgpt/999"], "models:/scgpt/999"),
         (["--model-uri", "models:/nobody@champion"], "nobody"),
         (["--model-uri", "/nowhere"], "/nowhere"),

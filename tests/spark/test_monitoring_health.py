@@ -128,7 +128,7 @@ VECTORS = "run_id string, sampled bigint, distinct_vectors bigint, mean_cosine d
         ([run(1, "failed"), run(30)], [], ["run_late", "run_failed"]),
         ([run(0, "running"), run(20)], [], []),
         ([run(0, "running"), run(1, "failed"), run(20)], [], ["run_failed"]),
-        ([run(27, "running"), run(20)], [], ["run_failed"]),  # a killed run
+        ([run(27, "running"), run(30)], [], ["run_late", "run_failed"]),  # a killed run
         ([run(1, ok=8, failed=2)], [], ["rows_failed"]),
         ([run(1, ok=8, failed=2), run(2, mode="cell"), run(3)], [], ["rows_failed"]),
         ([run(1, ok=0, failed=0), run(2, ok=0, failed=3)], [], ["rows_failed"]),  # the retry had no rows to embed

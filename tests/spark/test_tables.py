@@ -254,7 +254,7 @@ def test_vector_length_constraint_and_change_feed(spark, table, tmp_path):
     tables.create(spark, table, tables.GENE_EMBEDDINGS, vector_length=4)
     append(vectors(spark), table)
     tables.create(spark, table, tables.GENE_EMBEDDINGS, vector_length=4)
-    with pytest.raises(ConfigError, match="one length"):
+    with pytest.raises(ConfigError, match="has vectors of 4 numbers, but this model's have 5: use another table"):
         tables.create(spark, table, tables.GENE_EMBEDDINGS, vector_length=5)
     with pytest.raises(Exception, match="size\\(embedding\\) = 4"):
         append(vectors(spark, length=5), table)
@@ -268,7 +268,7 @@ def test_older_table_rejects_other_vector_lengths(spark, table):
     tables.create(spark, table, tables.GENE_EMBEDDINGS)
     append(vectors(spark), table)
     tables.create(spark, table, tables.GENE_EMBEDDINGS, vector_length=4)
-    with pytest.raises(ConfigError, match="one length"):
+    with pytest.raises(ConfigError, match="has vectors of 4 numbers, but this model's have 5: use another table"):
         tables.create(spark, table, tables.GENE_EMBEDDINGS, vector_length=5)
 
 
