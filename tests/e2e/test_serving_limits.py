@@ -191,7 +191,7 @@ def test_requester_comes_from_trusted_proxies_only(limited, genes):
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (("--host", "0.0.0.0"), "no token is set: set SCGPT_BATCH_TOKEN, or give --allow-without-token"),
+        (("--host", "0.0.0.0"), "no token is set: set SCGPT_BATCH_TOKEN, or use --allow-without-token"),
         (("--host", "0.0.0.0", "--allow-without-token"), "no MLflow model at '/nowhere'"),
         (("--host", "127.0.0.1"), "no MLflow model at '/nowhere'"),
         (("--trusted-proxies", "proxy.local"), "trusted_proxies"),

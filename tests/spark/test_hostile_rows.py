@@ -65,14 +65,17 @@ HOSTILE = {
     ),
     "indices beyond genes": (
         lambda row: {"x_indices": [*row["x_indices"][:-1], 2**31 - 1]},
-        "x_indices holds 2147483647, adata_var has genes 0 to 39",
+        "x_indices contains 2147483647, but the genes of adata_var are 0 to 39",
     ),
-    "indices negative": (lambda row: {"x_indices": [-(2**31), *row["x_indices"][1:]]}, "x_indices holds -2147483648"),
+    "indices negative": (
+        lambda row: {"x_indices": [-(2**31), *row["x_indices"][1:]]},
+        "x_indices contains -2147483648",
+    ),
     "infinity": (lambda row: {"x_data": [float("inf"), *row["x_data"][1:]]}, "x_data contains NaN or infinity"),
     "NaN": (lambda row: {"x_data": [float("nan"), *row["x_data"][1:]]}, "x_data contains NaN or infinity"),
-    "n_obs negative": (lambda row: {"n_obs": -(2**31)}, "n_obs says -2147483648, but adata_obs has 3 rows"),
-    "n_obs huge": (lambda row: {"n_obs": 2**31 - 1}, "n_obs says 2147483647, but adata_obs has 3 rows"),
-    "n_vars negative": (lambda row: {"n_vars": -1}, "n_vars says -1, but adata_var has 40 rows"),
+    "n_obs negative": (lambda row: {"n_obs": -(2**31)}, "n_obs is -2147483648, but adata_obs has 3 rows"),
+    "n_obs huge": (lambda row: {"n_obs": 2**31 - 1}, "n_obs is 2147483647, but adata_obs has 3 rows"),
+    "n_vars negative": (lambda row: {"n_vars": -1}, "n_vars is -1, but adata_var has 40 rows"),
     "n_vars huge": (lambda row: {"n_vars": 2**31 - 1}, "n_vars is 2147483647, but adata_var has 40 rows"),
     "long cell name": (
         lambda row: {"adata_obs": split(["a", "b", LONG], donor=["d"] * 3)},
