@@ -35,5 +35,5 @@ def test_the_job_writes_what_sb_embed_gives(spark, home, run, model, file, pbmc3
     assert_close(stored["X_scGPT"], wanted["X_scGPT"], atol=1e-6)
     assert written.uns["scgpt"]["version"] == direct.uns["scgpt"]["version"] == "1"
     named = sb.read_embeddings(table, mode=mode, to="pandas")
-    assert len(named) == summary["embeddings"]
+    assert len(named) == spark.table(table).count()
     assert np.isfinite(np.stack(named["embedding"])).all()
