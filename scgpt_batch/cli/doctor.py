@@ -16,6 +16,7 @@ from typing import Any
 
 from scgpt_batch.command_result import WRONG_USAGE, CommandResult
 from scgpt_batch.errors import ConfigError, in_one_line
+from scgpt_batch.java import HINT, OLDEST, find_java
 from scgpt_batch.settings import DoctorSettings
 
 PYTHONS = ((3, 11), (3, 13))  # oldest and newest that are tested
@@ -107,16 +108,13 @@ def _python() -> Check:
 
 
 def _java() -> Check:
-    home = os.environ.get("JAVA_HOME")
-    java = shutil.which(f"{home}/bin/java") if home else shutil.which("java")
-    remedy = "install Java 17 or 21 (Debian and Ubuntu: apt-get install openjdk-17-jre-headless), or set JAVA_HOME"
+    java, home = find_java(), os.environ.get("JAVA_HOME")
     if java is None:
-        return Check("Java", False, f"no java at JAVA_HOME {home}" if home else "no java on the PATH", remedy)
-    text = subprocess.run([java, "-version"], capture_output=True, text=True, check=False, timeout=60).stderr
-    match = re.search(r'version "(\d+)', text)
-    if match is None or int(match[1]) < 17:
-        return Check("Java", False, f"{java}: {text.splitlines()[0] if text else 'gives no version'}", remedy)
-    return Check("Java", True, f"{match[1]} at {java}")
+        return Check("Java", False, f"no java at JAVA_HOME {home}" if home else "no java on the PATH", HINT)
+    if java.major is None or java.major < OLDEST:
+        first = java.output.splitlines()[0] if java.output else "gives no version"
+        return Check("Java", False, f"{java.path}: {first}", HINT)
+    return Check("Java", True, f"{java.major} at {java.path}")
 
 
 def _spark() -> Check:

@@ -2,9 +2,6 @@
 
 import io
 import os
-import re
-import shutil
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,9 +12,9 @@ from pyspark.java_gateway import launch_gateway
 from pyspark.sql import SparkSession
 
 from scgpt_batch.errors import ConfigError
+from scgpt_batch.java import HINT, OLDEST, find_java
 
 LOCAL_CONF = Path(__file__).with_name("spark-local.conf")
-JAVA_HINT = "install Java 17 or 21 (Debian and Ubuntu: apt-get install openjdk-17-jre-headless), or set JAVA_HOME"
 
 
 def get_spark(conf: Mapping[str, str] | None = None) -> SparkSession:
@@ -80,11 +77,8 @@ def _read_conf(path: Path) -> dict[str, str]:
 
 
 def _require_java() -> None:
-    home = os.environ.get("JAVA_HOME")
-    java = shutil.which(f"{home}/bin/java") if home else shutil.which("java")
+    java = find_java()
     if java is None:
-        raise ConfigError(f"Spark needs Java, but none was found: {JAVA_HINT}")
-    output = subprocess.run([java, "-version"], capture_output=True, text=True, check=False).stderr
-    version = re.search(r'version "(\d+)', output)
-    if version and int(version[1]) < 17:
-        raise ConfigError(f"Spark 4 needs Java 17 or newer, but {java} is version {version[1]}: {JAVA_HINT}")
+        raise ConfigError(f"Spark needs Java, but none was found: {HINT}")
+    if java.major and java.major < OLDEST:
+        raise ConfigError(f"Spark 4 needs Java {OLDEST} or newer, but {java.path} is version {java.major}: {HINT}")
