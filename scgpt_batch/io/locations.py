@@ -2,6 +2,7 @@
 
 import glob
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
@@ -23,7 +24,18 @@ PACKAGES = {
 }
 ID_FROM = ("name", "parent", "path")
 
+_DELTA_PATH = re.compile(r"delta\.`([^`]+)`")
 _METADATA = (".zmetadata", "zarr.json", ".zattrs", ".zgroup")
+
+
+def delta_path(table: str) -> str | None:
+    """Return the path of a table that is given as delta.`path`; None for any other text.
+
+    >>> delta_path("delta.`/data/cells`")
+    '/data/cells'
+    """
+    match = _DELTA_PATH.fullmatch(table)
+    return match[1] if match else None
 
 
 def is_remote(source: str) -> bool:

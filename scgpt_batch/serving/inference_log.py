@@ -33,6 +33,7 @@ from deltalake import CommitProperties, DeltaTable, Schema, Transaction, write_d
 from deltalake.exceptions import DeltaError, TableNotFoundError
 
 from scgpt_batch.errors import ConfigError
+from scgpt_batch.io.locations import delta_path
 from scgpt_batch.serving.metrics import Metrics
 from scgpt_batch.serving.request import MAX_CLIENT_ID
 
@@ -516,9 +517,8 @@ def _client_request_id(request: str | None) -> str | None:
 
 def table_path(table: str) -> str:
     """Return the path or URI of a table given as delta.`path` or path; raise ConfigError for a catalog name."""
-    named = re.fullmatch(r"delta\.`(.+)`", table)
-    if named:
-        return named[1]
+    if path := delta_path(table):
+        return path
     if "/" in table:
         return table
     raise ConfigError(

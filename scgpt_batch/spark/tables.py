@@ -30,6 +30,7 @@ from pyspark.sql.types import (
 )
 
 from scgpt_batch.errors import ConfigError, ScgptBatchError, in_one_line, suggestion
+from scgpt_batch.io.locations import delta_path
 from scgpt_batch.io.rows import PAYLOAD_COLUMNS
 from scgpt_batch.near_misses import closest, did_you_mean
 from scgpt_batch.spark.errors import is_conflict, is_folder_refused, is_location_taken
@@ -86,7 +87,6 @@ CREATE_TRIES = 4  # over about seven seconds: other runs create the table at mos
 # Hadoop does not report the cause; list the likely ones
 _NO_FOLDER = "No space left, a Read-only file system, no permission, or a file in place of a folder"
 
-_PATH = re.compile(r"delta\.`(?P<path>[^`]+)`")
 _NAME = re.compile(r"(`[^`]+`|\w+)(\.(`[^`]+`|\w+)){0,2}")
 
 
@@ -108,8 +108,7 @@ def table_name(given: str) -> str:
     """
     if "${" in given:
         raise ConfigError(f"table {given!r} contains ${{...}}, which Spark replaces in SQL: rename the table or folder")
-    if match := _PATH.fullmatch(given.strip()):
-        path = match["path"]
+    if path := delta_path(given.strip()):
         return f"delta.`{path if '://' in path or path.startswith('dbfs:') else Path(path).absolute()}`"
     if _NAME.fullmatch(given.strip()):
         return given.strip()
@@ -134,8 +133,8 @@ def exists(spark: SparkSession, table: str) -> bool:
 
 def missing_table(spark: SparkSession, table: str) -> ConfigError:
     """Return the error for a table that does not exist; it suggests a table of a similar name beside it."""
-    path = _PATH.fullmatch(table)
-    folder, _, name = path["path"].rpartition("/") if path else table.rpartition(".")
+    path = delta_path(table)
+    folder, _, name = path.rpartition("/") if path else table.rpartition(".")
     close = closest(name, _tables_in_folder(folder) if path else _tables_in_schema(spark, folder))
     if close is None:
         return ConfigError(f"there is no Delta table {table}: check its name, or run the command that creates it")
@@ -175,8 +174,8 @@ def read(spark: SparkSession, table: str, columns: str, *, version: int | None =
 def read_stream(spark: SparkSession, table: str, columns: str) -> DataFrame:
     """Read a table as a stream with at least `columns`; rows of files that an update rewrites are repeated."""
     reader = spark.readStream.format("delta").option("ignoreChanges", "true")
-    path = _PATH.fullmatch(table)
-    return _completed(reader.load(path["path"]) if path else reader.table(table), table, columns)
+    path = delta_path(table)
+    return _completed(reader.load(path) if path else reader.table(table), table, columns)
 
 
 def _completed(rows: DataFrame, table: str, columns: str) -> DataFrame:
@@ -212,7 +211,7 @@ def create(spark: SparkSession, table: str, columns: str, *, vector_length: int 
     if exists(spark, table):
         _adapt(spark, table, columns, vector_length)
         return
-    schema = table.rsplit(".", 1)[0] if not _PATH.fullmatch(table) and "." in table else None
+    schema = table.rsplit(".", 1)[0] if not delta_path(table) and "." in table else None
     # Unity Catalog checks the permission to create schemas even if the schema exists
     if schema and not spark.catalog.databaseExists(schema):
         spark.sql(f"CREATE SCHEMA IF NOT EXISTS {schema}")
@@ -486,8 +485,8 @@ def _check_vector_length(spark: SparkSession, table: str, length: int) -> None:
         first = spark.table(table).select(F.size("embedding")).first()
         constraint = _of_length(first[0] if first else length)
     if constraint != _of_length(length):
-        held = constraint.removeprefix("size(embedding) = ")
-        raise ConfigError(f"{table} has vectors of {held} numbers, but this model's have {length}: use another table")
+        found = constraint.removeprefix("size(embedding) = ")
+        raise ConfigError(f"{table} has vectors of {found} numbers, but this model's have {length}: use another table")
 
 
 def _properties(vector_length: int) -> str:
@@ -504,7 +503,7 @@ def _found_in_warehouse(spark: SparkSession, table: str) -> bool:
     Local Spark keeps its catalog in memory, so names are lost when it stops, while the warehouse folder keeps the
     tables. (Databricks and Hive catalogs are persistent.)
     """
-    if _PATH.fullmatch(table) or spark.conf.get("spark.sql.catalogImplementation") != "in-memory":
+    if delta_path(table) or spark.conf.get("spark.sql.catalogImplementation") != "in-memory":
         return False
     *schema, name = table.replace("`", "").split(".")
     if schema[:-1] not in ([], ["spark_catalog"]) or not all(part.isidentifier() for part in (*schema, name)):
