@@ -3,10 +3,12 @@
 Vectors of different models, versions or parameters are not comparable, so one reading never mixes them.
 """
 
-import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
+from operator import and_
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -17,11 +19,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from scgpt_batch.errors import ConfigError, EmbeddingWarning, listed
+from scgpt_batch.io.locations import delta_path
 from scgpt_batch.io.rows import unique_cell_names
 from scgpt_batch.near_misses import GENE_CUTOFF, did_you_mean
 
 MODEL = ("mode", "model_name", "model_version", "params_hash")  # columns that tell one model's vectors from another's
-_PATH = re.compile(r"delta\.`(?P<path>[^`]+)`")
 
 Form = Literal["anndata", "pandas", "polars", "arrow"]
 
@@ -188,16 +190,17 @@ def load_embeddings(
     EmbeddingWarning
         Some cells or genes have vectors of an older model alone; they are left out.
     """
-    lines = _scan(str(table), {"mode": mode, "model_version": model_version, "run_id": run_id})
+    asked = {"mode": mode, "model_version": model_version, "run_id": run_id}
+    given = {name: value for name, value in asked.items() if value is not None}
+    lines = _scan(str(table), given)
     keys = ["adata_id", "cell_id"] if "cell_id" in lines.column_names else ["adata_id", "group", "gene"]
     stamps = lines.select([*MODEL, *keys, "embedded_at"]).to_pandas()
     if not len(stamps):
-        asked = [f"{n} {v!r}" for n, v in (("mode", mode), ("model_version", model_version), ("run_id", run_id)) if v]
-        raise ConfigError(f"{table} has no embeddings" + (f" of {', '.join(asked)}" if asked else ""))
+        wanted = ", ".join(f"{name} {value!r}" for name, value in given.items())
+        raise ConfigError(f"{table} has no embeddings" + (f" of {wanted}" if wanted else ""))
     newest = stamps.groupby([*MODEL], dropna=False)["embedded_at"].max().reset_index()
     newest = newest.sort_values("embedded_at").drop_duplicates("mode", keep="last")
-    wanted = pd.MultiIndex.from_frame(newest[[*MODEL]])
-    is_newest = pd.MultiIndex.from_frame(stamps[[*MODEL]]).isin(wanted)
+    is_newest = pd.MultiIndex.from_frame(stamps[[*MODEL]]).isin(pd.MultiIndex.from_frame(newest[[*MODEL]]))
     kept = stamps[is_newest].sort_values("embedded_at", kind="stable").drop_duplicates(["mode", *keys], keep="last")
     older = stamps[~is_newest].drop_duplicates(["mode", *keys])
     left_out = len(older) - older.merge(kept, on=["mode", *keys]).shape[0]
@@ -213,42 +216,55 @@ def load_embeddings(
 
 def table_path(table: str) -> str | None:
     """Return the path of a table that is given by it, as a path or ``delta.`path` ``; None for a table's name."""
-    match = _PATH.fullmatch(table.strip())
-    path = match["path"] if match else table
-    return path if match or "/" in path or Path(path).is_dir() else None
+    path = delta_path(table.strip())
+    return path or (table if "/" in table or Path(table).is_dir() else None)
 
 
-def _scan(table: str, wanted: dict[str, str | None]) -> pa.Table:
-    path = table_path(table)
-    conditions = [pc.field(name) == value for name, value in wanted.items() if value is not None]
-    condition = None
-    for one in conditions:
-        condition = one if condition is None else condition & one
-    found = _scan_name(table, condition) if path is None else _scan_path(path, condition)
-    missing = {"adata_id", "embedding", "embedded_at", *MODEL} - set(found.column_names)
-    if missing:
-        raise ConfigError(f"{table} is not an embedding table: it lacks the columns {', '.join(sorted(missing))}")
-    return found
+def open_table(path: str) -> Any:
+    """Return the `deltalake.DeltaTable` at a path.
 
-
-def _scan_path(path: str, condition: Any) -> pa.Table:
-    try:
+    Raises
+    ------
+    ConfigError
+        deltalake is not installed, or there is no Delta table that it can read.
+    """
+    with _delta_errors(path):
         from deltalake import DeltaTable
+
+        return DeltaTable(path)
+
+
+@contextmanager
+def _delta_errors(path: str) -> Iterator[None]:
+    """Raise what delta-rs cannot read as a ConfigError that names the path."""
+    try:
         from deltalake.exceptions import DeltaError, TableNotFoundError
     except ModuleNotFoundError as exc:
         raise ConfigError(f"reading Delta without Spark needs {exc.name}: pip install deltalake") from exc
     try:
-        dataset = DeltaTable(path).to_pyarrow_dataset()
+        yield
     except TableNotFoundError as exc:
         raise ConfigError(f"no Delta table at {path}") from exc
     except (DeltaError, OSError) as exc:
         raise ConfigError(f"{path} cannot be read without Spark: {str(exc).splitlines()[0]}") from exc
-    usable = condition if condition is None or "mode" in dataset.schema.names else None
-    return dataset.to_table(filter=usable)
 
 
-def _scan_name(table: str, condition: Any) -> pa.Table:
-    """Read a named table through the Spark session that is there: names are known to its catalog alone."""
+def _scan(table: str, given: Mapping[str, str]) -> pa.Table:
+    """Read the lines whose columns have the given values."""
+    path = table_path(table)
+    return _scan_name(table, given) if path is None else _scan_path(path, given)
+
+
+def _scan_path(path: str, given: Mapping[str, str]) -> pa.Table:
+    with _delta_errors(path):
+        dataset = open_table(path).to_pyarrow_dataset()
+    _check_columns(path, dataset.schema.names)
+    conditions = [pc.field(name) == value for name, value in given.items()]
+    return dataset.to_table(filter=reduce(and_, conditions) if conditions else None)
+
+
+def _scan_name(table: str, given: Mapping[str, str]) -> pa.Table:
+    """Read a named table through the active Spark session: only its catalog knows the name."""
     try:
         from pyspark.sql import SparkSession
     except ModuleNotFoundError:
@@ -257,8 +273,17 @@ def _scan_name(table: str, condition: Any) -> pa.Table:
         session = SparkSession.getActiveSession()
     if session is None:
         raise ConfigError(f"{table!r} is a table's name, which only a Spark session knows: give its path")
-    found = session.read.table(table).toArrow()
-    return found if condition is None else found.filter(condition)
+    lines = session.read.table(table)
+    _check_columns(table, lines.columns)
+    for name, value in given.items():
+        lines = lines.where(lines[name] == value)
+    return lines.toArrow()
+
+
+def _check_columns(table: str, columns: Sequence[str]) -> None:
+    missing = {"adata_id", "embedding", "embedded_at", *MODEL} - set(columns)
+    if missing:
+        raise ConfigError(f"{table} is not an embedding table: it lacks the columns {', '.join(sorted(missing))}")
 
 
 def _cells_to_anndata(found: Embeddings, adata: ad.AnnData | None, key: str) -> ad.AnnData:
@@ -342,7 +367,7 @@ def _one_vector_a_gene(found: Embeddings) -> tuple[pd.Index, np.ndarray]:
 def _static_vectors(model_or_table: Any) -> tuple[pd.Index, np.ndarray]:
     if isinstance(model_or_table, str | Path):
         text = str(model_or_table)
-        if _PATH.fullmatch(text.strip()) or (Path(text) / "_delta_log").is_dir():
+        if delta_path(text.strip()) or (Path(text) / "_delta_log").is_dir():
             return _one_vector_a_gene(load_embeddings(text, mode="static"))
     from scgpt_batch.api import gene_embeddings  # torch, which tables are read without
 

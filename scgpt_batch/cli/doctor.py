@@ -215,7 +215,7 @@ def _model(uri: str) -> Check:
 
 def _table(table: str) -> Check:
     """Open a table: one at a path without Spark, a named one through the session that there is."""
-    from scgpt_batch.embedding_tables import table_path
+    from scgpt_batch.embedding_tables import open_table, table_path
 
     path = table_path(table)
     if path is None:
@@ -225,13 +225,10 @@ def _table(table: str) -> Check:
         if not tables.exists(get_spark(), tables.table_name(table)):
             raise ConfigError(f"no table {table}")
         return Check("table", True, table)
-    from deltalake import DeltaTable
-    from deltalake.exceptions import TableNotFoundError
-
     try:
-        found = DeltaTable(path)
-    except TableNotFoundError:
-        return Check("table", False, f"no Delta table at {path}", "check the path; ingest or embed creates the table")
+        found = open_table(path)
+    except ConfigError as exc:
+        return Check("table", False, str(exc), "check the path; ingest or embed creates the table")
     return Check("table", True, f"{path}, version {found.version()}, {len(found.file_uris())} files")
 
 

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from scgpt_batch.command_result import CommandResult
+from scgpt_batch.embedding_tables import MODEL, nearest
 from scgpt_batch.near_misses import GENE_CUTOFF, did_you_mean
 from scgpt_batch.settings import SummarySettings
-
-MODEL = ["mode", "model_name", "model_version", "params_hash"]  # columns that tell the vectors of one model from others
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,17 +52,6 @@ class SummaryResult(CommandResult):
         return lines
 
 
-def nearest_genes(genes: list[str], vectors: np.ndarray, gene: str, n: int) -> list[tuple[str, float]]:
-    """Return the n genes of largest cosine similarity to `gene`, with it; empty if it is not among them."""
-    if gene not in genes:
-        return []
-    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    at = genes.index(gene)
-    similarity = unit @ unit[at]
-    order = [i for i in np.argsort(-similarity) if i != at][:n]
-    return [(genes[i], float(similarity[i])) for i in order]
-
-
 def summarize(spark: Any, settings: SummarySettings) -> SummaryResult:
     """Count what an embeddings table holds and find the nearest genes of some."""
     from pyspark.sql import functions as F
@@ -74,8 +63,8 @@ def summarize(spark: Any, settings: SummarySettings) -> SummaryResult:
     lines = tables.read(spark, table, tables.GENE_EMBEDDINGS)
     rows = embedded_rows(tables.read(spark, ledger_table, tables.LEDGER))
     counted = lines.groupBy(*MODEL).agg(F.countDistinct("gene").alias("genes"), F.count("*").alias("embeddings"))
-    counted = counted.join(rows.groupBy(*MODEL).agg(F.count("*").alias("rows"), F.sum("cells").alias("cells")), MODEL,
-                           "left").orderBy(*MODEL)  # fmt: skip
+    of_rows = rows.groupBy(*MODEL).agg(F.count("*").alias("rows"), F.sum("cells").alias("cells"))
+    counted = counted.join(of_rows, [*MODEL], "left").orderBy(*MODEL)
     models = [line.asDict() for line in counted.fillna(0, ["rows", "cells"]).collect()]
     genes = lines.agg(F.countDistinct("gene")).collect()[0][0]
     # a row that was embedded in several modes, or by several models, counts once
@@ -90,11 +79,22 @@ def summarize(spark: Any, settings: SummarySettings) -> SummaryResult:
         genes=genes,
         embeddings=sum(model["embeddings"] for model in models),
         models=models,
-        nearest_genes={gene: nearest_genes(names, vectors, gene, settings.neighbours) for gene in settings.genes},
+        nearest_genes=_nearest_genes(names, vectors, settings),
         similar_genes={
             gene: did_you_mean(gene, names, cutoff=GENE_CUTOFF) for gene in settings.genes if gene not in names
         },
     )
+
+
+def _nearest_genes(
+    names: list[str], vectors: np.ndarray, settings: SummarySettings
+) -> dict[str, list[tuple[str, float]]]:
+    """Return the nearest genes of each, nearest first; none for a gene that is not in the table."""
+    present = [gene for gene in dict.fromkeys(settings.genes) if gene in names]
+    found: dict[str, list[tuple[str, float]]] = {gene: [] for gene in settings.genes}
+    for row in nearest(pd.Index(names), vectors, present, settings.neighbours).itertuples() if present else ():
+        found[row.gene].append((row.neighbour, float(row.similarity)))
+    return found
 
 
 def embedded_rows(ledger: Any) -> Any:
@@ -117,5 +117,5 @@ def _newest_static_vectors(lines: Any) -> tuple[list[str], np.ndarray]:
     static = lines.where("mode = 'static'")
     last = static.groupBy(*MODEL).agg(F.max("embedded_at").alias("at")).orderBy(F.desc("at")).limit(1)
     # a static vector is the same in every row: one of each gene
-    one = static.join(last, MODEL).groupBy("gene").agg(F.first("embedding").alias("embedding")).toArrow()
+    one = static.join(last, [*MODEL]).groupBy("gene").agg(F.first("embedding").alias("embedding")).toArrow()
     return one["gene"].to_pylist(), np.array(one["embedding"].to_pylist(), np.float32)

@@ -12,7 +12,7 @@ from mlflow.pyfunc import scoring_server
 from pyspark.errors import PythonException
 
 from scgpt_batch.cli.main import OK, main
-from scgpt_batch.cli.summary import nearest_genes
+from scgpt_batch.embedding_tables import nearest
 from scgpt_batch.errors import ConfigError
 from scgpt_batch.inference.results import unpack
 from scgpt_batch.io.rows import PAYLOAD_COLUMNS, to_row
@@ -196,9 +196,9 @@ def test_example_nearest_genes(spark, model, rows, table):
     spark.sql(f"select * from {good(table)}").createOrReplaceTempView("good_rows")
     found = example(spark, "nearest_genes", table="good_rows", gene=GENES[7], limit=5)
     answer = predict(model, rows[:1])["good-0"]
-    wanted = nearest_genes(list(answer["genes"]), np.stack(answer["gene_embeddings"]), GENES[7], 5)
-    assert found["gene"].tolist() == [gene for gene, _ in wanted]
-    assert_close(found["cosine"], [cosine for _, cosine in wanted], atol=1e-6)
+    wanted = nearest(pd.Index(answer["genes"]), np.stack(answer["gene_embeddings"]), [GENES[7]], 5)
+    assert found["gene"].tolist() == wanted["neighbour"].tolist()
+    assert_close(found["cosine"], wanted["similarity"], atol=1e-6)
 
 
 def test_example_errors_by_row(spark, table):
