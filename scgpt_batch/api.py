@@ -303,10 +303,9 @@ def _run(
     several = len(blocks) > 1
     decisions = decisions_of_sample(embedder.reader, blocks, p) if several and p.need_preprocess else None
     pairs = ((block, decisions) for block in blocks)
-    sums = isinstance(collector, _GeneVectors) and p.mode == "contextual" and several
     known, notes = 0.0, _Notes()
     with _progress(blocks.n_obs) as bar:
-        for i, result in enumerate(embedder.embed_sample_rows(pairs, p, sums=sums)):
+        for i, result in enumerate(embedder.embed_sample_rows(pairs, p, sums=collector.sums)):
             cells = min(BLOCK_CELLS, blocks.n_obs - i * BLOCK_CELLS)
             if result.error is not None:
                 raise _placed(result.error, i, cells, blocks)
@@ -355,6 +354,8 @@ class _Notes:
 class _CellVectors:
     """Collects cell vectors at the positions of their cells."""
 
+    sums = False
+
     def __init__(self, blocks: _Blocks, loaded: LoadedModel) -> None:
         self._vectors = np.full((blocks.n_obs, loaded.embedder.config.embsize), np.nan, np.float32)
 
@@ -368,16 +369,15 @@ class _CellVectors:
 
 
 class _GeneVectors:
-    """Collects gene vectors, or their sums over blocks, by group and gene."""
+    """Collects gene vectors by group and gene; with `sums`, the sums over the cells of each block."""
 
     def __init__(self, blocks: _Blocks, loaded: LoadedModel, p: Parameters) -> None:
         self._blocks, self._vocabulary = blocks, loaded.embedder.vocabulary
         self._selection = loaded.embedder.reader.genes_of(blocks.var_json)
-        self._is_static = p.mode == "static"
-        self._is_sum = not self._is_static and len(blocks) > 1
+        self.sums = p.mode == "contextual" and len(blocks) > 1
         self._width = loaded.embedder.config.embsize
         self._place: dict[tuple[str, str], int] = {}  # of each group and gene in the arrays below
-        self._vectors = np.zeros((0, self._width), np.float64 if self._is_sum else np.float32)
+        self._vectors = np.zeros((0, self._width), np.float64 if self.sums else np.float32)
         self._n_cells = np.zeros(0, np.int64)
         self._last: tuple[list[tuple[str, str]], np.ndarray] = ([], np.zeros(0, np.int64))
 
@@ -393,13 +393,13 @@ class _GeneVectors:
             self._last = keys, places
         places = self._last[1]
         self._n_cells[places] += result.n_cells
-        if self._is_sum:
+        if self.sums:
             self._vectors[places] += result.gene_embeddings
         else:
             self._vectors[places] = result.gene_embeddings
 
     def _means(self) -> np.ndarray:
-        return (self._vectors / self._n_cells[:, None]).astype(np.float32) if self._is_sum else self._vectors
+        return (self._vectors / self._n_cells[:, None]).astype(np.float32) if self.sums else self._vectors
 
     def table(self) -> pd.DataFrame:
         """Return one row per group and gene: group, gene, n_cells, embedding."""
@@ -415,13 +415,11 @@ class _GeneVectors:
     def store(self, adata: ad.AnnData, key: str) -> None:
         """Set varm and the mask of known genes; a gene's columns share its vector."""
         names = self._names_of_columns()
-        if len(self._blocks.var) != adata.n_vars or self._blocks.var is not adata.var:
-            index = self._blocks.var.index
-            if not index.equals(adata.var_names):
-                if not index.is_unique:
-                    raise ConfigError(f"{self._blocks.what} repeats gene names: make them unique first")
-                place = index.get_indexer(adata.var_names)
-                names = np.where(place >= 0, np.append(names, "")[place], "")
+        index = self._blocks.var.index
+        if not index.equals(adata.var_names):  # adata.raw has other genes
+            if not index.is_unique:
+                raise ConfigError(f"{self._blocks.what} repeats gene names: make them unique first")
+            names = np.append(names, "")[index.get_indexer(adata.var_names)]
         vectors = np.full((adata.n_vars, self._width), np.nan, np.float32)
         place = np.array([self._place.get(("", name), -1) for name in names], dtype=np.int64)
         vectors[place >= 0] = self._means()[place[place >= 0]]
