@@ -1,6 +1,7 @@
 """What a command returns: the values of its JSON line, its exit code and a few lines for people."""
 
 import json
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -8,7 +9,7 @@ OK, FAILED, WRONG_USAGE, TOO_MANY_FAILED_ROWS, ALERTS = 0, 1, 2, 3, 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class CommandResult:
+class CommandResult(ABC):
     """Base of the commands' results. The fields of a subclass are the keys of its JSON line, in this order."""
 
     exit_code: int = OK
@@ -23,9 +24,9 @@ class CommandResult:
         """Return the JSON line."""
         return json.dumps(self.to_dict())
 
+    @abstractmethod
     def lines(self) -> list[str]:
         """Return a short summary for people, line by line."""
-        raise NotImplementedError
 
 
 def plural(count: int, noun: str) -> str:
