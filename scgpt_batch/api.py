@@ -4,7 +4,6 @@ The numbers are those of the batch job: cells are cut into blocks as `scgpt-batc
 blocks share the gene choice of the whole AnnData.
 """
 
-import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,7 @@ import tqdm.auto
 import scgpt_batch
 from scgpt_batch.errors import ConfigError, EmbeddingWarning, PayloadError, RowError, suggestion
 from scgpt_batch.inference.engine import Embedder, load_embedder
-from scgpt_batch.inference.results import RowResult
+from scgpt_batch.inference.results import RowResult, warning_kind
 from scgpt_batch.inference.sample_rows import decisions_of_sample
 from scgpt_batch.io.rows import table_to_json
 from scgpt_batch.models.scgpt import SPECIAL_TOKENS
@@ -332,14 +331,14 @@ def _progress(n_obs: int) -> Any:
 
 @dataclass
 class _Notes:
-    """Warnings of the blocks: of those that differ in numbers alone the first, with the number of blocks."""
+    """Warnings of the blocks: the first of each kind, with the number of blocks that have one."""
 
     first: dict[str, str] = field(default_factory=dict)
     blocks: dict[str, int] = field(default_factory=dict)
 
     def add(self, notes: Sequence[str]) -> None:
         for note in notes:
-            kind = re.sub(r"\d+(\.\d+)?", "N", note)
+            kind = warning_kind(note)
             self.first.setdefault(kind, note)
             self.blocks[kind] = self.blocks.get(kind, 0) + 1
 

@@ -1,6 +1,7 @@
 """The result of a row: its embeddings or its error, and the report for the ledger."""
 
 import base64
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -8,6 +9,7 @@ import numpy as np
 
 from scgpt_batch.errors import NonFiniteOutput, RowError, plain_line
 
+_NAMES, _NUMBERS = re.compile(r"'[^']*'|\"[^\"]*\""), re.compile(r"\b\d[\d.,]*\d\b|\b\d\b")  # of the data in a warning
 _PACKED_TYPES = {"float32_base64": "<f4", "float16_base64": "<f2"}  # number type of each packed `encoding`
 
 
@@ -77,3 +79,9 @@ class RowResult:
 def unpack(text: str, encoding: str, d: int) -> np.ndarray:
     """Return the vectors in a string of `RowResult.base64`; read-only array of shape (genes or cells, d)."""
     return np.frombuffer(base64.b64decode(text), _PACKED_TYPES[encoding]).reshape(-1, d)
+
+
+def warning_kind(warning: str) -> str:
+    """Return the part of a warning that is the same in all rows: its first clause without names and numbers."""
+    clause = re.split(r"[:;(]", _NAMES.sub("…", warning), maxsplit=1)[0]
+    return _NUMBERS.sub("N", clause).strip()

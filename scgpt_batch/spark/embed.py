@@ -10,7 +10,6 @@ results of rows and samples that are no longer in the input.
 """
 
 import logging
-import re
 import sys
 import time
 from collections import Counter
@@ -31,6 +30,7 @@ import scgpt_batch
 from scgpt_batch.command_result import OK, TOO_MANY_FAILED_ROWS, CommandResult, plural
 from scgpt_batch.errors import ConfigError, in_one_line, plain_line
 from scgpt_batch.inference.engine import check_model_parameters
+from scgpt_batch.inference.results import warning_kind
 from scgpt_batch.parameters import Parameters
 from scgpt_batch.preprocessing.sample_statistics import rows_depend
 from scgpt_batch.registry.register import use_experiment
@@ -58,7 +58,6 @@ PAYLOAD = (
 LIBRARIES = ("scgpt_batch", "anndata", "numpy", "pandas", "pyarrow", "scanpy", "scipy", "torch")
 OTHER_CODE = "+other-code"  # appended to the package version of runs that --allow-other-code permitted
 RETRIED_ERRORS = ("InternalError", "WorkerCrash", "Timeout")
-_NAMES, _NUMBERS = re.compile(r"'[^']*'|\"[^\"]*\""), re.compile(r"\b\d[\d.,]*\d\b|\b\d\b")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -591,12 +590,6 @@ def _ledger_lines(job: Job, reports: DataFrame, members: pd.DataFrame) -> DataFr
 
 def _stamps(job: Job) -> dict[str, Column]:
     return {name: F.lit(value) for name, value in {**job.stamps, "run_id": job.run_id}.items()}
-
-
-def warning_kind(warning: str) -> str:
-    """Return the part of a warning that is the same in all rows: its first clause without names and numbers."""
-    clause = re.split(r"[:;(]", _NAMES.sub("…", warning), maxsplit=1)[0]
-    return _NUMBERS.sub("N", clause).strip()
 
 
 # --- plan and progress ----------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from pyspark.sql import functions as F
 from scgpt_batch.cli.main import FAILED, OK, WRONG_USAGE, main
 from scgpt_batch.errors import printable
 from scgpt_batch.inference.engine import load_embedder
+from scgpt_batch.inference.results import warning_kind
 from scgpt_batch.io.rows import to_row
 from scgpt_batch.parameters import Parameters
 from scgpt_batch.spark import embed, tables
@@ -390,7 +391,7 @@ def test_warnings_are_counted_by_kind(spark, run, words, rows, caplog):
     ],
 )
 def test_warning_kind_omits_names_and_numbers(warning, kind):
-    assert embed.warning_kind(warning) == kind
+    assert warning_kind(warning) == kind
 
 
 def test_an_id_cannot_forge_a_log_line():
