@@ -46,8 +46,8 @@ def main() -> None:
     cold = embed(args.out.with_name(args.out.name + "_cold"))
     later = [embed(args.out) for _ in range(args.warm_up + args.warm_runs)]
     spark.stop()
-    warm = sorted(later[args.warm_up :], key=lambda told: told.seconds)
-    seconds = [told.seconds for told in (cold, *later)]
+    warm = sorted(later[args.warm_up :], key=lambda run: run.seconds)
+    seconds = [run.seconds for run in (cold, *later)]
     print(json.dumps({"cold": cold.to_dict(), "warm": warm[len(warm) // 2].to_dict(), "seconds": seconds}))
 
 

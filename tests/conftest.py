@@ -101,8 +101,8 @@ def run(capfd: pytest.CaptureFixture) -> Callable:
     def call(*argv: object) -> tuple[int, dict, str]:
         capfd.readouterr()
         code = main([str(arg) for arg in argv])
-        told = capfd.readouterr()
-        last = told.out.strip().splitlines()[-1] if told.out.strip() else "{}"
-        return code, json.loads(last), told.err
+        output = capfd.readouterr()
+        last = output.out.strip().splitlines()[-1] if output.out.strip() else "{}"
+        return code, json.loads(last), output.err
 
     return call

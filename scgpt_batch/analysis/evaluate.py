@@ -1,7 +1,8 @@
 """Are embeddings any good on these cells and genes? Figures beside a baseline, by the definitions of scIB.
 
-Foundation models do not always beat simple methods, so each figure of cells stands beside that of HVG + PCA of the same
-cells. Definitions: Luecken et al. 2022 (Nature Methods, scIB); silhouettes and scores are scikit-learn's.
+Foundation models do not always beat simple methods. Each figure for cells is therefore reported together with the same
+figure for HVG + PCA of these cells. Definitions: Luecken et al. 2022 (Nature Methods, scIB); silhouettes and scores are
+scikit-learn's.
 """
 
 import re

@@ -49,7 +49,7 @@ def test_cluster_without_shared_folder_uses_one_gpu_per_task(spark, home, tracki
         main(["ingest", "--input", str(cells), "--table", rows, "--cells-per-row", "10", "--sample-id", "none"]) == OK
     )
     with standalone(home) as cluster:
-        told = summary(
+        result = summary(
             [SPARK_HOME / "bin/spark-submit", "--master", cluster.url, "--properties-file", CONF,
              "--py-files", package_zip(home), "--conf", "spark.driver.memory=1g",
              "--conf", "spark.executor.memory=600m",
@@ -60,7 +60,7 @@ def test_cluster_without_shared_folder_uses_one_gpu_per_task(spark, home, tracki
              "--input-table", rows, "--output-table", out, "--mode", "cell", *BINS_ONLY],
             env=environment(SURROUNDINGS=str(home / "surroundings.json")), cwd=home,
         )  # fmt: skip
-    assert (told["rows_ok"], told["rows_failed"], told["cells"]) == (6, 0, 60)
+    assert (result["rows_ok"], result["rows_failed"], result["cells"]) == (6, 0, 60)
     assert spark.table(out).select("cell_id").distinct().count() == 60
     folders, packages, devices, addresses = zip(*json.loads((home / "surroundings.json").read_text()), strict=True)
     assert sorted(addresses) == ["0", "1"] and len(set(folders)) == 2  # each task a GPU of its own
@@ -82,8 +82,8 @@ def test_spark_connect_ingests_and_embeds(spark, home, tracking_uri, cells):
     temporary.mkdir()
     with connect_server(home) as remote:
         env = environment(SPARK_REMOTE=remote, PYTHONPATH=str(REPO), TMPDIR=str(temporary))
-        told = summary([sys.executable, "-c", both], env=env, cwd=home)
+        result = summary([sys.executable, "-c", both], env=env, cwd=home)
     n_rows = spark.table(rows).count()
-    assert (told["rows_ok"], told["rows_failed"], told["cells"]) == (n_rows, 0, 60)
-    assert spark.table(out).count() == told["embeddings"] == n_rows * 2200
+    assert (result["rows_ok"], result["rows_failed"], result["cells"]) == (n_rows, 0, 60)
+    assert spark.table(out).count() == result["embeddings"] == n_rows * 2200
     assert not list(temporary.rglob("MLmodel"))  # the files that were fetched from the server

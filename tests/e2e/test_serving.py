@@ -107,10 +107,10 @@ def test_each_row_format_matches_mlflow(endpoint, registered, spelled):
     document = {spelled: split if spelled == "dataframe_split" else [sent], "params": CELLS}
     found = endpoint.post(document).json()
     model = mlflow.pyfunc.load_model(registered.uri)
-    told = mlflow.pyfunc.scoring_server.invocations(
+    response = mlflow.pyfunc.scoring_server.invocations(
         json.dumps(document), "application/json", model, model.metadata.get_input_schema()
     )
-    wanted = json.loads(told.response)
+    wanted = json.loads(response.response)
     assert list(found) == ["predictions"] and list(found["predictions"][0]) == list(wanted["predictions"][0])
     for name, value in wanted["predictions"][0].items():
         if name == "cell_embeddings":
@@ -157,7 +157,7 @@ def test_mlflow_routes_respond(endpoint):
 
 
 @pytest.mark.parametrize(
-    ("document", "status", "told"),
+    ("document", "status", "message"),
     [
         ({}, 400, "exactly one of dataframe_split"),
         ([], 400, "exactly one of dataframe_split"),
@@ -184,12 +184,12 @@ def test_mlflow_routes_respond(endpoint):
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_bad_request_gets_a_message_without_traceback(endpoint, document, status, told):
+def test_bad_request_gets_a_message_without_traceback(endpoint, document, status, message):
     answer = endpoint.post(document)
     if status == 200:
         assert answer.status_code == 200
     else:
-        assert told in refusal(answer, status)
+        assert message in refusal(answer, status)
 
 
 def test_indices_out_of_range_are_named(endpoint):
@@ -224,12 +224,12 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_body_is_rejected_by_its_limit(endpoint, name):
-    make, packed, status, told = HOSTILE[name]
+    make, packed, status, message = HOSTILE[name]
     body = make()
     body = body if isinstance(body, bytes) else orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
     body = gzip.compress(body, 1) if packed else body
     answer = endpoint.post(body, **({"Content-Encoding": "gzip"} if packed else {}))
-    assert told in refusal(answer, status)  # the message is that of the limit, so nothing was read beyond it
+    assert message in refusal(answer, status)  # the message is that of the limit, so nothing was read beyond it
 
 
 def test_body_without_length_is_cut_at_the_limit(endpoint):

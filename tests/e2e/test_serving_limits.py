@@ -189,7 +189,7 @@ def test_requester_comes_from_trusted_proxies_only(limited, genes):
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
         (("--host", "0.0.0.0"), "no token is set: set SCGPT_BATCH_TOKEN, or use --allow-without-token"),
         (("--host", "0.0.0.0", "--allow-without-token"), "no MLflow model at '/nowhere'"),
@@ -197,10 +197,10 @@ def test_requester_comes_from_trusted_proxies_only(limited, genes):
         (("--trusted-proxies", "proxy.local"), "trusted_proxies"),
     ],
 )
-def test_open_address_needs_token_or_flag(capsys, monkeypatch, flags, told):
+def test_open_address_needs_token_or_flag(capsys, monkeypatch, flags, message):
     monkeypatch.delenv("SCGPT_BATCH_TOKEN", raising=False)
     assert main(["serve", "--model-uri", "/nowhere", "--port", "0", *flags]) == WRONG_USAGE
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_connection_limit_leaves_file_descriptors():
@@ -240,14 +240,14 @@ def test_batch_continues_while_one_request_waits():
             one, other = (asyncio.create_task(batcher.answers([i], Parameters())) for i in (1, 2))
             while not wanted_by:
                 await asyncio.sleep(0.01)
-            told = [wanted_by[0]()]
+            answers = [wanted_by[0]()]
             one.cancel()
             await asyncio.sleep(0.01)
-            told.append(wanted_by[0]())
+            answers.append(wanted_by[0]())
             other.cancel()
             await asyncio.sleep(0.01)
-            told.append(wanted_by[0]())
+            answers.append(wanted_by[0]())
             go.set()
-            return told
+            return answers
 
     assert asyncio.run(ask()) == [True, True, False]

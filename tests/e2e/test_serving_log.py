@@ -57,9 +57,9 @@ def test_table_has_databricks_columns(tmp_path, spark):
         "status_code:int,sampling_fraction:double,execution_duration_ms:bigint,request:string,response:string,"
         "logging_error_codes:array<string>,served_entity_id:string,requester:string>"
     )
-    told = table.selectExpr("*", "unix_micros(request_time) as micros").first().asDict()
-    del told["request_time"]
-    assert told == {
+    record = table.selectExpr("*", "unix_micros(request_time) as micros").first().asDict()
+    del record["request_time"]
+    assert record == {
         "databricks_request_id": "a",
         "request_date": NOON.date(),
         "client_request_id": "mine",
@@ -132,10 +132,10 @@ def test_request_that_killed_the_process_is_logged_later(tmp_path):
     dead_process(tmp_path, noted=[answered, deadly], logged={answered: answered})
     open_log(tmp_path).close()
     rows = DeltaTable(tmp_path / "payload").to_pyarrow_table().to_pylist()
-    (told,) = [row for row in rows if row["databricks_request_id"] == deadly]
+    (record,) = [row for row in rows if row["databricks_request_id"] == deadly]
     assert sorted(row["databricks_request_id"] for row in rows) == sorted([answered, deadly])
-    assert told["logging_error_codes"] == ["REQUEST_UNANSWERED"] and told["execution_duration_ms"] is None
-    assert told["client_request_id"] == "mine" and told["request"] and told["response"] is None
+    assert record["logging_error_codes"] == ["REQUEST_UNANSWERED"] and record["execution_duration_ms"] is None
+    assert record["client_request_id"] == "mine" and record["request"] and record["response"] is None
     assert list((tmp_path / "payload_spool" / "unanswered").iterdir()) == []
 
 
@@ -386,9 +386,9 @@ def test_request_in_flight_at_a_kill_is_logged(model, tmp_path):
         asking.join()
     with EndpointProcess(model, tmp_path) as endpoint:
         assert endpoint.stop()[0] == 0
-    (told,) = DeltaTable(tmp_path / "payload").to_pyarrow_table().to_pylist()
-    assert (told["client_request_id"], told["status_code"]) == ("deadly", 500)
-    assert told["logging_error_codes"] == ["REQUEST_UNANSWERED"]
+    (record,) = DeltaTable(tmp_path / "payload").to_pyarrow_table().to_pylist()
+    assert (record["client_request_id"], record["status_code"]) == ("deadly", 500)
+    assert record["logging_error_codes"] == ["REQUEST_UNANSWERED"]
 
 
 def test_answered_requests_are_logged_once_after_kills(model, tmp_path):

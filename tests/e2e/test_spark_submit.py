@@ -26,6 +26,6 @@ def test_spark_submit_runs_the_job_file(spark, home, model, golden):
         command, capture_output=True, text=True, env=environment(PYTHONPATH=str(REPO)), timeout=600, check=False
     )
     assert done.returncode == OK, done.stderr[-2000:]
-    told = json.loads(done.stdout)  # nothing else: logs go to standard error
-    assert (told["rows_ok"], told["embeddings"]) == (4, 160)
+    result = json.loads(done.stdout)  # nothing else: logs go to standard error
+    assert (result["rows_ok"], result["embeddings"]) == (4, 160)
     assert " INFO " in done.stderr

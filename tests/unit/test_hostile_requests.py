@@ -81,7 +81,10 @@ print(f"{{grown:.0f}} MB;", told)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="caps memory as Linux does")
+@pytest.mark.skipif(
+    sys.platform != "linux",
+    reason="measures memory in /proc and caps it by RLIMIT_AS, as on Linux",
+)
 @pytest.mark.parametrize("name", ATTACKS)
 def test_small_request_cannot_use_much_memory(name):
     code = SCRIPT.format(checkpoint=str(GOLDEN / "checkpoint_flash"), attack=ATTACKS[name], cap=CAP)

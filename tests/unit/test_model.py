@@ -256,8 +256,8 @@ def test_distinct_values_and_positions_give_the_values_back(values):
 
 
 def on_gpu(test):
-    """Mark a test of CUDA kernels, which elsewhere would test again what the tests above do."""
-    reason = "CUDA kernels run on a GPU alone: `pytest -m gpu` where there is one"
+    """Mark a test that needs CUDA kernels. On the CPU, the tests above check the same numbers; run `pytest -m gpu`."""
+    reason = "needs a CUDA GPU: run `pytest -m gpu` on a machine that has one"
     return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason=reason)(test))
 
 
