@@ -3,10 +3,10 @@
 import gzip
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import anndata as ad
@@ -15,6 +15,7 @@ import orjson
 import pandas as pd
 import requests
 from requests.adapters import HTTPAdapter
+from requests.auth import AuthBase
 from tqdm.auto import tqdm
 from urllib3.util import Retry
 
@@ -24,11 +25,15 @@ from scgpt_batch.io.rows import PAYLOAD_COLUMNS, to_row, unique_cell_names
 from scgpt_batch.parameters import Parameters
 from scgpt_batch.preprocessing.gene_names import lookup_columns
 
+if TYPE_CHECKING:
+    from databricks.sdk import WorkspaceClient
+
 REQUEST_BYTES = 16_000_000  # limit of a request body, on Databricks and on the local endpoint
 CELLS = 2_000  # maximum cells per request; their vectors take 6 MB in base64 at 512 dimensions
 TOO_LARGE = 413
 WARNINGS = 20  # maximum number of warnings shown per call
 RETRIED = (429, 500, 502, 503, 504)
+REJECTED_LOGINS = (401, 403)  # Databricks returns either for an expired token
 MESSAGE_LENGTH = 2_000  # characters quoted from an error response
 
 
@@ -64,7 +69,8 @@ def embed(
     adata: ad.AnnData,
     url: str,
     *,
-    token: str | None = None,
+    token: str | Callable[[], str] | None = None,
+    workspace: "WorkspaceClient | None" = None,
     concurrency: int = 4,
     retries: int = 5,
     timeout_seconds: float = 300.0,
@@ -83,10 +89,13 @@ def embed(
     adata
         Cells × genes. Only the matrix, the names, and the obs and var columns that the model needs are sent.
     url
-        URL of the endpoint; `/invocations` is added if it is missing.
+        URL of the endpoint; `/invocations` is added if it is missing. With `workspace`, also the endpoint's name.
     token
-        Bearer token. Default: the environment variable DATABRICKS_TOKEN if the URL contains `/serving-endpoints/`, else
-        SCGPT_BATCH_TOKEN.
+        Bearer token, or a function that returns one. The function is called for each request, from several threads, so
+        that a call may outlive a token. Default: the environment variable DATABRICKS_TOKEN if the URL contains
+        `/serving-endpoints/`, else SCGPT_BATCH_TOKEN.
+    workspace
+        A `databricks.sdk.WorkspaceClient`, whose credentials are used instead of a token. It refreshes OAuth tokens.
     concurrency
         Maximum number of concurrent requests.
     retries
@@ -114,7 +123,7 @@ def embed(
     Raises
     ------
     ConfigError
-        A parameter or the URL is invalid, or obs lacks a column that a parameter names.
+        A parameter or the URL is invalid, obs lacks a column that a parameter names, or the URL is not in `workspace`.
     PartsFailed
         Some cells have no embeddings; `failures` lists them with the reasons, and `answered` has the embeddings of the
         others.
@@ -123,13 +132,14 @@ def embed(
     --------
     >>> adata = anndata.read_h5ad("pbmc3k.h5ad")
     >>> cells = embed(adata, "http://127.0.0.1:5000", mode="cell", need_preprocess=False)
-    >>> genes = embed(adata, "https://WORKSPACE/serving-endpoints/scgpt", mode="static", data_is_raw=True, log1p=True)
+    >>> genes = embed(adata, "scgpt", workspace=WorkspaceClient(), mode="static", data_is_raw=True, log1p=True)
     """
     request = Parameters.create({"encoding": "float32_base64"}, parameters)
     document = {"params": {**parameters, "encoding": request.encoding}}
-    session = _session(url, token, retries, concurrency)
+    url = _invocations(url, workspace)
+    session = _session(_login(url, token, workspace), retries, concurrency)
     reduced, renamed = _reduced(adata, request)
-    sender = _Sender(session, _invocations(url), timeout_seconds, request_bytes, reduced, request, document)
+    sender = _Sender(session, url, timeout_seconds, request_bytes, reduced, request, document)
     most = CELLS if sender.may_split else max(adata.n_obs, 1)
     parts = [(first, min(first + most, adata.n_obs)) for first in range(0, adata.n_obs, most)]
     found: list[pd.DataFrame] = []
@@ -236,10 +246,9 @@ class _Sender:
         headers = {"Content-Type": "application/json"}
         if not _is_databricks(self.url):  # Databricks does not document that it accepts compressed requests
             body, headers["Content-Encoding"] = gzip.compress(body, 1), "gzip"
-        try:
-            response = self.session.post(self.url, data=body, headers=headers, timeout=(10, self.timeout_seconds))
-        except requests.RequestException as exc:
-            raise _RequestFailed(None, f"no response from {self.url}: {exc}") from exc
+        response = self._send(body, headers)
+        if response.status_code in REJECTED_LOGINS and self._has_new_token(response):
+            response = self._send(body, headers)
         if response.status_code != 200:
             raise _RequestFailed(response.status_code, _message(response))
         try:
@@ -252,6 +261,19 @@ class _Sender:
         # models registered by earlier versions return neither warnings nor coverage
         found.attrs = {"warnings": prediction.get("warnings") or [], "coverage": prediction.get("coverage")}
         return found
+
+    def _send(self, body: bytes, headers: dict[str, str]) -> requests.Response:
+        try:
+            return self.session.post(self.url, data=body, headers=headers, timeout=(10, self.timeout_seconds))
+        except requests.RequestException as exc:
+            raise _RequestFailed(None, f"no response from {self.url}: {exc}") from exc
+
+    def _has_new_token(self, response: requests.Response) -> bool:
+        """Return whether the token of a rejected request has been replaced since; retries keep a request's headers."""
+        if not isinstance(self.session.auth, _Login):
+            return False
+        sent = response.request.headers
+        return any(sent.get(name) != value for name, value in self.session.auth.headers().items())
 
 
 def _frame(prediction: dict[str, Any], parameters: Parameters) -> pd.DataFrame:
@@ -275,7 +297,35 @@ def _frame(prediction: dict[str, Any], parameters: Parameters) -> pd.DataFrame:
     )
 
 
-def _session(url: str, token: str | None, retries: int, concurrency: int) -> requests.Session:
+class _Login(AuthBase):
+    """Sets the headers that log a request in, asked for anew for each request."""
+
+    def __init__(self, headers: Callable[[], Mapping[str, str]]) -> None:
+        self._headers = headers
+
+    def headers(self) -> dict[str, str]:
+        """Return the present headers."""
+        try:
+            return dict(self._headers())
+        except Exception as exc:  # the caller's function and the SDK's credentials raise anything
+            raise _RequestFailed(None, f"no token for the endpoint: {type(exc).__name__}: {exc}") from exc
+
+    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        request.headers.update(self.headers())
+        return request
+
+
+def _login(url: str, token: str | Callable[[], str] | None, workspace: "WorkspaceClient | None") -> _Login | None:
+    if workspace is not None:
+        return _Login(workspace.config.authenticate)
+    if callable(token):
+        current = token
+        return _Login(lambda: {"Authorization": f"Bearer {current()}"})
+    fixed = token or os.environ.get("DATABRICKS_TOKEN" if _is_databricks(url) else "SCGPT_BATCH_TOKEN")
+    return _Login(lambda: {"Authorization": f"Bearer {fixed}"}) if fixed else None
+
+
+def _session(login: _Login | None, retries: int, concurrency: int) -> requests.Session:
     """Return a session that retries failed requests with increasing delays, and honours Retry-After headers."""
     retry = Retry(
         total=retries,
@@ -286,11 +336,9 @@ def _session(url: str, token: str | None, retries: int, concurrency: int) -> req
         raise_on_status=False,
     )
     session = requests.Session()
+    session.auth = login
     for scheme in ("http://", "https://"):
         session.mount(scheme, HTTPAdapter(max_retries=retry, pool_maxsize=concurrency))
-    token = token or os.environ.get("DATABRICKS_TOKEN" if _is_databricks(url) else "SCGPT_BATCH_TOKEN")
-    if token:
-        session.headers["Authorization"] = f"Bearer {token}"
     return session
 
 
@@ -298,10 +346,16 @@ def _is_databricks(url: str) -> bool:
     return "/serving-endpoints/" in urlsplit(url).path
 
 
-def _invocations(url: str) -> str:
+def _invocations(url: str, workspace: "WorkspaceClient | None") -> str:
+    """Return the URL of an endpoint's `/invocations`; a workspace's credentials are sent to that workspace only."""
+    host = str(workspace.config.host).rstrip("/") if workspace is not None else ""
+    if host and "/" not in url:
+        url = f"{host}/serving-endpoints/{url}"
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.netloc:
         raise ConfigError(f"{url!r} is not the URL of an endpoint: use http://… or https://…/serving-endpoints/NAME")
+    if host and f"{parts.scheme}://{parts.netloc}" != host:
+        raise ConfigError(f"{url!r} is not in the workspace {host}: give the endpoint's name, or a token for that URL")
     return url.rstrip("/").removesuffix("/invocations") + "/invocations"
 
 

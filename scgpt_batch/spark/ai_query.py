@@ -9,7 +9,7 @@ they are null.
 # No `from __future__ import annotations`: Spark infers the kind of function from the annotations.
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -30,13 +30,18 @@ TIMEOUT = 300  # seconds; Databricks Model Serving allows 297
 Row = dict[str, Any]
 
 
-def register_ai_query(spark: SparkSession, endpoints: Mapping[str, str]) -> None:
+def register_ai_query(
+    spark: SparkSession, endpoints: Mapping[str, str], *, token: Callable[[], str] | None = None
+) -> None:
     """Register `ai_query(endpoint, request [, failOnError => false])` in the session.
 
     Parameters
     ----------
     endpoints
-        Name used in the SQL -> URL, such as http://127.0.0.1:5001. The bearer token is read from SCGPT_BATCH_TOKEN now.
+        Name used in the SQL -> URL, such as http://127.0.0.1:5001.
+    token
+        Function that returns the bearer token. Spark's workers call it for each request, so that a query may outlive a
+        token. Default: the value that SCGPT_BATCH_TOKEN has now.
 
     Raises
     ------
@@ -48,8 +53,9 @@ def register_ai_query(spark: SparkSession, endpoints: Mapping[str, str]) -> None
     for name, url in endpoints.items():
         if not url.startswith(("http://", "https://")):
             raise ConfigError(f"endpoint {name!r} has an invalid URL, {url!r}: use http://host:port")
+    fixed = os.environ.get(TOKEN, "")
     known = {
-        name: Endpoint(name, url.rstrip("/").removesuffix("/invocations") + "/invocations", os.environ.get(TOKEN, ""))
+        name: Endpoint(name, url.rstrip("/").removesuffix("/invocations") + "/invocations", token or (lambda: fixed))
         for name, url in endpoints.items()
     }
     returned = answer_type()
@@ -96,11 +102,11 @@ def _spark_type(kind: Any) -> DataType:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """An endpoint's name, URL and token."""
+    """An endpoint's name and URL, and the function that returns its token (an empty one: none is sent)."""
 
     name: str
     url: str
-    token: str
+    token: Callable[[], str]
 
 
 class _Refused(Exception):
@@ -149,8 +155,10 @@ def _post(endpoint: Endpoint, rows: list[Row]) -> list[Row]:
     body = _body(rows)
     if len(body) > REQUEST_BYTES:
         raise _Refused(f"the request has {len(body):,} bytes; the limit is {REQUEST_BYTES:,}", divisible=True)
+    token = endpoint.token()
+    login = {"Authorization": f"Bearer {token}"} if token else {}
     try:
-        reply = _session(endpoint.token).post(endpoint.url, data=body, timeout=TIMEOUT)
+        reply = _session().post(endpoint.url, data=body, headers=login, timeout=TIMEOUT)
     except requests.RequestException as exc:
         message = f"endpoint {endpoint.name!r} at {endpoint.url} cannot be reached: {type(exc).__name__}"
         raise _Refused(message, divisible=False) from exc
@@ -171,7 +179,7 @@ def _body(rows: list[Row]) -> bytes:
 
 
 @cache
-def _session(token: str) -> requests.Session:
+def _session() -> requests.Session:
     """Return the process' HTTP session; it retries with growing pauses while an endpoint is overloaded."""
     session = requests.Session()
     retry = Retry(total=5, connect=2, backoff_factor=0.5, status_forcelist=(429, 502, 503), allowed_methods=None,
@@ -179,8 +187,6 @@ def _session(token: str) -> requests.Session:
     for scheme in ("http://", "https://"):
         session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=retry))
     session.headers["Content-Type"] = "application/json"
-    if token:
-        session.headers["Authorization"] = f"Bearer {token}"
     return session
 
 

@@ -175,6 +175,14 @@ def test_token_from_the_environment_is_sent(spark, server, table, monkeypatch):
     assert set(server[1]) == {("/invocations", "Bearer secret")}
 
 
+def test_token_function_is_called_in_the_workers(spark, server, table):
+    register_ai_query(spark, {"scgpt": server[0]}, token=lambda: "fresh")
+    server[1].clear()
+    spark.sql(f"select ai_query('scgpt', {STRUCT}) as a from {good(table)}").collect()
+    register_ai_query(spark, {"scgpt": server[0], "closed": "http://127.0.0.1:9"})
+    assert set(server[1]) == {("/invocations", "Bearer fresh")}
+
+
 def test_invalid_url_is_rejected(spark):
     with pytest.raises(ConfigError, match="scgpt"):
         register_ai_query(spark, {"scgpt": "localhost:5001"})
