@@ -22,6 +22,7 @@ from scgpt_batch.errors import ConfigError, EmbeddingWarning, PayloadError, RowE
 from scgpt_batch.inference.engine import Embedder, load_embedder
 from scgpt_batch.inference.results import RowResult, warning_kind
 from scgpt_batch.inference.sample_rows import decisions_of_sample
+from scgpt_batch.io.locations import local_path
 from scgpt_batch.io.rows import table_to_json
 from scgpt_batch.models.scgpt import SPECIAL_TOKENS
 from scgpt_batch.near_misses import GENE_CUTOFF, did_you_mean
@@ -78,6 +79,8 @@ def load_model(model: "str | Path | LoadedModel | Embedder") -> LoadedModel:
     if isinstance(model, Embedder):
         return LoadedModel(model, "checkpoint", model.digest[:12])
     place = str(model)
+    if not place.startswith("models:/"):
+        place = str(local_path(place, "model"))
     if place.startswith("models:/") or (Path(place) / "MLmodel").is_file():
         from scgpt_batch.registry.resolve import resolve  # imports MLflow, which takes seconds
 

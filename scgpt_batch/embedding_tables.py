@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from scgpt_batch.errors import ConfigError, EmbeddingWarning, listed
-from scgpt_batch.io.locations import delta_path
+from scgpt_batch.io.locations import canonical, delta_path
 from scgpt_batch.io.rows import unique_cell_names
 from scgpt_batch.near_misses import GENE_CUTOFF, did_you_mean
 
@@ -215,9 +215,9 @@ def load_embeddings(
 
 
 def table_path(table: str) -> str | None:
-    """Return the path of a table that is given by it, as a path or ``delta.`path` ``; None for a table's name."""
-    path = delta_path(table.strip())
-    return path or (table if "/" in table or Path(table).is_dir() else None)
+    """Return the path or URI of a table that is given by it, alone or as ``delta.`path` ``; None for a table's name."""
+    path = delta_path(table.strip()) or (table if "/" in table or Path(table).is_dir() else None)
+    return path and canonical(path)
 
 
 def open_table(path: str) -> Any:

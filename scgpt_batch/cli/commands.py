@@ -3,12 +3,12 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from pydantic.fields import FieldInfo
 
 from scgpt_batch.command_result import CommandResult
 from scgpt_batch.errors import ConfigError
+from scgpt_batch.io.locations import local_path
 from scgpt_batch.parameters import Parameters
 from scgpt_batch.settings import (
     DemoCheckpointSettings,
@@ -68,7 +68,7 @@ class RegisterResult(CommandResult):
 def _demo_checkpoint(settings: DemoCheckpointSettings) -> CommandResult:
     from scgpt_batch.cli.demo import write_demo_checkpoint
 
-    return write_demo_checkpoint(Path(settings.h5ad), Path(settings.out))
+    return write_demo_checkpoint(local_path(settings.h5ad, "h5ad"), local_path(settings.out, "out"))
 
 
 def _ingest(settings: IngestSettings) -> CommandResult:

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 from scgpt_batch.command_result import CommandResult, plural
 from scgpt_batch.embedding_tables import Embeddings, load_embeddings, to_anndata
 from scgpt_batch.errors import ConfigError
+from scgpt_batch.io.locations import local_path
 from scgpt_batch.settings import ExportSettings
 
 
@@ -35,7 +36,7 @@ def export(settings: ExportSettings) -> ExportResult:
     ConfigError
         The table or file cannot be read, names do not match, or `out` is neither .h5ad, .zarr nor .parquet.
     """
-    out = Path(settings.out)
+    out = local_path(settings.out, "out")
     if out.suffix not in (".h5ad", ".zarr", ".parquet"):
         raise ConfigError(f"out {settings.out!r} must end in .h5ad, .zarr or .parquet")
     if settings.h5ad and out.suffix == ".parquet":
@@ -65,8 +66,9 @@ def export(settings: ExportSettings) -> ExportResult:
 def _read(path: str) -> ad.AnnData | None:
     if not path:
         return None
+    file = local_path(path, "h5ad")
     try:
-        return ad.read_zarr(path) if Path(path).is_dir() else ad.read_h5ad(path)
+        return ad.read_zarr(file) if file.is_dir() else ad.read_h5ad(file)
     except (OSError, KeyError, ValueError) as exc:
         raise ConfigError(f"cannot read {path} as .h5ad or .zarr: {exc}") from exc
 

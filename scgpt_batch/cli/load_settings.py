@@ -6,7 +6,6 @@ in variables, and a file with one section per command.
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar, get_origin
 
 import yaml
@@ -21,6 +20,7 @@ from pydantic_settings import (
 )
 
 from scgpt_batch.errors import ConfigError, shortened, suggestion
+from scgpt_batch.io.locations import local_path
 from scgpt_batch.near_misses import did_you_mean
 
 ENVIRONMENT = "SCGPT_BATCH_"
@@ -135,7 +135,7 @@ def read_sections(
 
 def _parse(path: str, known: Iterable[str]) -> dict[str, dict[str, Any] | None]:
     try:
-        sections = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        sections = yaml.safe_load(local_path(path, "--config").read_text(encoding="utf-8")) or {}
     except OSError as exc:
         raise ConfigError(f"cannot read --config {path}: {exc.strerror}") from exc
     except (yaml.YAMLError, UnicodeDecodeError) as exc:

@@ -19,6 +19,7 @@ import scipy.sparse as sp
 from scgpt_batch.errors import FileError, LowCoverage, PayloadError, RowError, row_errors
 from scgpt_batch.inference.results import RowReport
 from scgpt_batch.io.hdf5_safety import open_hdf5
+from scgpt_batch.io.locations import canonical
 from scgpt_batch.io.rows import (
     SHARED_LENGTH,
     SHARED_TABLES,
@@ -223,12 +224,13 @@ def allowed_path(path: str, roots: Iterable[str]) -> Path:
         raise PayloadError(
             "input_data_path is not allowed: the model was registered without roots; register it with --input-roots"
         )
-    real = Path(path).resolve()
+    given = Path(canonical(path) if path.startswith("dbfs:") else path)
+    real = given.resolve()
 
     def is_below(place: Path) -> bool:
         return any(place.is_relative_to(root) for root in allowed)
 
-    if ".." in Path(path).parts or not is_below(real):
+    if ".." in given.parts or not is_below(real):
         raise PayloadError(f"input_data_path {path!r} is not below one of the --input-roots of the registered model")
     if real.is_dir() and real.suffix == ".zarr":
         if not all(is_below(part.resolve()) for part in real.rglob("*")):

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from scgpt_batch.errors import ConfigError
 
@@ -58,6 +59,28 @@ def canonical(given: str) -> str:
     return given if is_remote(given) else str(Path(given).expanduser())
 
 
+def local_path(given: str | Path, what: str) -> Path:
+    """Return the path on this machine of a file or folder, given as a path, `file:` or `dbfs:/`.
+
+    Parameters
+    ----------
+    what
+        What the path is for; starts the error message.
+
+    Raises
+    ------
+    ConfigError
+        It is in other storage.
+    """
+    path = canonical(str(given))
+    if is_remote(path):
+        raise ConfigError(
+            f"{what} {path} is not a path on this machine: copy it here first; on Databricks, put it into a volume and "
+            "give /Volumes/catalog/schema/volume/…"
+        )
+    return Path(path)
+
+
 def find_sources(patterns: Sequence[str]) -> list[str]:
     """Return the files and folders that paths, globs and URIs refer to, each once.
 
@@ -77,13 +100,21 @@ def _matches(pattern: str) -> list[str]:
     if is_remote(pattern):
         system, path = _file_system(pattern)
         names = sorted(system.glob(path)) if glob.has_magic(path) else [path] if system.exists(path) else []
-        sources = [system.unstrip_protocol(name) for name in names]
+        sources = [_uri(system, name, pattern) for name in names]
     else:
         sources = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern))  # noqa: PTH207  # absolute too
         sources = [str(Path(name).absolute()) for name in sources]
     if not sources:
         raise ConfigError(f"no file matches {pattern}; check the path and that this machine can read it")
     return sources
+
+
+def _uri(system: Any, name: str, pattern: str) -> str:
+    """Return the URI of a file that a pattern matched; it names the Azure storage account if the pattern does."""
+    parts = urlsplit(pattern)
+    if "@" in parts.netloc:  # abfss://container@account/…: the name starts with the container, without the account
+        return f"{parts.scheme}://{parts.netloc}/{name.partition('/')[2]}"
+    return str(system.unstrip_protocol(name))
 
 
 def _file_system(url: str) -> tuple[Any, str]:

@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from importlib import resources
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from scgpt_batch.errors import ConfigError
+from scgpt_batch.io.locations import local_path
 from scgpt_batch.monitoring import queries
 from scgpt_batch.monitoring.rules import Alert, status
 from scgpt_batch.settings import MonitorSettings
@@ -49,8 +49,8 @@ def check(report: str) -> None:
     lacking = [name for name in ("jinja2", "plotly") if find_spec(name) is None]
     if lacking:
         raise ConfigError(f"--report needs {' and '.join(lacking)}: run pip install 'scgpt_batch[report]'")
-    if not Path(report).absolute().parent.is_dir():
-        folder = Path(report).absolute().parent
+    folder = local_path(report, "report").absolute().parent
+    if not folder.is_dir():
         raise ConfigError(f"cannot write --report {report}: folder {folder} does not exist; create it")
 
 
@@ -58,7 +58,7 @@ def write(
     settings: MonitorSettings, results: Mapping[str, pd.DataFrame], alerts: Sequence[Alert], at: datetime
 ) -> None:
     """Write the page, with a section for each query that has a result."""
-    Path(settings.report).write_text(render(settings, results, alerts, at), encoding="utf-8")
+    local_path(settings.report, "report").write_text(render(settings, results, alerts, at), encoding="utf-8")
 
 
 def render(

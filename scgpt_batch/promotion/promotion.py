@@ -21,6 +21,7 @@ from mlflow.exceptions import MlflowException
 from scgpt_batch.command_result import FAILED, OK, CommandResult
 from scgpt_batch.errors import ConfigError, ScgptBatchError
 from scgpt_batch.inference.results import unpack
+from scgpt_batch.io.locations import local_path
 from scgpt_batch.io.rows import PAYLOAD_COLUMNS
 from scgpt_batch.models.scgpt import SPECIAL_TOKENS
 from scgpt_batch.registry.resolve import ResolvedModel, load, resolve
@@ -262,7 +263,8 @@ def _stored_sample(model: ResolvedModel) -> dict[str, Any] | None:
 
 def _rows(settings: PromoteSettings) -> list[dict[str, Any]]:
     """Return the rows of `settings.rows`: a .parquet or .json file, or an adata_rows table, read with Spark."""
-    found = _from_file(Path(settings.rows)) if settings.rows.endswith((".parquet", ".json")) else _from_table(settings)
+    is_file = settings.rows.endswith((".parquet", ".json"))
+    found = _from_file(local_path(settings.rows, "rows")) if is_file else _from_table(settings)
     rows = [{name: _plain(name, row.get(name)) for name in PAYLOAD_COLUMNS} for row in found[: settings.max_rows]]
     if not rows:
         raise ConfigError(f"{settings.rows} has no rows; use another --rows")

@@ -17,6 +17,7 @@ from mlflow.models import convert_input_example_to_serving_input, validate_servi
 
 import scgpt_batch
 from scgpt_batch.errors import CheckpointError, ConfigError
+from scgpt_batch.io.locations import local_path
 from scgpt_batch.io.rows import PAYLOAD_COLUMNS, table_to_json
 from scgpt_batch.models.scgpt import (
     SPECIAL_TOKENS,
@@ -75,8 +76,9 @@ def register(checkpoint: str, name: str, *, alias: str = "", input_roots: Sequen
     'models:/scgpt/1'
     """
     _check_name(name, alias)
-    loaded = load_checkpoint(checkpoint)
-    folder = Path(checkpoint).resolve()
+    folder = local_path(checkpoint, "checkpoint").resolve()
+    roots = [str(local_path(root, "input root").resolve()) for root in input_roots]
+    loaded = load_checkpoint(folder)
     example = (_example_rows(loaded), {"need_preprocess": False})
     card = model_card(loaded, folder.name)
     facts = _facts(loaded)
@@ -97,7 +99,7 @@ def register(checkpoint: str, name: str, *, alias: str = "", input_roots: Sequen
                 pip_requirements=[f"{package}=={_public_version(package)}" for package in REQUIREMENTS],
                 model_config={
                     "checkpoint_digest": loaded.digest,
-                    "input_roots": [str(Path(root).resolve()) for root in input_roots],
+                    "input_roots": roots,
                 },
                 metadata=facts,
             )

@@ -15,6 +15,7 @@ from mlflow.utils.nfs_on_spark import get_nfs_cache_root_dir
 
 from scgpt_batch.errors import ConfigError
 from scgpt_batch.inference.engine import Embedder
+from scgpt_batch.io.locations import local_path
 from scgpt_batch.models.scgpt import (
     ModelConfig,
     Vocabulary,
@@ -150,11 +151,12 @@ def _name_and_version(model_uri: str) -> tuple[str | None, str | None]:
 
 
 def _existing_folder(path: str) -> str:
-    if not (Path(path) / "MLmodel").is_file():
+    folder = local_path(path, "model")
+    if not (folder / "MLmodel").is_file():
         raise ConfigError(
             f"there is no MLflow model at {path!r}: use models:/name/version, models:/name@alias or a path"
         )
-    return path
+    return str(folder)
 
 
 def _explained(exc: MlflowException | ImportError) -> str:

@@ -33,7 +33,7 @@ from deltalake import CommitProperties, DeltaTable, Schema, Transaction, write_d
 from deltalake.exceptions import DeltaError, TableNotFoundError
 
 from scgpt_batch.errors import ConfigError
-from scgpt_batch.io.locations import delta_path
+from scgpt_batch.io.locations import canonical, delta_path
 from scgpt_batch.serving.metrics import Metrics
 from scgpt_batch.serving.request import MAX_CLIENT_ID
 
@@ -517,10 +517,8 @@ def _client_request_id(request: str | None) -> str | None:
 
 def table_path(table: str) -> str:
     """Return the path or URI of a table given as delta.`path` or path; raise ConfigError for a catalog name."""
-    if path := delta_path(table):
-        return path
-    if "/" in table:
-        return table
+    if path := delta_path(table) or (table if "/" in table else None):
+        return canonical(path)
     raise ConfigError(
         f"inference table {table!r} is not a path: the endpoint writes without a Spark catalog; use delta.`path`"
     )
