@@ -18,6 +18,7 @@ from scgpt_batch.command_result import WRONG_USAGE, CommandResult
 from scgpt_batch.errors import ConfigError, in_one_line
 from scgpt_batch.java import HINT, OLDEST, find_java
 from scgpt_batch.settings import DoctorSettings
+from scgpt_batch.spark_version import REMEDY, require_supported_spark
 
 PYTHONS = ((3, 11), (3, 13))  # oldest and newest that are tested
 FREE_DISK_GB, FREE_MEMORY_GB = 2, 4  # that a local run needs
@@ -122,9 +123,10 @@ def _spark() -> Check:
         found = version("pyspark")
     except PackageNotFoundError:
         return Check("Spark", False, "pyspark is not installed", "pip install 'scgpt_batch[local]'")
-    if int(found.split(".")[0]) < 4:
-        remedy = "use Spark 4.0 or newer; on Databricks, ML runtime 17.3 or newer"
-        return Check("Spark", False, f"pyspark {found}", remedy)
+    try:
+        require_supported_spark()
+    except ConfigError:
+        return Check("Spark", False, f"pyspark {found}", REMEDY)
     return Check("Spark", True, f"pyspark {found}")
 
 

@@ -119,21 +119,30 @@ def run_runtime(name: str, wheel: Path, folder: Path) -> None:
         make_environment(environment, "3.12")
         install(environment, f"scgpt_batch[local] @ {wheel.as_uri()}", *TEST_NEEDS)
     pins = RUNTIME_LEGS[name]
-    resolved = after_install(pins, wheel, folder / f"{name}.txt")
-    before = versions(pins.read_text())
-    replaced = {name: v for name, v in resolved.items() if name in before and not same_version(before[name], v)}
-    lines = [f"{package} {before[package]} -> {version}" for package, version in sorted(replaced.items())]
-    print(f"{name}: the install replaces {len(lines)} of {len(before)}: {', '.join(lines) or 'nothing'}", flush=True)
+    lines = replaced(pins, wheel, folder / f"{name}.txt").values()
+    print(f"{name}: the install replaces {len(lines)} packages: {', '.join(lines) or 'nothing'}", flush=True)
+    resolved = versions((folder / f"{name}.txt").read_text())
     kept = [f"{package}=={version}" for package, version in resolved.items() if not package.startswith(TORCH)]
     kept += [f"mlflow=={resolved['mlflow-skinny']}", f"mlflow-tracing=={resolved['mlflow-skinny']}"]
     install(environment, "--no-deps", *kept)
     check(environment, folder / f"{name}-work", RUNTIME_TESTS)
 
 
-def after_install(pins: Path, wheel: Path, result: Path) -> dict[str, str]:
+def replaced(pins: Path, wheel: Path, result: Path, *beside: str) -> dict[str, str]:
+    """Return the packages of a runtime that installing our wheel replaces, each with its versions before and after.
+
+    `beside` are further requirements of the same install. The versions after it are written to `result`.
+    """
+    before, after = versions(pins.read_text()), after_install(pins, wheel, result, *beside)
+    changed = [name for name in sorted(before) if name in after and not same_version(before[name], after[name])]
+    return {name: f"{name} {before[name]} -> {after[name]}" for name in changed}
+
+
+def after_install(pins: Path, wheel: Path, result: Path, *beside: str) -> dict[str, str]:
     """Return the versions that an environment with these pins has after our wheel was installed into it."""
     needs = result.with_suffix(".in")
-    needs.write_text(f"scgpt_batch @ {wheel.as_uri()}\n" + "".join(f"{name}\n" for name in versions(pins.read_text())))
+    lines = [f"scgpt_batch @ {wheel.as_uri()}", *versions(pins.read_text()), *beside]
+    needs.write_text("".join(f"{line}\n" for line in lines))
     shutil.copyfile(pins, result)  # uv keeps the versions that its output file has, where it can
     result.chmod(0o644)
     command("uv", "pip", "compile", "-q", "--python-version", "3.12", "--no-annotate", str(needs), "-o", str(result))
