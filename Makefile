@@ -5,6 +5,8 @@
 # make numbers         numerical tests again, with the kernels of two kinds of older CPUs
 # make test-versions   install the wheel with each supported Python and set of versions, and test it there
 # make parity  compare live with the real scgpt 0.2.4, in its own environment
+# make docs    build the documentation site in build/site; a warning is an error
+# make notebooks       run the notebooks of examples/ and store their results
 # make bundle  write the dashboard and alerts of conf/databricks from the SQL and conf/monitor.yml
 # make bench   every benchmark, against scgpt and the machine's limit
 # make bench-blog      the usual Spark wrapper against this job, side by side
@@ -18,7 +20,7 @@ UPSTREAM := .venv-upstream
 export SPARK_LOCAL_IP ?= 127.0.0.1
 export PYTHONUNBUFFERED = 1
 
-.PHONY: setup java chromium demo test test-e2e numbers test-versions check bundle parity bench bench-blog bench-serving faults fault-serving clean
+.PHONY: setup java chromium demo test test-e2e numbers test-versions check docs notebooks bundle parity bench bench-blog bench-serving faults fault-serving clean
 
 setup: $(VENV)/.ready java
 
@@ -105,6 +107,12 @@ numbers: setup
 # LEGS="newest-3.12 lowest-3.11" runs only these
 test-versions: setup
 	$(VENV)/bin/python -m tests.versions.run $(LEGS)
+
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+
+notebooks: setup
+	$(VENV)/bin/python -m tests.notebooks
 
 bundle: setup
 	$(VENV)/bin/python -m scgpt_batch.databricks.bundle conf
