@@ -65,6 +65,11 @@ def load_model(model: "str | Path | LoadedModel | Embedder") -> LoadedModel:
         A checkpoint folder (`best_model.pt`, `args.json`, `vocab.json`), an MLflow model folder, `models:/name/version`
         or `models:/name@alias`. A loaded model is returned as it is.
 
+    Returns
+    -------
+    LoadedModel
+        With its weights in memory, on a GPU if there is one.
+
     Raises
     ------
     ConfigError
@@ -72,7 +77,9 @@ def load_model(model: "str | Path | LoadedModel | Embedder") -> LoadedModel:
 
     Examples
     --------
-    >>> model = sb.load_model("scGPT_human")  # doctest: +SKIP
+    >>> model = sb.load_model("scGPT_human")
+    >>> model.name
+    'scGPT_human'
     """
     if isinstance(model, LoadedModel):
         return model
@@ -135,11 +142,13 @@ def embed(
 
     Returns
     -------
-    None: `adata.obsm[key_added]` (cell mode, float32, cells × d; NaN for cells that a cell filter dropped) or
-    `adata.varm[key_added]` (float32, genes × d; NaN for genes without a vector) is set, and
-    `adata.var[key_added + "_known"]` is False for genes outside the model's vocabulary. With `copy`, the copy. With
-    `group_by`, a DataFrame with one row per group and gene: group, gene, n_cells, embedding.
-    `adata.uns["scgpt"]` records the model, the parameters, the coverage and the warnings.
+    AnnData, DataFrame or None
+        None: `adata.obsm[key_added]` (cell mode, float32, cells × d, rows of norm 1; NaN for cells that a cell filter
+        dropped) or `adata.varm[key_added]` (float32, genes × d; NaN for genes without a vector) is set, and
+        `adata.var[key_added + "_known"]` is False for genes outside the model's vocabulary. With `copy`, the copy. With
+        `group_by`, a DataFrame with one row per group and gene: group, gene, n_cells, embedding.
+        `adata.uns["scgpt"]` records the model, the parameters, the coverage (share of the counts in known genes, 0 to
+        1) and the warnings.
 
     Raises
     ------
@@ -155,8 +164,18 @@ def embed(
 
     Examples
     --------
-    >>> sb.embed(adata, "scGPT_human", data_is_raw=True, log1p=True, hvg_flavor="seurat_v3")  # doctest: +SKIP
-    >>> sc.pp.neighbors(adata, use_rep="X_scGPT")  # doctest: +SKIP
+    >>> sb.embed(adata, "scGPT_human", data_is_raw=True, need_preprocess=False)  # raw counts in X
+    >>> adata.obsm["X_scGPT"].shape[0] == adata.n_obs
+    True
+    >>> sc.pp.neighbors(adata, use_rep="X_scGPT")
+
+    Vectors of two genes in each cell type:
+
+    >>> genes = ["CD3D", "LYZ"]
+    >>> table = sb.embed(adata, "scGPT_human", "contextual", group_by="cell_type", genes=genes, data_is_raw=True,
+    ...                  need_preprocess=False)
+    >>> table.columns.tolist()
+    ['group', 'gene', 'n_cells', 'embedding']
     """
     for name in NOT_HERE:
         if name in parameters:
@@ -190,7 +209,7 @@ def embed(
 
 
 def gene_embeddings(model: "str | Path | LoadedModel | Embedder", genes: Sequence[str] | None = None) -> pd.DataFrame:
-    """Return the model's static gene vectors: float32, genes × d, indexed by gene.
+    """Return the model's static gene vectors.
 
     Parameters
     ----------
@@ -198,6 +217,11 @@ def gene_embeddings(model: "str | Path | LoadedModel | Embedder", genes: Sequenc
         As for `load_model`.
     genes
         Names in the model's vocabulary, in the order wanted; None: all genes.
+
+    Returns
+    -------
+    DataFrame
+        float32, genes × d, indexed by gene.
 
     Raises
     ------
@@ -211,8 +235,9 @@ def gene_embeddings(model: "str | Path | LoadedModel | Embedder", genes: Sequenc
 
     Examples
     --------
-    >>> sb.gene_embeddings("scGPT_human", ["CD3D", "MS4A1"]).shape  # doctest: +SKIP
-    (2, 512)
+    >>> vectors = sb.gene_embeddings("scGPT_human", ["CD3D", "MS4A1"])
+    >>> vectors.index.tolist()
+    ['CD3D', 'MS4A1']
     """
     embedder = load_model(model).embedder
     if genes is None:

@@ -92,8 +92,10 @@ def read_embeddings(
 
     Returns
     -------
-    With `to` "anndata": `adata` with `obsm[key_added]` or `varm[key_added]` (NaN where the table has no vector), or
-    without `adata` a new AnnData whose obs (var) are the table's cells (genes).
+    AnnData, pandas.DataFrame, polars.DataFrame or pyarrow.Table
+        With `to` "anndata": `adata` with `obsm[key_added]` (float32, cells × d) or `varm[key_added]` (float32, genes ×
+        d), NaN where the table has no vector; without `adata` a new AnnData whose obs (var) are the table's cells
+        (genes).
 
     Raises
     ------
@@ -103,8 +105,12 @@ def read_embeddings(
 
     Examples
     --------
-    >>> adata = sb.read_embeddings("/data/cell_embeddings", adata=adata)  # doctest: +SKIP
-    >>> frame = sb.read_embeddings("/data/gene_embeddings", mode="static", to="pandas")  # doctest: +SKIP
+    >>> adata = sb.read_embeddings("data/cell_embeddings", adata=adata)
+    >>> adata.obsm["X_scGPT"].shape[0] == adata.n_obs
+    True
+    >>> frame = sb.read_embeddings("data/cell_embeddings", to="pandas")
+    >>> frame.columns[:3].tolist()
+    ['adata_id', 'cell_id', 'embedding']
     """
     if to not in ("anndata", "pandas", "polars", "arrow"):
         raise ConfigError(f"to {to!r} must be one of {listed(get_args(Form), to)}")
@@ -139,7 +145,8 @@ def similar_genes(model_or_table: Any, genes: str | Sequence[str], k: int = 10) 
 
     Returns
     -------
-    One row per gene and neighbour, nearest first: gene, rank (from 1), neighbour, similarity.
+    DataFrame
+        One row per gene and neighbour, nearest first: gene, rank (from 1), neighbour, similarity (cosine, -1 to 1).
 
     Raises
     ------
@@ -148,7 +155,9 @@ def similar_genes(model_or_table: Any, genes: str | Sequence[str], k: int = 10) 
 
     Examples
     --------
-    >>> sb.similar_genes("scGPT_human", "CD3D", k=3)  # doctest: +SKIP
+    >>> nearest = sb.similar_genes("scGPT_human", ["CD3D", "LYZ"], k=3)
+    >>> nearest["gene"].tolist()
+    ['CD3D', 'CD3D', 'CD3D', 'LYZ', 'LYZ', 'LYZ']
     """
     names, vectors = _static_vectors(model_or_table)
     return nearest(names, vectors, [genes] if isinstance(genes, str) else list(genes), k)

@@ -53,7 +53,14 @@ Size = Annotated[int | None, Field(le=MAX_SIZE)]
 
 
 class Parameters(BaseModel):
-    """What to compute for a row and how. Frozen; unknown names and impossible values are refused."""
+    """What to compute for a row and how. Frozen; unknown names and impossible values are rejected.
+
+    Examples
+    --------
+    >>> parameters = sb.Parameters(mode="cell", need_preprocess=False)
+    >>> parameters.max_length
+    1200
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
