@@ -10,6 +10,11 @@ DOCUMENTS = sorted([*REPO.glob("*.md"), *REPO.glob("docs/*.md"), *REPO.glob("ben
 END_OF_COMMAND = {"|", "&&", "||", ";", "&", ">", ">>", "2>"}
 
 
+def blocks(document: Path) -> list[tuple[str, str]]:
+    """The document's code blocks, in order: language and text."""
+    return re.findall(r"^```(\w+)\n(.*?)^```$", document.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
 def shell_blocks(document: Path) -> list[str]:
     """The document's blocks in `sh` or `bash`."""
     return re.findall(r"^```(?:sh|bash)\n(.*?)^```$", document.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
@@ -24,8 +29,13 @@ def command_lines(script: str) -> list[str]:
 
 def calls(document: Path) -> list[list[str]]:
     """The words of each call of `scgpt-batch` in the document's shell blocks."""
+    return [words for block in shell_blocks(document) for words in calls_of(block)]
+
+
+def calls_of(script: str) -> list[list[str]]:
+    """The words of each call of `scgpt-batch` in a script."""
     found = []
-    lines = [line for block in shell_blocks(document) for line in command_lines(block)]
+    lines = command_lines(script)
     for line in (line for line in lines if "scgpt-batch" in line):
         words = shlex.split(line, comments=True)
         names = [Path(word).name for word in words]
