@@ -41,13 +41,23 @@ def test_every_exit_code_is_explained(code):
 
 
 @pytest.mark.parametrize("title", ["adata_rows", "files", "gene_embeddings", "cell_embeddings", "ledger", "runs"])
-def test_every_column_of_a_table_is_described(title):
-    section = read("docs/tables.md").split(f"\n## {title}\n")[1].split("\n## ")[0]
+def test_every_column_of_a_table_is_described_with_its_type(title):
+    described = described_columns(title)
     if title == "cell_embeddings":  # refers to the last columns of gene_embeddings
-        section += read("docs/tables.md").split("\n## gene_embeddings\n")[1].split("\n## ")[0]
-    described = {name for line in section.splitlines() if line.startswith("|") for name in named(line.split("|")[1])}
-    columns = re.findall(r"(?:^|,)\s*`?(\w+)`? [A-Z]", getattr(tables, title.upper()))
-    assert columns and set(columns) <= described
+        described = described_columns("gene_embeddings") | described
+    columns = dict(re.findall(r"(?:^|,)\s*`?(\w+)`? ([A-Z][\w<>]*)", getattr(tables, title.upper())))
+    assert columns and {name: described.get(name) for name in columns} == {k: v.lower() for k, v in columns.items()}
+
+
+def described_columns(title):
+    """The columns of a section of docs/tables.md with their types: one for all columns of a line, or one for each."""
+    section = read("docs/tables.md").split(f"\n## {title}\n")[1].split("\n## ")[0]
+    found = {}
+    for line in (line for line in section.splitlines() if line.startswith("| `") and "…" not in line):
+        _, names, types, *_ = line.split("|")
+        each = [kind.strip() for kind in types.replace(", not null", "").split(",")]
+        found |= dict(zip(named(names), each if len(each) > 1 else each * len(named(names)), strict=True))
+    return found
 
 
 def named(cell):
