@@ -6,6 +6,7 @@
 # make test-versions   install the wheel with each supported Python and set of versions, and test it there
 # make parity  compare live with the real scgpt 0.2.4, in its own environment
 # make docs    build the documentation site in build/site; a warning is an error
+# make new-user      go a new user's way through the README in an empty folder, with the seconds of each step
 # make notebooks       run the notebooks of examples/ and store their results
 # make bundle  write the dashboard and alerts of conf/databricks from the SQL and conf/monitor.yml
 # make bench   every benchmark, against scgpt and the machine's limit
@@ -20,7 +21,7 @@ UPSTREAM := .venv-upstream
 export SPARK_LOCAL_IP ?= 127.0.0.1
 export PYTHONUNBUFFERED = 1
 
-.PHONY: setup java chromium demo test test-e2e numbers test-versions check docs notebooks bundle parity bench bench-blog bench-serving faults fault-serving clean
+.PHONY: setup java chromium demo test test-e2e numbers test-versions check docs notebooks new-user bundle parity bench bench-blog bench-serving faults fault-serving clean
 
 setup: $(VENV)/.ready java
 
@@ -113,6 +114,9 @@ docs: setup
 
 notebooks: setup
 	$(VENV)/bin/python -m tests.notebooks
+
+new-user: setup
+	$(VENV)/bin/python -m tests.new_user $$(mktemp -d)/scgpt_batch
 
 bundle: setup
 	$(VENV)/bin/python -m scgpt_batch.databricks.bundle conf

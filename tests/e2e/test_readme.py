@@ -62,9 +62,9 @@ def test_the_shell_blocks_ingest_register_embed_and_summarize(folder, said):
     assert len(vectors) == 2400 and {len(vector) for vector in vectors["embedding"].to_pylist()} == {64}
 
 
-def test_the_python_block_fills_the_anndata(folder, monkeypatch):
+def test_the_python_block_for_own_data_fills_the_anndata(folder, monkeypatch):
     monkeypatch.chdir(folder)
     adata = ad.read_h5ad(folder / "sample1.h5ad")
-    (block,) = re.findall(r"^```python\n(.*?)^```$", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    *_, block = re.findall(r"^```python\n(.*?)^```$", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     exec(block, {"adata": adata})
     assert adata.obsm["X_scGPT"].shape == (1200, 64) and np.isfinite(adata.obsm["X_scGPT"]).all()
