@@ -240,6 +240,15 @@ def suggestion(name: str, known: Iterable[object], *, label: str = "known") -> s
     return did_you_mean(name, names) or f"; {label}: {listed(names)}"
 
 
+def install(extra: str) -> str:
+    """Return the command that installs an extra. The package is on no index: `pip install scgpt_batch` finds nothing.
+
+    >>> install("report")
+    "pip install '.[report]' in a clone of scgpt_batch, or 'WHEEL[report]' with the path of its wheel"
+    """
+    return f"pip install '.[{extra}]' in a clone of scgpt_batch, or 'WHEEL[{extra}]' with the path of its wheel"
+
+
 def plain_line(text: str) -> str:
     """Return a message about input data as one line of at most `MESSAGE_LENGTH` characters."""
     line = printable(text[: MESSAGE_LENGTH + 1])

@@ -11,7 +11,7 @@ import numpy as np
 import scanpy as sc
 import scipy.sparse as sp
 
-from scgpt_batch.errors import ConfigError
+from scgpt_batch.errors import ConfigError, install
 
 ITERATIONS = 20  # Leiden cycles; a partition rarely changes after ten
 
@@ -70,5 +70,5 @@ def _graspologic() -> Any:
     try:
         import graspologic_native
     except ModuleNotFoundError as exc:
-        raise ConfigError("Leiden clusters need graspologic-native: pip install 'scgpt_batch[report]'") from exc
+        raise ConfigError(f"Leiden clusters need graspologic-native: {install('report')}") from exc
     return graspologic_native

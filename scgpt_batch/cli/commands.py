@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pydantic.fields import FieldInfo
 
 from scgpt_batch.command_result import CommandResult
-from scgpt_batch.errors import ConfigError
+from scgpt_batch.errors import ConfigError, install
 from scgpt_batch.io.locations import local_path
 from scgpt_batch.parameters import Parameters
 from scgpt_batch.settings import (
@@ -160,7 +160,7 @@ def _needs(command: str, extra: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as exc:
-        raise ConfigError(f"{command} needs {exc.name}: pip install 'scgpt_batch[{extra}]'") from exc
+        raise ConfigError(f"{command} needs {exc.name}: {install(extra)}") from exc
 
 
 COMMANDS = {

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from scgpt_batch.command_result import WRONG_USAGE, CommandResult
-from scgpt_batch.errors import ConfigError, in_one_line
+from scgpt_batch.errors import ConfigError, in_one_line, install
 from scgpt_batch.java import HINT, OLDEST, find_java
 from scgpt_batch.settings import DoctorSettings
 from scgpt_batch.spark_version import REMEDY, require_supported_spark
@@ -122,7 +122,7 @@ def _spark() -> Check:
     try:
         found = version("pyspark")
     except PackageNotFoundError:
-        return Check("Spark", False, "pyspark is not installed", "pip install 'scgpt_batch[local]'")
+        return Check("Spark", False, "pyspark is not installed", install("local"))
     try:
         require_supported_spark()
     except ConfigError:
@@ -137,7 +137,7 @@ def _delta() -> Check:
     try:
         found = version("delta-spark")
     except PackageNotFoundError:
-        return Check("Delta", False, "delta-spark is not installed", "pip install 'scgpt_batch[local]'")
+        return Check("Delta", False, "delta-spark is not installed", install("local"))
     reader = "deltalake reads tables without Spark" if importlib.util.find_spec("deltalake") else "no deltalake"
     return Check("Delta", True, f"delta-spark {found}; {reader}")
 

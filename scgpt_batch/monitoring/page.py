@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from scgpt_batch.errors import ConfigError
+from scgpt_batch.errors import ConfigError, install
 from scgpt_batch.io.locations import local_path
 from scgpt_batch.monitoring import queries
 from scgpt_batch.monitoring.rules import Alert, status
@@ -48,7 +48,7 @@ def check(report: str) -> None:
         return
     lacking = [name for name in ("jinja2", "plotly") if find_spec(name) is None]
     if lacking:
-        raise ConfigError(f"--report needs {' and '.join(lacking)}: run pip install 'scgpt_batch[report]'")
+        raise ConfigError(f"--report needs {' and '.join(lacking)}: run {install('report')}")
     folder = local_path(report, "report").absolute().parent
     if not folder.is_dir():
         raise ConfigError(f"cannot write --report {report}: folder {folder} does not exist; create it")

@@ -13,7 +13,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.file_utils import get_or_create_nfs_tmp_dir, get_or_create_tmp_dir
 from mlflow.utils.nfs_on_spark import get_nfs_cache_root_dir
 
-from scgpt_batch.errors import ConfigError
+from scgpt_batch.errors import ConfigError, install
 from scgpt_batch.inference.engine import Embedder
 from scgpt_batch.io.locations import local_path
 from scgpt_batch.models.scgpt import (
@@ -165,7 +165,7 @@ def _explained(exc: MlflowException | ImportError) -> str:
     while error is not None:
         library = (getattr(error, "name", None) or "").split(".")[0]
         if isinstance(error, ImportError) and library in STORAGE_EXTRAS:
-            extra = f"scgpt_batch[{STORAGE_EXTRAS[library]}]"
-            return f"the library for the cloud storage is not installed ({error}); pip install '{extra}'"
+            how = install(STORAGE_EXTRAS[library])
+            return f"the library for the cloud storage is not installed ({error}); {how}"
         error = error.__cause__
     return str(getattr(exc, "message", exc))

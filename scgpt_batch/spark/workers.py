@@ -35,7 +35,7 @@ def worker_setup_error(exc: BaseException) -> ConfigError | None:
         if found := pattern.findall(str(exc)):
             return ConfigError(
                 f"Spark's workers cannot run this package: {found[-1].strip()}. Install scgpt_batch in the Python of "
-                "every worker (pip install scgpt_batch) and name that Python by PYSPARK_PYTHON or spark.pyspark.python"
+                "every worker (from a wheel or a clone) and name that Python by PYSPARK_PYTHON or spark.pyspark.python"
             )
     return None
 

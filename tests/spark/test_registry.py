@@ -313,7 +313,7 @@ def test_missing_storage_library_names_the_extra(home, monkeypatch, library, ext
             raise mlflow.exceptions.MlflowException("Unable to import necessary dependencies") from exc
 
     monkeypatch.setattr(mlflow.artifacts, "download_artifacts", without_library)
-    with pytest.raises(ConfigError, match=rf"pip install 'scgpt_batch\[{extra}\]'"):
+    with pytest.raises(ConfigError, match=rf"pip install '\.\[{extra}\]'"):
         resolve("models:/scgpt/1")
 
 

@@ -122,3 +122,12 @@ def test_documented_flags_exist(command, flags, capsys):
 
 def test_readme_fits_on_150_lines():
     assert len(read("README.md").splitlines()) <= 150
+
+
+def test_nothing_is_installed_from_an_index_that_does_not_have_it():
+    """The package is on no index, and another could take its name there."""
+    paths = [*(REPO / name for name in DOCUMENTS), *(REPO / "scgpt_batch").rglob("*.py")]
+    bare = re.compile(r"pip install [^`\n]*(?<![/\w-])scgpt_batch(?![/-])")
+    allowed = ("`pip install scgpt_batch` finds nothing", "in a clone of scgpt_batch")
+    lines = [line for path in paths for line in path.read_text(encoding="utf-8").splitlines() if bare.search(line)]
+    assert [line for line in lines if not any(words in line for words in allowed)] == []
