@@ -4,10 +4,12 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from multiprocessing.util import get_temp_dir
 from typing import Any
 
 from scgpt_batch.errors import RowError, Timeout, WorkerCrash
@@ -22,6 +24,10 @@ START_SECONDS = 600.0  # limit for the start: the process imports the package an
 _LINUX = sys.platform == "linux"
 _CONTEXT = multiprocessing.get_context("forkserver") if _LINUX else multiprocessing.get_context("spawn")
 _CONTEXT.set_forkserver_preload(["scgpt_batch.inference.engine"])
+
+# A fork server's socket is in a folder below the temporary one, and a socket's path has at most 107 bytes. Temporary
+# folders of batch systems are often longer.
+_LONGEST_TEMPORARY_FOLDER = 70
 
 
 class ChildProcess:
@@ -42,6 +48,7 @@ class ChildProcess:
         TimeoutError
             `setup` took more than `START_SECONDS`.
         """
+        _choose_socket_folder()
         self._pipe, child_end = _CONTEXT.Pipe()
         self._process: BaseProcess = _CONTEXT.Process(target=_serve, args=(child_end, setup), daemon=True)
         self._process.start()
@@ -97,6 +104,18 @@ class ChildProcess:
         self._process.join(10)
         code = self._process.exitcode
         return f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+
+
+def _choose_socket_folder() -> None:
+    """Have multiprocessing make its folder in /tmp if the temporary folder's path is too long for a socket."""
+    if not _LINUX or len(os.fsencode(tempfile.gettempdir())) <= _LONGEST_TEMPORARY_FOLDER:
+        return
+    configured = tempfile.tempdir
+    tempfile.tempdir = "/tmp"
+    try:
+        get_temp_dir()  # makes the folder at the first call, and returns the same one at each later call
+    finally:
+        tempfile.tempdir = configured
 
 
 def _crash(reason: str) -> WorkerCrash:

@@ -19,6 +19,17 @@ from tests.unit.test_child_process import hanging
 ChildProcess(hanging).run(sys.argv[1], 600)
 """
 
+QUICK = """
+import tempfile
+from scgpt_batch.child_process import ChildProcess
+from tests.unit.test_child_process import doubling
+print(ChildProcess(doubling).run(21, 60), tempfile.gettempdir())
+"""
+
+
+def doubling():
+    return lambda number: 2 * number
+
 
 def hanging():
     """A function that tells its process and then never ends, in native code that keeps Python's lock."""
@@ -51,3 +62,13 @@ def test_a_hanging_process_ends_when_its_parent_is_killed(tmp_path):
         parent.kill()
         parent.wait()
     wait_until(lambda: not is_running(int(told.read_text())))
+
+
+def test_a_child_starts_below_a_long_temporary_folder(tmp_path):
+    folder = tmp_path / ("x" * 100)
+    folder.mkdir()
+    environment = os.environ | {"PYTHONPATH": str(REPO), "TMPDIR": str(folder)}
+    finished = subprocess.run(
+        [sys.executable, "-c", QUICK], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert finished.stdout.strip() == f"42 {folder}", finished.stderr
