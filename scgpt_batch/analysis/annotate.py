@@ -46,11 +46,26 @@ def nearest_cells(
         float32, (queries, d).
     reference
         float32, (cells, d), or its blocks one after the other.
+    k
+        Neighbours of each query.
+    metric
+        "cosine" or "euclidean".
+
+    Returns
+    -------
+    Neighbors
+        Positions and distances, (queries, k), nearest first.
 
     Raises
     ------
     ConfigError
         The reference has fewer than k cells, or vectors of another length.
+
+    Examples
+    --------
+    >>> reference = np.array([[1, 0], [0.9, 0.1], [0, 1]], dtype=np.float32)
+    >>> nearest_cells(reference[:1], reference, k=2).index.tolist()
+    [[0, 1]]
     """
     blocks = _blocks(reference) if isinstance(reference, np.ndarray) else iter(reference)
     query = _prepared(np.asarray(query, np.float32), metric)
@@ -94,8 +109,16 @@ def transfer_labels(
 
     Returns
     -------
-    One row per query: label and confidence (its share of the votes), label_weighted and confidence_weighted (a vote
-    counts 1 / distance). Labels with equal votes: the one with the nearest neighbour.
+    DataFrame
+        One row per query: label and confidence (its share of the votes, 0 to 1), label_weighted and confidence_weighted
+        (a vote counts 1 / distance). Labels with equal votes: the one with the nearest neighbour.
+
+    Examples
+    --------
+    >>> reference = np.array([[1, 0], [0.9, 0.1], [0, 1]], dtype=np.float32)
+    >>> neighbors = nearest_cells(reference[:1], reference, k=3)
+    >>> transfer_labels(neighbors, np.array(["B", "B", "T"]))[["label", "confidence"]].round(2).to_dict("records")
+    [{'label': 'B', 'confidence': 0.67}]
     """
     codes, names = pd.factorize(np.asarray(labels, dtype=object), sort=True)
     if (codes < 0).any():

@@ -25,10 +25,19 @@ def neighbor_graph(vectors: np.ndarray, *, n_neighbors: int = 15, seed: int = 0)
         float, (n, d).
     n_neighbors
         Of each vector, itself included; euclidean. Exact below 4,096 vectors, else approximate (pynndescent).
+    seed
+        Of the approximate search.
 
     Returns
     -------
-    Symmetric weights in [0, 1], n × n.
+    csr_matrix
+        Symmetric weights in [0, 1], n × n.
+
+    Examples
+    --------
+    >>> vectors = np.random.default_rng(0).normal(size=(30, 8))
+    >>> neighbor_graph(vectors, n_neighbors=5).shape
+    (30, 30)
     """
     adata = ad.AnnData(np.ascontiguousarray(vectors, dtype=np.float32))
     sc.pp.neighbors(adata, n_neighbors=min(n_neighbors, len(vectors) - 1), use_rep="X", random_state=seed)
@@ -36,7 +45,7 @@ def neighbor_graph(vectors: np.ndarray, *, n_neighbors: int = 15, seed: int = 0)
 
 
 def leiden(graph: sp.csr_matrix, *, resolution: float, seed: int = 0) -> np.ndarray:
-    """Return the Leiden cluster of each node: int64, (n,), numbered by size from 0.
+    """Return the Leiden cluster of each node.
 
     Parameters
     ----------
@@ -44,11 +53,25 @@ def leiden(graph: sp.csr_matrix, *, resolution: float, seed: int = 0) -> np.ndar
         Symmetric weights, n × n.
     resolution
         Larger values give more and smaller clusters.
+    seed
+        The same seed gives the same clusters.
+
+    Returns
+    -------
+    ndarray
+        int64, (n,), numbered by size from 0.
 
     Raises
     ------
     ConfigError
         graspologic-native is not installed.
+
+    Examples
+    --------
+    >>> vectors = np.repeat([[0.0, 0.0], [9.0, 9.0]], 20, axis=0) + np.random.default_rng(0).normal(size=(40, 2))
+    >>> clusters = leiden(neighbor_graph(vectors, n_neighbors=10), resolution=0.5)
+    >>> bool(clusters[0] == clusters[19] != clusters[20])
+    True
     """
     graph = sp.csr_matrix(graph)
     graph.sort_indices()

@@ -45,9 +45,10 @@ def find_programs(
 
     Returns
     -------
-    One row per program and gene: program (its number by size, and its first genes), gene, rank (from 1, by cosine to
-    the program's mean vector) and stability: how often the program's pairs of genes stay together under other seeds,
-    0 to 1, the same for all genes of the program.
+    DataFrame
+        One row per program and gene: program (its number by size, and its first genes), gene, rank (from 1, by cosine
+        to the program's mean vector) and stability: how often the program's pairs of genes stay together under other
+        seeds, 0 to 1, the same for all genes of the program.
 
     Raises
     ------
@@ -56,8 +57,9 @@ def find_programs(
 
     Examples
     --------
-    >>> variable = adata.var_names[adata.var.highly_variable]  # doctest: +SKIP
-    >>> programs = find_programs(sb.gene_embeddings(model, variable))  # doctest: +SKIP
+    >>> programs = find_programs(sb.gene_embeddings("scGPT_human").iloc[:200], resolution=2)
+    >>> programs.columns.tolist()
+    ['program', 'gene', 'rank', 'stability']
     """
     x = vectors.to_numpy(dtype=np.float32)
     if len(x) <= min_genes:
@@ -111,7 +113,13 @@ def score_programs(
 
     Returns
     -------
-    Cells × programs. A program none of whose genes are in `adata` scores 0.
+    DataFrame
+        Cells × programs, 0 to 1. A program none of whose genes are in `adata` scores 0.
+
+    Examples
+    --------
+    >>> score_programs(adata, {"T cells": ["CD3D", "CD3E", "CD3G"]}).columns.tolist()
+    ['T cells']
     """
     if isinstance(programs, pd.DataFrame):
         programs = {name: table["gene"].tolist() for name, table in programs.groupby("program", sort=False)}

@@ -43,6 +43,29 @@ def test_example_of_the_docstring_runs(name, names, capsys):
     assert not failed, capsys.readouterr().out
 
 
+ANALYSIS = {
+    "annotate": ["nearest_cells", "transfer_labels"],
+    "clusters": ["leiden", "neighbor_graph"],
+    "evaluate": ["cell_metrics", "compare", "drift", "gene_family_recall", "hvg_pca"],
+    "programs": ["find_programs", "score_programs"],
+}
+
+
+@pytest.mark.parametrize("module", ANALYSIS)
+def test_examples_of_an_analysis_module_run(module, names, pbmc3k, capsys):
+    adata = pbmc3k[pbmc3k.obs["cell_type"].isin(["B", "NK"])][:200].copy()
+    adata.obsm["X_scGPT"] = np.random.default_rng(0).normal(size=(adata.n_obs, 8))
+    code = import_module(f"scgpt_batch.analysis.{module}")
+    for name in ANALYSIS[module]:
+        globs = vars(code) | names | {"adata": adata}
+        (example, *_) = doctest.DocTestFinder(recurse=False).find(getattr(code, name), name, globs=globs)
+        assert example.examples, name
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            failed, _ = doctest.DocTestRunner().run(example)
+        assert not failed, capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", [name for name in FUNCTIONS if name != "Parameters"])
 def test_docstring_says_what_is_returned_and_raised(name):
     text = inspect.getdoc(getattr(sb, name))
@@ -55,5 +78,5 @@ def test_every_public_name_is_documented():
 
 
 def test_no_example_is_skipped():
-    for name in ("api", "embedding_tables", "parameters"):
+    for name in ("api", "embedding_tables", "parameters", *(f"analysis.{module}" for module in ANALYSIS)):
         assert "+SKIP" not in inspect.getsource(import_module(f"scgpt_batch.{name}"))
