@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 SHOWN = 100  # characters of a wrong value that a message quotes
 NAMES_SHOWN = 20  # names that a message lists
 MESSAGE_LENGTH = 2_000  # maximum characters of a message about input data
+GPU_UNUSABLE = "this machine has a GPU, but torch cannot use it"  # `status` finds this in the log of an endpoint
 
 # user:password@ of a URI (a password may contain / and @), and query parameters whose name suggests a secret
 _USERINFO = re.compile(r"(\w[\w+.-]{0,30})://([^/\s@'\"]{0,256}(?::[^\s@'\"]{0,256})?@(?:[^/\s@'\"]{0,256}@)*)")

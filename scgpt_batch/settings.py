@@ -75,6 +75,9 @@ class RegisterSettings(MlflowSettings):
     name: str = Field(description="name of the registered model, or catalog.schema.name")
     alias: str = Field("", description="alias to set on the new version, e.g. champion")
     input_roots: tuple[str, ...] = Field((), description="folders that input_data_path may read from; default: none")
+    requirement: tuple[str, ...] = Field(
+        (), description="packages for endpoints instead of the installed versions, e.g. torch==2.9.1"
+    )
     experiment: str = Field("", description="MLflow experiment; default: MLflow's own")
 
 

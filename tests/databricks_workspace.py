@@ -56,6 +56,7 @@ class Workspace:
     polls: int = 2  # how often an update is seen under way before it is done
     failing: set[str] = field(default_factory=set)  # versions that cannot be deployed
     faults: list[Fault] = field(default_factory=list)
+    server_log: str = "INFO model opened on cuda"  # its end
     predict: RowResult | None = None
     requests: list[tuple[str, str, Any]] = field(default_factory=list)  # method, path, body
     token: str = "secret"
@@ -188,7 +189,7 @@ class Workspace:
 
     def server_logs(self, name: str, entity: str) -> dict:
         self.build_logs(name, entity)
-        return {"logs": f"INFO {entity} loads the model\nINFO model opened on cuda\n"}
+        return {"logs": f"INFO {entity} loads the model\n{self.server_log}\n"}
 
     def metrics(self, name: str) -> bytes:
         self._endpoint(name)

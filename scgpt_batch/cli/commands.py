@@ -83,7 +83,13 @@ def _register(settings: RegisterSettings) -> CommandResult:
 
     if settings.experiment:
         use_experiment(settings.experiment)
-    model = register(settings.checkpoint, settings.name, alias=settings.alias, input_roots=settings.input_roots)
+    model = register(
+        settings.checkpoint,
+        settings.name,
+        alias=settings.alias,
+        input_roots=settings.input_roots,
+        requirements=settings.requirement,
+    )
     return RegisterResult(model_uri=model.uri, version=model.version, checkpoint_digest=model.digest)
 
 

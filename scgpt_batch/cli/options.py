@@ -22,6 +22,7 @@ GROUPS: dict[str, dict[str, str]] = {
     },
     "model": {
         "checkpoint": PATH, "name": "NAME", "alias": "ALIAS", "model_uri": "URI", "input_roots": PATH,
+        "requirement": "PACKAGE==VERSION",
         "model_version": "VERSION", "run_id": "ID",
         "challenger": "ALIAS|VERSION", "champion": "ALIAS", "mode": "", "genes": "GENE", "group_by": "COLUMN",
         "neighbours": "", "max_length": "", "seed": "", "dtype": "", "min_coverage": "FRACTION",

@@ -494,12 +494,12 @@ def _failure(workspace: WorkspaceClient, name: str, endpoint: ServingEndpointDet
         for entity in (tried.served_entities if tried else None) or []
         if entity.state and entity.state.deployment_state_message
     ]
-    log = ws.last_log_line(workspace, name, str(goal.entities[-1].name), build=True)
+    log = ws.log_lines(workspace, name, str(goal.entities[-1].name), build=True)[-1:]
     serving = ", ".join(f"version {line['version']} ({line['traffic']} %)" for line in ws.served(endpoint))
     parts = [
         f"endpoint {name!r}: the update to version {goal.version} of {goal.model} ended as {ws.state(endpoint)}",
         *messages,
-        f"last line of the build log: {log}" if log else "",
+        f"last line of the build log: {log[0]}" if log else "",
         f"{serving} keeps serving" if serving else "nothing is served",
         "fix the cause and run the same command again, or deploy another version",
     ]

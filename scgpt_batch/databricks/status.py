@@ -1,6 +1,7 @@
 """The command `scgpt-batch status`: the state of a Databricks endpoint and, through Spark, the health of its tables."""
 
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from scgpt_batch.command_result import CommandResult
 from scgpt_batch.databricks import workspace as ws
-from scgpt_batch.errors import ConfigError
+from scgpt_batch.errors import GPU_UNUSABLE, ConfigError
 from scgpt_batch.settings import MonitorSettings, StatusSettings
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class StatusResult(CommandResult):
     pending: list[dict[str, Any]]  # the same without traffic
     build_log: dict[str, str]  # served entity -> last line
     server_log: dict[str, str]
+    gpu_problem: dict[str, str]  # served entity -> why its GPU is not used, if its log says so
     metrics: dict[str, dict[str, float]]  # name -> version -> value
     inference_table: str | None
     health: "MonitorResult | None" = None
@@ -49,6 +51,7 @@ class StatusResult(CommandResult):
         lines += ["pending: {name}, {workload}, {state}".format_map(each) for each in self.pending]
         for kind, logs in (("build log", self.build_log), ("server log", self.server_log)):
             lines += [f"last line of the {kind} of {name}: {line or '-'}" for name, line in logs.items()]
+        lines += [f"GPU of {name} is not used: {line}" for name, line in self.gpu_problem.items()]
         return lines + (self.health.lines() if self.health else [])
 
 
@@ -68,18 +71,33 @@ def status(settings: StatusSettings) -> StatusResult:
         )
     served, pending = ws.served(endpoint), ws.pending(endpoint)
     names = [str(line["name"]) for line in served + pending]
+    build, server = (
+        {name: ws.log_lines(workspace, settings.endpoint, name, build=build) for name in names}
+        for build in (True, False)
+    )
     names_tables = settings.inference_table or settings.output_table or settings.runs_table
     return StatusResult(
         endpoint=settings.endpoint,
         state=ws.state(endpoint),
         served=served,
         pending=pending,
-        build_log={name: ws.last_log_line(workspace, settings.endpoint, name, build=True) for name in names},
-        server_log={name: ws.last_log_line(workspace, settings.endpoint, name, build=False) for name in names},
+        build_log={name: _last(lines) for name, lines in build.items()},
+        server_log={name: _last(lines) for name, lines in server.items()},
+        gpu_problem=_gpu_problems(server),
         metrics=_metrics(workspace, settings.endpoint),
         inference_table=ws.gateway_table(endpoint),
         health=_health(settings) if names_tables else None,
     )
+
+
+def _last(lines: Sequence[str]) -> str:
+    return lines[-1] if lines else ""
+
+
+def _gpu_problems(logs: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Return the last line about an unusable GPU in each version's log, where there is one."""
+    found = {name: [line for line in lines if GPU_UNUSABLE in line] for name, lines in logs.items()}
+    return {name: lines[-1] for name, lines in found.items() if lines}
 
 
 def _metrics(workspace: WorkspaceClient, name: str) -> dict[str, dict[str, float]]:

@@ -205,16 +205,15 @@ def traffic(endpoint: ServingEndpointDetailed) -> dict[str, int]:
     return shares or ({names[0]: 100} if len(names) == 1 else {})
 
 
-def last_log_line(workspace: WorkspaceClient, name: str, served_entity: str, *, build: bool) -> str:
-    """Return the last line of a version's build log or server log; empty if there is none yet."""
+def log_lines(workspace: WorkspaceClient, name: str, served_entity: str, *, build: bool) -> list[str]:
+    """Return the lines of a version's build log or server log that are not blank; none if there is no log yet."""
     api = workspace.serving_endpoints
     try:
         log = (api.build_logs if build else api.logs)(name, served_entity).logs
     except DatabricksError as exc:  # there is no log before the container is built, nor after it is removed
         logger.info("no log of %s: %s", served_entity, _line(exc))
-        return ""
-    lines = [line.strip() for line in (log or "").splitlines() if line.strip()]
-    return lines[-1] if lines else ""
+        return []
+    return [line.strip() for line in (log or "").splitlines() if line.strip()]
 
 
 def _line(exc: BaseException) -> str:

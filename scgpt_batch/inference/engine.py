@@ -25,6 +25,7 @@ from scgpt_batch.inference.results import RowReport, RowResult
 from scgpt_batch.inference.row_reader import PreparedRow, RowReader
 from scgpt_batch.inference.sample_rows import Row, with_decisions
 from scgpt_batch.io.rows import PAYLOAD_COLUMNS, is_empty
+from scgpt_batch.models.device import choose_device
 from scgpt_batch.models.interface import Encoder, Tokens
 from scgpt_batch.models.scgpt import Checkpoint, ModelConfig, Vocabulary, build_model, checkpoint_digest
 from scgpt_batch.near_misses import GENE_CUTOFF, did_you_mean
@@ -66,7 +67,7 @@ class Embedder:
         self.config = checkpoint.config
         self.vocabulary = checkpoint.vocabulary
         self.digest = checkpoint.digest
-        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = device or choose_device()
         self.reader = RowReader(ScgptTokenizer(checkpoint.vocabulary, checkpoint.config.pad_value), roots)
         self._checkpoint = checkpoint
         self._requested = lru_cache(maxsize=4)(self._look_up)  # all rows of a request have the same `genes`

@@ -14,6 +14,8 @@ import mlflow
 import pandas as pd
 from mlflow.exceptions import MlflowException
 from mlflow.models import convert_input_example_to_serving_input, validate_serving_input
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.utils import canonicalize_name
 
 import scgpt_batch
 from scgpt_batch.errors import CheckpointError, ConfigError
@@ -46,7 +48,17 @@ REQUIREMENTS = (
 )  # fmt: skip
 
 
-def register(checkpoint: str, name: str, *, alias: str = "", input_roots: Sequence[str] = ()) -> ResolvedModel:
+BROUGHT_BY_CLUSTERS = ("pyspark", "delta-spark")
+
+
+def register(
+    checkpoint: str,
+    name: str,
+    *,
+    alias: str = "",
+    input_roots: Sequence[str] = (),
+    requirements: Sequence[str] = (),
+) -> ResolvedModel:
     """Register a checkpoint as a new model version, with its code, schema and model card.
 
     Before it is registered, the logged model must answer an example request, as a server would send it.
@@ -61,13 +73,16 @@ def register(checkpoint: str, name: str, *, alias: str = "", input_roots: Sequen
         Alias to set on the new version, such as "champion".
     input_roots
         Folders below which `input_data_path` may name files. Default: none.
+    requirements
+        Packages that endpoints install instead of the versions that are installed here, such as "torch==2.9.1". An
+        endpoint needs a torch build that its NVIDIA driver supports.
 
     Raises
     ------
     CheckpointError
         The checkpoint cannot be used. Nothing has been logged.
     ConfigError
-        The name or alias is invalid (nothing has been logged), or MLflow cannot be reached.
+        The name, alias or a requirement is invalid (nothing has been logged), or MLflow cannot be reached.
 
     Examples
     --------
@@ -76,6 +91,7 @@ def register(checkpoint: str, name: str, *, alias: str = "", input_roots: Sequen
     'models:/scgpt/1'
     """
     _check_name(name, alias)
+    packages = pip_requirements(requirements)
     folder = local_path(checkpoint, "checkpoint").resolve()
     roots = [str(local_path(root, "input root").resolve()) for root in input_roots]
     loaded = load_checkpoint(folder)
@@ -96,7 +112,7 @@ def register(checkpoint: str, name: str, *, alias: str = "", input_roots: Sequen
                 code_paths=[str(Path(scgpt_batch.__file__).parent)],
                 signature=signature(),
                 input_example=example,
-                pip_requirements=[f"{package}=={_public_version(package)}" for package in REQUIREMENTS],
+                pip_requirements=packages,
                 model_config={
                     "checkpoint_digest": loaded.digest,
                     "input_roots": roots,
@@ -117,6 +133,29 @@ def register(checkpoint: str, name: str, *, alias: str = "", input_roots: Sequen
         why = _explained(exc)
         raise ConfigError(f"MLflow did not register {name!r} at {mlflow.get_registry_uri()}: {why}") from exc
     return resolve(f"models:/{name}/{version.version}")
+
+
+def pip_requirements(given: Sequence[str]) -> list[str]:
+    """Return the requirements of an endpoint: the installed versions of `REQUIREMENTS`, or those that are given.
+
+    Raises
+    ------
+    ConfigError
+        One is not a requirement, or is a package that the cluster brings.
+    """
+    packages = {package: f"{package}=={_public_version(package)}" for package in REQUIREMENTS}
+    for text in given:
+        try:
+            package = canonicalize_name(Requirement(text).name)
+        except InvalidRequirement as exc:
+            message = f"{text!r} is not a requirement: use PACKAGE==VERSION, or PACKAGE @ URL of a wheel"
+            raise ConfigError(message) from exc
+        if package in BROUGHT_BY_CLUSTERS:
+            raise ConfigError(f"requirement {text!r}: clusters bring their own {package}; leave it out")
+        if packages.get(package, text) != text:
+            logger.warning("endpoints install %s; this registration is checked with %s", text, packages[package])
+        packages[package] = text
+    return list(packages.values())
 
 
 def _layout_files(checkpoint: Checkpoint, folder: Path) -> Path:

@@ -34,6 +34,7 @@ from starlette.responses import Response
 from scgpt_batch.command_result import CommandResult, plural
 from scgpt_batch.errors import CheckpointError, ConfigError, NonFiniteOutput, RequestRefused, WorkerCrash
 from scgpt_batch.inference.engine import Embedder, RowResult
+from scgpt_batch.models.device import gpu_problem
 from scgpt_batch.parameters import Parameters
 from scgpt_batch.registry.resolve import ResolvedModel, resolve
 from scgpt_batch.registry.signature import answer_columns
@@ -158,6 +159,7 @@ class Endpoint:
         """Load the weights for static mode in advance, so that the first request does not wait for them."""
         self._settings, self.metrics = settings, metrics
         self._served_entity = served_entity
+        metrics.gpu_unusable.set(gpu_problem() is not None)
         self.log: InferenceLog | None = None
         self._embedder: Embedder = model.unwrap_python_model().embedder
         self._embedder.reader = IsolatedReader(

@@ -52,6 +52,9 @@ class Metrics:
             registry=r,
         )
         self.spool_bytes = Gauge("scgpt_batch_log_spool_bytes", "Bytes not yet in the inference table", registry=r)
+        self.gpu_unusable = Gauge(
+            "scgpt_batch_gpu_unusable", "1 if the machine has a GPU that torch cannot use, else 0", registry=r
+        )
         for to in ("spool", "table"):
             self.log_failures.labels(to)  # so that they are exported as 0 from the start
 

@@ -14,6 +14,7 @@ import pytest
 from mlflow.pyfunc import scoring_server
 
 from scgpt_batch.cli.main import FAILED, OK, WRONG_USAGE
+from scgpt_batch.errors import GPU_UNUSABLE
 from scgpt_batch.io.rows import from_row
 from tests import databricks_workspace, inference_tables
 from tests.databricks_workspace import Fault, Workspace, serve
@@ -380,6 +381,14 @@ def test_status_has_state_versions_logs_and_metrics(run, deploy, deployed, works
     assert told["metrics"]["request_latency_ms_sum"] == {"scgpt-3": 15600}
     assert not any("bucket" in name for name in told["metrics"])
     assert workspace.changes == []
+
+
+def test_status_says_if_a_gpu_is_not_used(run, deployed, workspace):
+    assert run("status", "--endpoint", "scgpt")[1]["gpu_problem"] == {}
+    line = f"{GPU_UNUSABLE} (torch 2.13: no driver): the model runs on the CPU"
+    workspace.server_log = f"{line}\nINFO ready"
+    _, told, _ = run("status", "--endpoint", "scgpt")
+    assert told["gpu_problem"] == {"scgpt-3": line} and told["server_log"] == {"scgpt-3": "INFO ready"}
 
 
 def test_status_of_a_missing_endpoint(run, workspace):
