@@ -6,7 +6,7 @@ Vectors of different models, versions or parameters are not comparable, so one r
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import and_
 from pathlib import Path
@@ -25,6 +25,8 @@ from scgpt_batch.near_misses import GENE_CUTOFF, did_you_mean
 
 MODEL = ("mode", "model_name", "model_version", "params_hash")  # columns that tell one model's vectors from another's
 
+BLOCK_LINES = 16_384  # lines that are read at a time where not all vectors fit into memory: 34 MB of 512 numbers
+
 Form = Literal["anndata", "pandas", "polars", "arrow"]
 
 
@@ -38,10 +40,13 @@ class Embeddings:
         The table's columns; each key (adata_id and cell_id, or adata_id, group and gene) once per mode.
     source
         The table as it was named.
+    other_models
+        What else the table holds that was not read: model, version and parameters in words.
     """
 
     table: pa.Table
     source: str
+    other_models: tuple[str, ...] = ()
 
     @property
     def are_cells(self) -> bool:
@@ -52,17 +57,72 @@ class Embeddings:
     def vectors(self) -> np.ndarray:
         """The embeddings: float32, (lines, d)."""
         column = self.table["embedding"].combine_chunks()
-        return column.flatten().to_numpy(zero_copy_only=False).astype(np.float32).reshape(len(column), -1)
+        return _matrix(column)
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """Yield the vectors in parts: float32, (at most `BLOCK_LINES`, d)."""
+        vectors = self.vectors
+        for first in range(0, len(vectors), BLOCK_LINES):
+            yield vectors[first : first + BLOCK_LINES]
 
     def frame(self) -> pd.DataFrame:
         """Return the columns without the vectors."""
         return self.table.drop_columns(["embedding"]).to_pandas()
 
+    @property
+    def model(self) -> dict[str, str]:
+        """The columns `MODEL` of the first line; those of all lines, if the vectors are of one mode."""
+        return self.table.select(list(MODEL)).slice(0, 1).to_pylist()[0]
+
     def record(self) -> dict[str, Any]:
         """Say in `uns["scgpt"]` what the vectors are of."""
-        first = self.table.select(list(MODEL)).slice(0, 1).to_pylist()[0]
+        first = self.model
         return {"model": first["model_name"], "version": first["model_version"], "mode": first["mode"],
                 "params_hash": first["params_hash"], "table": self.source}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EmbeddingLines:
+    """Lines of an embedding table at a path, of one model per mode, whose vectors are read block by block.
+
+    Attributes
+    ----------
+    source, other_models
+        As in `Embeddings`.
+    """
+
+    source: str
+    other_models: tuple[str, ...]
+    _keys: pd.DataFrame
+    _dataset: Any
+    _filter: Any
+    _kept: np.ndarray  # positions of the lines in the dataset, ascending
+
+    @property
+    def model(self) -> dict[str, str]:
+        """As in `Embeddings`."""
+        return dict(self._keys[list(MODEL)].iloc[0])
+
+    def frame(self) -> pd.DataFrame:
+        """Return the columns that identify a line."""
+        return self._keys
+
+    def take(self, positions: np.ndarray) -> "EmbeddingLines":
+        """Return the lines at ascending positions of `frame`."""
+        keys = self._keys.iloc[positions].reset_index(drop=True)
+        return replace(self, _keys=keys, _kept=self._kept[positions])
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """Yield the vectors in the order of `frame`: float32, (at most `BLOCK_LINES`, d)."""
+        first = done = 0
+        batches = self._dataset.to_batches(
+            columns=["embedding"], filter=self._filter, batch_size=BLOCK_LINES, batch_readahead=1, fragment_readahead=1
+        )
+        for batch in batches:
+            stop = int(np.searchsorted(self._kept, first + batch.num_rows))
+            if stop > done:
+                yield _matrix(batch.column(0).take(pa.array(self._kept[done:stop] - first)))
+            first, done = first + batch.num_rows, stop
 
 
 def read_embeddings(
@@ -199,16 +259,64 @@ def load_embeddings(
     EmbeddingWarning
         Some cells or genes have vectors of an older model alone; they are left out.
     """
+    given = _given(mode, model_version, run_id)
+    return newest_embeddings(_scan(str(table), given), str(table), given)
+
+
+def newest_embeddings(lines: pa.Table, source: str, given: Mapping[str, str]) -> Embeddings:
+    """Return the lines of the model that wrote last, of lines that have been read; see `load_embeddings`.
+
+    Parameters
+    ----------
+    lines
+        Lines of an embedding table.
+    source
+        The table, for messages.
+    given
+        The values by which the lines were chosen, for messages.
+    """
+    stamps = lines.select([*MODEL, *_keys(lines.column_names), "embedded_at"]).to_pandas()
+    kept, others = _newest(source, stamps, given)
+    return Embeddings(lines.take(pa.array(kept)), source, others)
+
+
+def open_lines(
+    path: str, *, mode: str | None = None, model_version: str | None = None, run_id: str | None = None
+) -> EmbeddingLines:
+    """Open the lines of the model that wrote last, as `load_embeddings`, without their vectors.
+
+    Parameters
+    ----------
+    path
+        A path or ``delta.`path` ``.
+    """
+    given = _given(mode, model_version, run_id)
+    dataset, condition = _dataset(table_path(path) or path, given)
+    keys = _keys(dataset.schema.names)
+    stamps = dataset.to_table(columns=[*MODEL, *keys, "embedded_at"], filter=condition).to_pandas()
+    kept, others = _newest(path, stamps, given)
+    lines = stamps.iloc[kept].drop(columns="embedded_at").reset_index(drop=True)
+    return EmbeddingLines(path, others, lines, dataset, condition, kept)
+
+
+def _given(mode: str | None, model_version: str | None, run_id: str | None) -> dict[str, str]:
     asked = {"mode": mode, "model_version": model_version, "run_id": run_id}
-    given = {name: value for name, value in asked.items() if value is not None}
-    lines = _scan(str(table), given)
-    keys = ["adata_id", "cell_id"] if "cell_id" in lines.column_names else ["adata_id", "group", "gene"]
-    stamps = lines.select([*MODEL, *keys, "embedded_at"]).to_pandas()
+    return {name: value for name, value in asked.items() if value is not None}
+
+
+def _keys(columns: Sequence[str]) -> list[str]:
+    return ["adata_id", "cell_id"] if "cell_id" in columns else ["adata_id", "group", "gene"]
+
+
+def _newest(table: str, stamps: pd.DataFrame, given: Mapping[str, str]) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Return the positions of the lines of the model that wrote last, ascending, and the other models in words."""
     if not len(stamps):
         wanted = ", ".join(f"{name} {value!r}" for name, value in given.items())
         raise ConfigError(f"{table} has no embeddings" + (f" of {wanted}" if wanted else ""))
-    newest = stamps.groupby([*MODEL], dropna=False)["embedded_at"].max().reset_index()
-    newest = newest.sort_values("embedded_at").drop_duplicates("mode", keep="last")
+    keys = [name for name in stamps.columns if name not in (*MODEL, "embedded_at")]
+    models = stamps.groupby([*MODEL], dropna=False)["embedded_at"].max().reset_index()
+    models = models.sort_values("embedded_at")
+    newest = models.drop_duplicates("mode", keep="last")
     is_newest = pd.MultiIndex.from_frame(stamps[[*MODEL]]).isin(pd.MultiIndex.from_frame(newest[[*MODEL]]))
     kept = stamps[is_newest].sort_values("embedded_at", kind="stable").drop_duplicates(["mode", *keys], keep="last")
     older = stamps[~is_newest].drop_duplicates(["mode", *keys])
@@ -218,9 +326,21 @@ def load_embeddings(
             f"{table}: {left_out:,} vectors exist only of an older model or of other parameters and are left out; "
             "embed them again, or name model_version or run_id",
             EmbeddingWarning,
-            stacklevel=3,
+            stacklevel=5,
         )
-    return Embeddings(lines.take(pa.array(np.sort(kept.index.to_numpy()))), str(table))
+    others = models.drop(newest.index)
+    return np.sort(kept.index.to_numpy()), tuple(map(described_model, others[[*MODEL]].to_dict("records")))
+
+
+def described_model(model: Mapping[str, str]) -> str:
+    """Return the columns `MODEL` in words."""
+    return "{mode} vectors of {model_name} version {model_version}, parameters {params_hash}".format_map(model)
+
+
+def _matrix(column: pa.Array) -> np.ndarray:
+    """Return vectors as float32, (lines, d)."""
+    values = column.flatten().to_numpy(zero_copy_only=False)
+    return values.astype(np.float32, copy=False).reshape(len(column), -1)
 
 
 def table_path(table: str) -> str | None:
@@ -265,11 +385,17 @@ def _scan(table: str, given: Mapping[str, str]) -> pa.Table:
 
 
 def _scan_path(path: str, given: Mapping[str, str]) -> pa.Table:
+    dataset, condition = _dataset(path, given)
+    return dataset.to_table(filter=condition)
+
+
+def _dataset(path: str, given: Mapping[str, str]) -> tuple[Any, Any]:
+    """Return an embedding table as a pyarrow dataset, and the filter for lines whose columns have the given values."""
     with _delta_errors(path):
         dataset = open_table(path).to_pyarrow_dataset()
     _check_columns(path, dataset.schema.names)
     conditions = [pc.field(name) == value for name, value in given.items()]
-    return dataset.to_table(filter=reduce(and_, conditions) if conditions else None)
+    return dataset, reduce(and_, conditions) if conditions else None
 
 
 def _scan_name(table: str, given: Mapping[str, str]) -> pa.Table:

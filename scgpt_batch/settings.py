@@ -140,6 +140,85 @@ class ExportSettings(Settings):
     key_added: str = Field("X_scGPT", description="key of the vectors in obsm or varm")
 
 
+class ProgramsSettings(SparkSettings):
+    """Find gene programs: clusters of gene vectors, how stable they are, and on request their scores in cells."""
+
+    embeddings: str = Field(description="table of gene embeddings, static or contextual")
+    out: str = Field(description="table of programs to write to; created if it does not exist")
+    mode: Literal["", "static", "contextual"] = Field("", description="vectors to cluster, if the table has both")
+    model_version: str = Field("", description="model version to use; default: the one that wrote last")
+    resolution: float = Field(20.0, gt=0, description="of the Leiden clusters; larger: more and smaller programs")
+    neighbours: int = Field(15, ge=2, description="neighbours of each gene in the graph")
+    min_genes: int = Field(5, ge=2, description="smaller clusters are not programs")
+    seeds: int = Field(10, ge=1, description="clusterings from which a program's stability is measured")
+    cells: str = Field("", description="cells to score: a file with counts, or the table that ingest wrote")
+    group_by: str = Field("", description="obs column of --cells: write the mean score of each value, not of each cell")
+    scores_table: str = Field("", description="table for the scores; default: the out table's name and _scores")
+    gmt: str = Field(
+        "", description=".gmt file of gene sets: test each program for them; out table's name and _enrichment"
+    )
+
+    @model_validator(mode="after")
+    def _works(self) -> Self:
+        if (self.group_by or self.scores_table) and not self.cells:
+            raise ValueError("group_by and scores_table need cells: the cells to score")
+        return self
+
+
+class AnnotateSettings(SparkSettings):
+    """Label the cells of a table by their nearest neighbours in a reference table with known labels."""
+
+    query: str = Field(description="table of cell embeddings to label")
+    reference: str = Field(
+        description="table of cell embeddings with known labels, by the same model; may be the query"
+    )
+    labels: str = Field(
+        description="labels of the reference cells: .h5ad, .csv or .parquet file, the table that ingest wrote, or a "
+        "table with the column cell_id"
+    )
+    label_column: str = Field(description="column of --labels with the label")
+    out: str = Field(description="table of annotations to write to; created if it does not exist")
+    model_version: str = Field("", description="model version to use; default: the one that wrote last")
+    neighbours: int = Field(10, ge=1, description="reference cells that vote on each cell")
+    metric: Literal["cosine", "euclidean"] = Field("cosine", description="distance between vectors")
+    vote: Literal["cell", "cluster"] = Field("cell", description="cluster: cells of one Leiden cluster vote together")
+    min_confidence: float = Field(
+        0.0, ge=0, le=1, description="a label with a smaller share of the votes is written as unknown"
+    )
+    correct_frequency: bool = Field(False, description="weigh votes so that frequent labels do not outvote rare ones")
+
+
+class EvaluateSettings(SparkSettings):
+    """Measure whether embeddings separate known labels better than HVG + PCA, or group known gene families."""
+
+    embeddings: str = Field(description="table of cell embeddings, or of gene embeddings")
+    obs: str = Field(
+        "",
+        description="cells with labels and counts: .h5ad file or the table that ingest wrote; without counts (.csv, "
+        ".parquet) there is no baseline; required for cell embeddings",
+    )
+    label_column: str = Field("", description="column of --obs with the label; required for cell embeddings")
+    batch_column: str = Field("", description="column of --obs with the batch: measures how well batches mix too")
+    out: str = Field("", description="table to write the figures to; created if it does not exist")
+    mode: Literal["", "static", "contextual", "cell"] = Field(
+        "", description="vectors to measure, if the table has several"
+    )
+    model_version: str = Field("", description="model version to use; default: the one that wrote last")
+    compare_version: str = Field(
+        "", description="another model version in the table: measure how far vectors moved from it"
+    )
+    neighbours: int = Field(15, ge=2, description="neighbours of each cell")
+    max_cells: int = Field(50_000, ge=100, description="of more cells with labels, a random sample is measured")
+
+    @model_validator(mode="after")
+    def _works(self) -> Self:
+        if bool(self.obs) != bool(self.label_column):
+            raise ValueError("obs and label_column go together: give both")
+        if self.batch_column and not self.obs:
+            raise ValueError("batch_column needs obs, the table or file that has it")
+        return self
+
+
 class DoctorSettings(MlflowSettings):
     """Check that this environment can run the commands, and say what mends what cannot."""
 

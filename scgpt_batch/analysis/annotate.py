@@ -84,6 +84,20 @@ def nearest_cells(
     return Neighbors(index, np.maximum(distance, 0).astype(np.float32))
 
 
+def without(neighbors: Neighbors, excluded: np.ndarray) -> Neighbors:
+    """Return all but one neighbour of each query: without the excluded one, or else without the farthest.
+
+    Parameters
+    ----------
+    excluded
+        Position in the reference for each query, such as that of the query itself; -1: none.
+    """
+    n, k = neighbors.index.shape
+    kept = neighbors.index != excluded[:, None]
+    kept[kept.all(axis=1), -1] = False
+    return Neighbors(neighbors.index[kept].reshape(n, k - 1), neighbors.distance[kept].reshape(n, k - 1))
+
+
 def transfer_labels(
     neighbors: Neighbors,
     labels: np.ndarray,
@@ -165,15 +179,34 @@ def _merged(
             similarity *= 2
             similarity -= norms
             similarity -= (query[part] * query[part]).sum(axis=1)[:, None]
-        n = min(k, len(block))
-        top = np.argpartition(-similarity, n - 1, axis=1)[:, :n]
-        rows = np.arange(len(similarity))[:, None]
-        together = np.concatenate([best[part], similarity[rows, top]], axis=1)
-        places = np.concatenate([index[part], top + first], axis=1)
+        values, places = _best_of_block(similarity, best[part], k)
+        places += first
+        together = np.concatenate([best[part], values], axis=1)
+        places = np.concatenate([index[part], places], axis=1)
         order = np.lexsort((places, -together), axis=1)[:, :k]
+        rows = np.arange(len(together))[:, None]
         kept_best.append(together[rows, order])
         kept_index.append(places[rows, order])
     return np.concatenate(kept_best), np.concatenate(kept_index)
+
+
+def _best_of_block(similarity: np.ndarray, best: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return values and columns of a block that may be among the k best of each query, padded with -infinity.
+
+    Once a query has k neighbours, few cells of a further block come nearer than the last of them. To find these takes
+    one comparison per cell, much less than to sort.
+    """
+    n, width = similarity.shape
+    if best.shape[1] < k:
+        top = np.argpartition(similarity, width - min(k, width), axis=1)[:, width - min(k, width) :]
+        return np.take_along_axis(similarity, top, axis=1), top
+    rows, columns = np.nonzero(similarity > best[:, -1:])
+    counts = np.bincount(rows, minlength=n)
+    values = np.full((n, counts.max(initial=0)), -np.inf, np.float32)
+    places = np.zeros(values.shape, np.int64)
+    slot = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+    values[rows, slot], places[rows, slot] = similarity[rows, columns], columns
+    return values, places
 
 
 def _shares(votes: np.ndarray, weights: np.ndarray, n_labels: int) -> np.ndarray:

@@ -57,7 +57,12 @@ class Comparison:
 
 
 def cell_metrics(
-    vectors: np.ndarray, labels: Sequence[str], *, batches: Sequence[str] | None = None, k: int = K, seed: int = 0
+    vectors: np.ndarray,
+    labels: Sequence[str] | np.ndarray,
+    *,
+    batches: Sequence[str] | np.ndarray | None = None,
+    k: int = K,
+    seed: int = 0,
 ) -> dict[str, float]:
     """Measure how well vectors separate labels, and mix batches.
 

@@ -11,14 +11,17 @@ from scgpt_batch.errors import ConfigError, install
 from scgpt_batch.io.locations import local_path
 from scgpt_batch.parameters import Parameters
 from scgpt_batch.settings import (
+    AnnotateSettings,
     DemoCheckpointSettings,
     DeploySettings,
     DoctorSettings,
     EmbedSettings,
+    EvaluateSettings,
     ExportSettings,
     IngestSettings,
     MaintainSettings,
     MonitorSettings,
+    ProgramsSettings,
     PromoteSettings,
     RegisterSettings,
     ServeSettings,
@@ -120,6 +123,24 @@ def _export(settings: ExportSettings) -> CommandResult:
     return export(settings)
 
 
+def _programs(settings: ProgramsSettings) -> CommandResult:
+    from scgpt_batch.cli.programs import programs
+
+    return programs(settings)
+
+
+def _annotate(settings: AnnotateSettings) -> CommandResult:
+    from scgpt_batch.cli.annotate import annotate
+
+    return annotate(settings)
+
+
+def _evaluate(settings: EvaluateSettings) -> CommandResult:
+    from scgpt_batch.cli.evaluate import evaluate
+
+    return evaluate(settings)
+
+
 def _doctor(settings: DoctorSettings) -> CommandResult:
     from scgpt_batch.cli.doctor import doctor
 
@@ -193,6 +214,26 @@ COMMANDS = {
     ),
     "export": Command(
         ExportSettings, _export, "--embeddings 'delta.`/data/cell_embeddings`' --h5ad cells.h5ad --out embedded.h5ad"
+    ),
+    "programs": Command(
+        ProgramsSettings,
+        _programs,
+        "--embeddings 'delta.`/data/gene_embeddings`' --mode static \\\n"
+        "      --out 'delta.`/data/gene_programs`' --cells cells.h5ad --group-by cell_type",
+        always_readable=True,
+    ),
+    "annotate": Command(
+        AnnotateSettings,
+        _annotate,
+        "--query 'delta.`/data/new_cells`' --reference 'delta.`/data/atlas_cells`' \\\n"
+        "      --labels atlas.h5ad --label-column cell_type --out 'delta.`/data/annotations`'",
+        always_readable=True,
+    ),
+    "evaluate": Command(
+        EvaluateSettings,
+        _evaluate,
+        "--embeddings 'delta.`/data/cell_embeddings`' --obs cells.h5ad --label-column cell_type",
+        always_readable=True,
     ),
     "doctor": Command(DoctorSettings, _doctor, "--model-uri models:/scgpt@champion", always_readable=True),
     "monitor": Command(

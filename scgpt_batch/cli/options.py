@@ -15,7 +15,10 @@ PATH, TABLE = "PATH", "TABLE"
 GROUPS: dict[str, dict[str, str]] = {
     "input and output": {
         "h5ad": PATH, "input": PATH, "table": TABLE, "input_table": TABLE, "output_table": TABLE, "ledger_table": TABLE,
-        "runs_table": TABLE, "inference_table": TABLE, "requests_view": "VIEW", "rows": "TABLE|PATH", "out": PATH,
+        "runs_table": TABLE, "inference_table": TABLE, "requests_view": "VIEW", "rows": "TABLE|PATH",
+        "out": "TABLE|PATH", "query": TABLE, "reference": TABLE, "labels": "TABLE|PATH", "label_column": "COLUMN",
+        "obs": "TABLE|PATH",
+        "batch_column": "COLUMN", "cells": "TABLE|PATH", "scores_table": TABLE, "gmt": PATH,
         "embeddings": TABLE, "tables": TABLE, "report": PATH, "spool": PATH, "key_added": "KEY",
         "layer": "auto|X|raw|LAYER", "split_by": "COLUMN", "gene_symbols": "COLUMN",
         "sample_id": "file|none|COLUMN", "id_from": "", "cells_per_row": "",
@@ -25,7 +28,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "requirement": "PACKAGE==VERSION",
         "model_version": "VERSION", "run_id": "ID",
         "challenger": "ALIAS|VERSION", "champion": "ALIAS", "mode": "", "genes": "GENE", "group_by": "COLUMN",
-        "neighbours": "", "max_length": "", "seed": "", "dtype": "", "min_coverage": "FRACTION",
+        "compare_version": "VERSION", "max_length": "", "seed": "", "dtype": "", "min_coverage": "FRACTION",
         "allow_other_code": "",
     },
     "preprocessing": {
@@ -33,6 +36,10 @@ GROUPS: dict[str, dict[str, str]] = {
         "filter_cell_by_counts": "", "min_cell_counts": "", "normalize_total": "SUM", "result_normed_key": "LAYER",
         "log1p": "", "result_log1p_key": "LAYER", "subset_hvg": "", "hvg_flavor": "", "batch_key": "COLUMN",
         "binning": "", "tie_break": "",
+    },
+    "analysis": {
+        "neighbours": "", "metric": "", "vote": "", "min_confidence": "FRACTION", "correct_frequency": "",
+        "resolution": "", "min_genes": "", "seeds": "", "max_cells": "",
     },
     "endpoint": {
         "endpoint": "NAME", "rollback": "", "traffic": "old=N,new=N", "workload_type": "TYPE", "workload_size": "SIZE",

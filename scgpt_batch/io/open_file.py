@@ -5,11 +5,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import h5py
+import pandas as pd
 import zarr
 import zarr.storage
 
 from scgpt_batch.errors import ConfigError, FileError, ScgptBatchError
 from scgpt_batch.io.anndata_file import TABLES, AnnDataFile, anndata_group
+from scgpt_batch.io.annotations import open_annotations
 from scgpt_batch.io.hdf5_safety import open_hdf5
 from scgpt_batch.io.layers import AUTO
 from scgpt_batch.io.locations import fingerprint, is_folder, is_remote, list_folder, open_binary
@@ -60,6 +62,28 @@ def open_counts(source: str, layer: str = AUTO) -> Iterator[CountsFile]:
         try:
             groups = tenx_groups(root) if isinstance(root, h5py.File) and "obs" not in root else []
             yield TenXH5(root, groups) if groups else AnnDataFile(anndata_group(root), layer)
+        finally:
+            if isinstance(root, h5py.File):
+                root.close()
+
+
+def read_obs(source: str) -> pd.DataFrame:
+    """Return the table of cells of an AnnData file, indexed by cell name. Matrices are not read.
+
+    Raises
+    ------
+    ConfigError
+        The format is not supported.
+    FileError
+        The file cannot be read, or has no table of cells.
+    """
+    with named_errors(source):
+        root = _open_store(source)
+        try:
+            group = anndata_group(root)
+            if "obs" not in group:
+                raise FileError("has no table of cells (obs)")
+            return open_annotations(group, "obs", group.get("uns")).read()
         finally:
             if isinstance(root, h5py.File):
                 root.close()

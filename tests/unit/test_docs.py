@@ -5,6 +5,8 @@ import re
 import pytest
 
 from scgpt_batch import errors
+from scgpt_batch.cli import analysis_tables
+from scgpt_batch.cli.analysis_tables import ddl
 from scgpt_batch.cli.main import ALERTS, FAILED, OK, TOO_MANY_FAILED_ROWS, WRONG_USAGE, main
 from scgpt_batch.spark import tables
 from tests.paths import REPO
@@ -46,6 +48,15 @@ def test_every_column_of_a_table_is_described_with_its_type(title):
     if title == "cell_embeddings":  # refers to the last columns of gene_embeddings
         described = described_columns("gene_embeddings") | described
     columns = dict(re.findall(r"(?:^|,)\s*`?(\w+)`? ([A-Z][\w<>]*)", getattr(tables, title.upper())))
+    assert columns and {name: described.get(name) for name in columns} == {k: v.lower() for k, v in columns.items()}
+
+
+@pytest.mark.parametrize(
+    "title", ["gene_programs", "program_scores", "program_enrichment", "annotations", "evaluations"]
+)
+def test_every_column_of_a_result_table_is_described_with_its_type(title):
+    described = described_columns("gene_programs") | described_columns(title)
+    columns = dict(re.findall(r"`(\w+)` ([A-Z<>]+)", ddl(getattr(analysis_tables, title.upper()))))
     assert columns and {name: described.get(name) for name in columns} == {k: v.lower() for k, v in columns.items()}
 
 

@@ -1,0 +1,309 @@
+"""Tables that the analysis commands read and write: at a path through delta-rs without Spark, by name through Spark."""
+
+import json
+import logging
+import random
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+import scgpt_batch
+from scgpt_batch.embedding_tables import (
+    MODEL,
+    EmbeddingLines,
+    Embeddings,
+    described_model,
+    load_embeddings,
+    newest_embeddings,
+    open_lines,
+    open_table,
+    table_path,
+)
+from scgpt_batch.errors import ConfigError, ScgptBatchError, listed, suggestion
+
+logger = logging.getLogger(__name__)
+
+_TEXT, _REAL, _INT = pa.string(), pa.float64(), pa.int32()
+# What the lines were made of: the vectors' model, the table that holds them, and the command's own settings
+_MADE_OF = [
+    *((name, _TEXT) for name in MODEL), ("source_table", _TEXT), ("source_version", pa.int64()), ("run_id", _TEXT),
+    ("params", _TEXT), ("written_at", pa.timestamp("us", "UTC")), ("package_version", _TEXT),
+]  # fmt: skip
+GENE_PROGRAMS = pa.schema(
+    [("program", _TEXT), ("gene", _TEXT), ("rank", _INT), ("stability", _REAL), ("group", _TEXT), *_MADE_OF]
+)
+PROGRAM_SCORES = pa.schema(
+    [("adata_id", _TEXT), ("cell_id", _TEXT), ("group", _TEXT), ("program", _TEXT), ("score", _REAL), *_MADE_OF]
+)
+PROGRAM_ENRICHMENT = pa.schema([
+    ("program", _TEXT), ("term", _TEXT), ("genes", pa.list_(_TEXT)), ("term_genes", _INT), ("p_value", _REAL),
+    ("p_adjusted", _REAL), ("group", _TEXT), *_MADE_OF,
+])  # fmt: skip
+ANNOTATIONS = pa.schema([
+    ("adata_id", _TEXT), ("cell_id", _TEXT), ("label", _TEXT), ("confidence", _REAL), ("label_weighted", _TEXT),
+    ("confidence_weighted", _REAL), ("neighbours", pa.list_(_TEXT)), ("distances", pa.list_(pa.float32())), *_MADE_OF,
+    ("reference_table", _TEXT), ("reference_version", pa.int64()), ("labels", _TEXT), ("label_column", _TEXT),
+])  # fmt: skip
+EVALUATIONS = pa.schema(
+    [("metric", _TEXT), ("value", _REAL), ("baseline", _REAL), ("labels", _TEXT), ("label_column", _TEXT), *_MADE_OF]
+)
+
+BATCH_LINES = 65_536
+COMMIT_TRIES = 6  # over about a minute
+
+
+@dataclass(frozen=True)
+class AnalysisTables:
+    """Reads and writes tables; starts Spark when the first table is given by name.
+
+    Attributes
+    ----------
+    spark_conf
+        Settings of a local Spark session.
+    run_id
+        Of the lines that this command writes.
+    """
+
+    spark_conf: Mapping[str, str]
+    run_id: str = field(default_factory=lambda: uuid4().hex)
+
+    def session(self) -> Any:
+        """Return the Spark session."""
+        try:
+            from scgpt_batch.spark.session import get_spark
+        except ModuleNotFoundError as exc:
+            raise ConfigError(
+                f"a table given by name needs Spark, and {exc.name} is not installed: pip install "
+                "'scgpt_batch[local]', or give tables as delta.`path`"
+            ) from exc
+        return get_spark(self.spark_conf)
+
+    def full_name(self, table: str) -> str:
+        """Return the table as it is stored in other tables: a local path is made absolute."""
+        path = table_path(table)
+        if path is None:
+            from scgpt_batch.spark.tables import table_name
+
+            return table_name(table)
+        return f"delta.`{path if '://' in path else Path(path).absolute()}`"
+
+    def embeddings(self, table: str, **choice: str) -> Embeddings:
+        """Load the vectors of the model that wrote last, or of the chosen mode, model version and run."""
+        self._require(table)
+        return self._reported(partial(load_embeddings, table, **_chosen(choice)))
+
+    def static_embeddings(self, table: str, model_version: str) -> Embeddings:
+        """Load one line of each gene of a named table; the vector of a gene is the same in all rows."""
+        from pyspark.sql import functions as F
+
+        given = {"mode": "static"} | ({"model_version": model_version} if model_version else {})
+        lines = self._require(table)
+        for name, value in given.items():
+            lines = lines.where(lines[name] == value)
+        one = lines.groupBy(*MODEL, "gene").agg(
+            F.first("adata_id").alias("adata_id"), F.first("group").alias("group"),
+            F.first("embedding").alias("embedding"), F.max("embedded_at").alias("embedded_at"),
+        )  # fmt: skip
+        return self._reported(lambda: newest_embeddings(one.toArrow(), table, given))
+
+    def lines(self, table: str, **choice: str) -> EmbeddingLines:
+        """Open a table at a path as `embeddings`, to read its vectors block by block."""
+        return self._reported(partial(open_lines, table, **_chosen(choice)))
+
+    def read(self, table: str, columns: Sequence[str]) -> pa.Table:
+        """Read columns of a table."""
+        path = table_path(table)
+        if path is not None:
+            return open_table(path).to_pyarrow_dataset().to_table(columns=list(columns))
+        return self._require(table).select(*columns).toArrow()
+
+    def columns(self, table: str) -> list[str]:
+        """Return the names of a table's columns."""
+        path = table_path(table)
+        return self._require(table).columns if path is None else open_table(path).to_pyarrow_dataset().schema.names
+
+    def values(self, table: str, column: str) -> list[Any]:
+        """Return the distinct values of a column."""
+        path = table_path(table)
+        if path is None:
+            return [row[0] for row in self._require(table).select(column).distinct().collect()]
+        return pc.unique(self.read(table, [column]).column(0)).to_pylist()
+
+    def version(self, table: str) -> int | None:
+        """Return the version of a Delta table; None for a view."""
+        path = table_path(table)
+        if path is not None:
+            return int(open_table(path).version())
+        from scgpt_batch.spark.tables import snapshot
+
+        return snapshot(self.session(), table)
+
+    def made_of(self, table: str, model: Mapping[str, str], params: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the columns that say what lines were made of."""
+        return {name: model[name] for name in MODEL} | {
+            "source_table": self.full_name(table), "source_version": self.version(table), "run_id": self.run_id,
+            "params": json.dumps(params, sort_keys=True), "written_at": datetime.now(UTC),
+            "package_version": scgpt_batch.__version__,
+        }  # fmt: skip
+
+    def replace(
+        self,
+        table: str,
+        schema: pa.Schema,
+        rows: pa.Table,
+        constants: Mapping[str, Any],
+        keys: Sequence[str] = (*MODEL, "source_table"),
+    ) -> None:
+        """Replace the lines with the same keys, in one commit; create the table if it does not exist.
+
+        Parameters
+        ----------
+        rows
+            The columns that differ between lines.
+        constants
+            The others: column -> value.
+        keys
+            Text columns of `constants`; lines of the table with the same values are replaced.
+        """
+        where = " AND ".join(f"{name} = {_quoted(str(constants[name]))}" for name in keys)
+        path = table_path(table)
+        if path is None:
+            self._replace_by_name(table, schema, rows, constants, keys)
+        else:
+            _replace_at_path(path, schema, rows, constants, where)
+        logger.info("%s: %s lines written", table, f"{rows.num_rows:,}")
+
+    def _replace_by_name(
+        self, table: str, schema: pa.Schema, rows: pa.Table, constants: Mapping[str, Any], keys: Sequence[str]
+    ) -> None:
+        from scgpt_batch.spark import tables
+
+        spark = self.session()
+        tables.create(spark, table, ddl(schema))
+        where = " AND ".join(f"{name} = {tables.literal(str(constants[name]))}" for name in keys)
+        complete = pa.Table.from_batches(_completed(schema, rows, constants), schema)
+        tables.replace(spark.createDataFrame(complete), table, lambda: where)
+
+    def _require(self, table: str) -> Any:
+        """Return a named table's DataFrame; nothing for a table at a path."""
+        if table_path(table) is not None:
+            return None
+        spark = self.session()
+        from scgpt_batch.spark import tables
+
+        if not tables.exists(spark, tables.table_name(table)):
+            raise tables.missing_table(spark, table)
+        return spark.read.table(table)
+
+    @staticmethod
+    def _reported(load: Any) -> Any:
+        """Load embeddings; log warnings, what is read, and what else the table holds."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found = load()
+        for warning in caught:
+            logger.warning("%s", warning.message)
+        logger.info("%s: %s", found.source, described_model(found.model))
+        if found.other_models:
+            logger.warning(
+                "%s also has %s, which are not read: the model that wrote last is used by default; --model-version "
+                "chooses another",
+                found.source, listed(found.other_models).replace("'", ""),
+            )  # fmt: skip
+        return found
+
+
+def check_column(column: str, columns: Sequence[str], where: str) -> None:
+    """Raise a ConfigError if a table or file lacks a column."""
+    if column not in columns:
+        raise ConfigError(f"{where} has no column {column!r}{suggestion(column, columns, label='its columns')}")
+
+
+def one_mode(modes: Iterable[str], table: str) -> str:
+    """Return the mode of a table's vectors.
+
+    Raises
+    ------
+    ConfigError
+        There are several.
+    """
+    first, *others = sorted(set(modes))
+    if others:
+        raise ConfigError(f"{table} has vectors of the modes {listed([first, *others])}: choose one with --mode")
+    return first
+
+
+def ddl(schema: pa.Schema) -> str:
+    """Return a schema as Spark's column definitions.
+
+    >>> ddl(pa.schema([("group", pa.string()), ("distances", pa.list_(pa.float32()))]))
+    '`group` STRING, `distances` ARRAY<FLOAT>'
+    """
+    return ", ".join(f"`{column.name}` {_spark_type(column.type)}" for column in schema)
+
+
+def _spark_type(kind: pa.DataType) -> str:
+    if pa.types.is_list(kind):
+        return f"ARRAY<{_spark_type(kind.value_type)}>"
+    if pa.types.is_timestamp(kind):
+        return "TIMESTAMP"
+    return {_TEXT: "STRING", _REAL: "DOUBLE", pa.float32(): "FLOAT", _INT: "INT", pa.int64(): "BIGINT"}[kind]
+
+
+def _chosen(choice: Mapping[str, str]) -> dict[str, str | None]:
+    return {name: value or None for name, value in choice.items()}
+
+
+def _quoted(value: str) -> str:
+    return "'" + value.replace("'", "''") + "'"
+
+
+def _completed(schema: pa.Schema, rows: pa.Table, constants: Mapping[str, Any]) -> Iterator[pa.RecordBatch]:
+    """Yield the rows with all columns of the schema."""
+    for batch in rows.to_batches(max_chunksize=BATCH_LINES):
+        columns = [
+            batch.column(column.name).cast(column.type)
+            if column.name in rows.column_names
+            else pa.array([constants[column.name]], column.type).take(pa.array([0] * batch.num_rows, pa.int32()))
+            for column in schema
+        ]
+        yield pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def _replace_at_path(path: str, schema: pa.Schema, rows: pa.Table, constants: Mapping[str, Any], where: str) -> None:
+    try:
+        from deltalake import DeltaTable, write_deltalake
+        from deltalake.exceptions import CommitFailedError, DeltaError
+    except ModuleNotFoundError as exc:
+        raise ConfigError(f"writing Delta without Spark needs {exc.name}: pip install deltalake") from exc
+    for attempt in range(COMMIT_TRIES):
+        try:
+            DeltaTable.create(path, schema, mode="ignore")
+            _check_columns(path, open_table(path).to_pyarrow_dataset().schema.names, schema)
+            reader = pa.RecordBatchReader.from_batches(schema, _completed(schema, rows, constants))
+            write_deltalake(path, reader, mode="overwrite", predicate=where)
+        except CommitFailedError as exc:  # another writer was faster
+            if attempt + 1 == COMMIT_TRIES:
+                raise ScgptBatchError(f"{path}: other writers commit all the time: {exc}") from exc
+            seconds = random.uniform(0.5, 1.5) * 2**attempt
+            logger.info("%s: conflict with another writer, retrying in %.0f s", path, seconds)
+            time.sleep(seconds)
+        except (DeltaError, OSError) as exc:
+            raise ScgptBatchError(f"cannot write {path}: {str(exc).splitlines()[0]}") from exc
+        else:
+            return
+
+
+def _check_columns(path: str, columns: Sequence[str], schema: pa.Schema) -> None:
+    missing = [name for name in schema.names if name not in columns]
+    if missing:
+        raise ConfigError(f"{path} holds something else: it lacks the columns {', '.join(missing)}; use another table")
