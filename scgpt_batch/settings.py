@@ -9,6 +9,12 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+Severity = Literal["info", "warning", "critical"]
+RuleName = Literal[
+    "no_requests", "error_rate", "client_error_rate", "p95", "versions", "volume", "run_late", "run_failed",
+    "rows_failed", "collapse",
+]  # fmt: skip
+
 
 class Settings(BaseModel):
     """Base of all settings. Frozen; unknown names are rejected."""
@@ -240,6 +246,10 @@ class MonitorSettings(SparkSettings):
     fail_on: Literal["warning", "critical"] = Field(
         "critical", description="exit with code 4 for alerts of this severity or above"
     )
+    ignore: tuple[RuleName, ...] = Field((), description="rules not to check")
+    severity: dict[RuleName, Severity] = Field(
+        {}, description="other severities, as RULE=info|warning|critical; info is listed and fails nothing"
+    )
     hours: float = Field(24, gt=0, description="time window of the checks")
     days: int = Field(7, ge=2, description="history for traffic baselines and the report")
     delay_minutes: int = Field(60, ge=0, description="delay until requests appear in the inference table")
@@ -252,6 +262,7 @@ class MonitorSettings(SparkSettings):
     slow_ms: int = Field(5_000, gt=0, description="the report lists requests that took at least this long")
     min_volume: float = Field(0.5, ge=0, description="minimum requests per hour, as a share of that hour's baseline")
     min_usual_requests: float = Field(20, ge=0, description="hours with a smaller baseline are not checked for volume")
+    max_canary_days: int = Field(3, ge=0, description="maximum number of days on which several versions answer")
     max_run_age_hours: float = Field(26, gt=0, description="maximum time since the batch job last finished")
     max_failed_fraction: float = Field(0.1, ge=0, le=1, description="maximum share of a run's rows that fail")
     max_cosine: float = Field(0.999, gt=0, le=1, description="maximum mean cosine similarity of a run's vectors")
@@ -270,7 +281,15 @@ class MaintainSettings(SparkSettings):
     date_column: str = Field("", description="date or timestamp column for --retain-days; default: keep all rows")
     retain_days: int = Field(90, ge=1, description="delete rows whose --date-column is older than this")
     cluster_by: str = Field("", description="column to cluster the files by, e.g. gene; default: unchanged")
-    vacuum_hours: int = Field(168, ge=0, description="remove files that only versions older than this need")
+    runs_days: int = Field(
+        0, ge=0, description="delete the records of runs that finished longer ago than this; 0: keep all"
+    )
+    vacuum_hours: int = Field(
+        168,
+        ge=0,
+        description="remove files that only versions older than this need; Databricks' predictive optimization does it "
+        "by itself where it is on",
+    )
     force: bool = Field(
         False, description="allow --vacuum-hours below 168, which can break running readers and time travel"
     )

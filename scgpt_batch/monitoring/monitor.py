@@ -121,10 +121,11 @@ def monitor(spark: SparkSession, settings: MonitorSettings, *, now: datetime | N
     page.check(settings.report)
     health = HealthCheck(spark, settings, now or datetime.now(UTC))
     result = check(health)
-    if health.alerts and (url := os.environ.get(WEBHOOK)):
+    if rules.status(health.alerts) != "ok" and (url := os.environ.get(WEBHOOK)):
         health.alerts += _post(url, settings, health.alerts)
     for alert in health.alerts:
-        logger.warning("%s %s: %s", alert.severity, alert.rule, alert.message)
+        level = logging.INFO if alert.severity == "info" else logging.WARNING
+        logger.log(level, "%s %s: %s", alert.severity, alert.rule, alert.message)
     if settings.report:
         page.write(settings, health.shown, health.alerts, health.now)
     return replace(_verdict(health), endpoint=result.endpoint, batch=result.batch, report=settings.report)
@@ -152,6 +153,7 @@ def _query_endpoint(health: HealthCheck) -> EndpointFigures:
     # rows arrive late: an hour is compared once the table can hold all of its requests
     arrived = health.now - timedelta(minutes=settings.delay_minutes)
     health.run("traffic", requests=view, since=health.history, until=arrived)
+    health.run("version_days", requests=view, since=health.history)
     if settings.report:
         shown = {"requests": view, "since": health.history}
         for name in ("daily_performance", "errors", "versions", "requesters", "payloads"):

@@ -7,15 +7,14 @@ import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any, Literal
+from typing import Any
 
 from pyspark.sql import DataFrame
 
 from scgpt_batch.monitoring import queries
-from scgpt_batch.settings import MonitorSettings
+from scgpt_batch.settings import MonitorSettings, RuleName, Severity
 
-Severity = Literal["warning", "critical"]
-SEVERITIES: tuple[Severity, ...] = ("warning", "critical")
+SEVERITIES: tuple[Severity, ...] = ("info", "warning", "critical")
 
 # Names as in Databricks' SQL alerts.
 OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
@@ -40,6 +39,8 @@ class Rule:
 
     Attributes
     ----------
+    severity
+        The default; the setting `severity` changes it. `info` is listed and fails nothing.
     title
         What is wrong when it fires; part of the SQL alert's name.
     queries
@@ -54,10 +55,10 @@ class Rule:
     missing
         Template of the message when `sql` returns no row; without it, the rule does not fire then.
     implied_by
-        `monitor` leaves this rule out when the rule of that name has fired.
+        `monitor` leaves this rule out when the rule of that name has fired with the same severity or a worse one.
     """
 
-    name: str
+    name: RuleName
     severity: Severity
     title: str
     queries: tuple[str, ...]
@@ -67,6 +68,10 @@ class Rule:
     message: str
     missing: str = ""
     implied_by: str = ""
+
+    def severity_in(self, settings: MonitorSettings) -> Severity:
+        """Return the severity under these settings."""
+        return settings.severity.get(self.name, self.severity)
 
     def limit(self, settings: MonitorSettings) -> float | str:
         """Return the value of the threshold."""
@@ -88,7 +93,7 @@ class Rule:
         message = template.format_map({**settings.model_dump(), "threshold": limit, **row})
         is_bound = self.operator in ("GREATER_THAN", "LESS_THAN")
         bound = limit if is_bound and not isinstance(limit, str) else None
-        return Alert(self.name, self.severity, message, row["value"], bound)
+        return Alert(self.name, self.severity_in(settings), message, row["value"], bound)
 
 
 def overdue_since(settings: MonitorSettings, now: datetime) -> datetime:
@@ -104,7 +109,8 @@ _NO_REQUESTS = "no requests in the last {hours:g} h"
 
 RULES = (
     Rule(
-        "no_requests", "critical", "no requests", ("endpoint_health",), "select requests as value from result",
+        # no incident by itself: an endpoint that scales to zero may be idle
+        "no_requests", "info", "no requests", ("endpoint_health",), "select requests as value from result",
         "EQUAL", 0, message=_NO_REQUESTS, missing=_NO_REQUESTS,
     ),
     Rule(
@@ -122,10 +128,14 @@ RULES = (
         message="95th percentile of the duration is {value:,.0f} ms in the last {hours:g} h, above {threshold:,.0f} ms",
     ),
     Rule(
-        "versions", "warning", "several versions answered", ("endpoint_health",),
-        "select size(versions) as value, array_join(versions, ', ') as names from result",
-        "GREATER_THAN", 1,
-        message="{value} versions answered in the last {hours:g} h: {names}",
+        "versions", "warning", "a canary that nobody ended", ("version_days",),
+        "select\n"
+        "    count(*) as value,\n"
+        "    array_join(array_sort(array_distinct(flatten(collect_list(versions)))), ', ') as names\n"
+        "from result having max(day) >= date_sub(cast(:now as date), 1)",
+        "GREATER_THAN", "max_canary_days",
+        message="several versions ({names}) answered on {value} of the last {days} days, more than {threshold}: end "
+        "the canary with `scgpt-batch deploy`",
     ),
     Rule(
         "volume", "warning", "request volume below baseline", ("traffic",),
@@ -185,12 +195,18 @@ def check(results: Mapping[str, DataFrame], settings: MonitorSettings, now: date
     found: list[Alert] = []
     for rule in RULES:
         result = next((results[name] for name in rule.queries if name in results), None)
-        if result is not None and rule.implied_by not in {alert.rule for alert in found}:
+        if result is not None and rule.name not in settings.ignore and not _is_implied(rule, found, settings):
             found += rule.alerts(result, settings, now)
     return found
 
 
+def _is_implied(rule: Rule, found: Iterable[Alert], settings: MonitorSettings) -> bool:
+    """Whether an alert that says as much, and is as severe, was found already."""
+    least = SEVERITIES.index(rule.severity_in(settings))
+    return any(alert.rule == rule.implied_by and SEVERITIES.index(alert.severity) >= least for alert in found)
+
+
 def status(alerts: Iterable[Alert]) -> str:
-    """Return the worst severity, `ok` without any alert."""
-    found = {alert.severity for alert in alerts}
+    """Return the worst severity; `ok` without an alert, and for alerts that only inform."""
+    found = {alert.severity for alert in alerts} - {"info"}
     return next((severity for severity in reversed(SEVERITIES) if severity in found), "ok")

@@ -1,4 +1,4 @@
-"""Table maintenance: delete old rows and old model versions, cluster files, remove unneeded files.
+"""Table maintenance: delete old rows, runs and model versions, cluster files, remove unneeded files.
 
 The ledger and runs of an output table are maintained with it.
 """
@@ -48,7 +48,7 @@ def maintain(spark: SparkSession, settings: MaintainSettings) -> MaintainResult:
     Raises
     ------
     ConfigError
-        The table or column does not exist, or the retention is unsafe; nothing was changed.
+        A table or column does not exist, or the retention is unsafe; nothing was changed.
     """
     table = tables.table_name(settings.table)
     if settings.vacuum_hours < SAFE_HOURS and not settings.force:
@@ -58,13 +58,20 @@ def maintain(spark: SparkSession, settings: MaintainSettings) -> MaintainResult:
         )
     if not tables.exists(spark, table):
         raise tables.missing_table(spark, table)
+    beside = [name for name in (tables.beside(table, suffix) for suffix in BESIDE) if tables.exists(spark, name)]
+    runs = tables.beside(table, "_runs")
+    if settings.runs_days and runs not in beside:
+        raise ConfigError(f"--runs-days: {table} has no table of runs, {runs}; omit the option")
     if settings.cluster_by:
         tables.cluster(spark, table, settings.cluster_by)
     deleted = 0
     if settings.date_column:
         deleted = tables.delete_older(spark, table, settings.date_column, settings.retain_days)
         logger.info("%s: deleted %d rows older than %d days", table, deleted, settings.retain_days)
-    beside = [name for name in (tables.beside(table, suffix) for suffix in BESIDE) if tables.exists(spark, name)]
+    if settings.runs_days:
+        ended = tables.delete_finished_runs(spark, runs, settings.runs_days)
+        logger.info("%s: deleted %d runs that finished more than %d days ago", runs, ended, settings.runs_days)
+        deleted += ended
     done = [_tidy(spark, name, settings) for name in (table, *beside)]
     return MaintainResult(
         table=table,
@@ -79,6 +86,9 @@ def maintain(spark: SparkSession, settings: MaintainSettings) -> MaintainResult:
 def _tidy(spark: SparkSession, table: str, settings: MaintainSettings) -> tuple[int, int, int | None]:
     removed, added = tables.compact(spark, table)
     logger.info("%s: compacted %d files into %d", table, removed, added)
+    if tables.is_vacuumed_by_databricks(spark, table) and not settings.force:
+        logger.info("%s: predictive optimization is on, so Databricks removes its unneeded files", table)
+        return removed, added, 0
     vacuumed = tables.vacuum(spark, table, settings.vacuum_hours, unsafe=settings.force)
     logger.info("%s: vacuumed %s files", table, vacuumed)
     return removed, added, vacuumed

@@ -539,6 +539,25 @@ def delete_older(spark: SparkSession, table: str, column: str, days: int) -> int
     return deleted.first()["num_affected_rows"]  # type: ignore[index]
 
 
+def delete_finished_runs(spark: SparkSession, table: str, days: int) -> int:
+    """Delete the records of runs that finished more than `days` before today; return their number.
+
+    Runs that failed or were killed stay: they may have left embeddings that later runs replace by their run_id.
+    """
+    old = f"status = 'finished' AND finished_at < date_sub(current_date(), {days})"
+    deleted = _retried(table, lambda: spark.sql(f"DELETE FROM {table} WHERE {old}"))
+    return deleted.first()["num_affected_rows"]  # type: ignore[index]
+
+
+def is_vacuumed_by_databricks(spark: SparkSession, table: str) -> bool:
+    """Return whether predictive optimization is on for a table: Databricks then runs VACUUM by itself."""
+    described = spark.sql(f"DESCRIBE TABLE EXTENDED {table}").collect()
+    return any(
+        line["col_name"] == "Predictive Optimization" and (line["data_type"] or "").startswith("ENABLE")
+        for line in described
+    )
+
+
 def delete_versions(spark: SparkSession, table: str, model: str, versions: Sequence[str]) -> None:
     """Delete the rows of some versions of a model, in one commit."""
     gone = f"model_name = {literal(model)} AND model_version IN ({', '.join(map(literal, versions))})"

@@ -4,13 +4,16 @@ import json
 import threading
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 
 from scgpt_batch.cli.main import ALERTS, OK, WRONG_USAGE, main
 from scgpt_batch.monitoring import rules as health_rules
 from scgpt_batch.monitoring.monitor import monitor
-from scgpt_batch.settings import MonitorSettings
+from scgpt_batch.settings import MonitorSettings, RuleName
+from scgpt_batch.spark import tables
 from tests import inference_tables
 
 NOW = datetime(2026, 11, 20, 12, 30, tzinfo=UTC)
@@ -44,6 +47,11 @@ LAST_HOUR = "request_time >= '2026-11-20 10:00:00' and request_time < '2026-11-2
 ONE_IN = "pmod(xxhash64(databricks_request_id), {}) = 0"
 
 
+def canary(when):
+    """A second version gets a ninth of the requests."""
+    return f"served_entity_id = if({when} and {ONE_IN.format(9)}, 'scgpt-2', 'scgpt-3')"
+
+
 @pytest.mark.parametrize(
     ("fault", "rules"),
     [
@@ -60,21 +68,30 @@ ONE_IN = "pmod(xxhash64(databricks_request_id), {}) = 0"
         ({"change": f"execution_duration_ms = if({ONE_IN.format(40)}, 10001L, 5L)"}, {}),
         ({"change": "execution_duration_ms = cast(null as bigint)"}, {}),
         ({"change": f"served_entity_id = if({ONE_IN.format(9)}, 'scgpt-2', 'scgpt-3')"}, {"versions": "warning"}),
-        ({"change": "served_entity_id = if(request_time < '2026-11-19 12:00:00', 'scgpt-2', 'scgpt-3')"}, {}),
+        ({"change": "served_entity_id = if(request_time < '2026-11-19 15:00:00', 'scgpt-2', 'scgpt-3')"}, {}),
+        ({"change": canary("request_time > '2026-11-17 15:00:00'"), "max_canary_days": 4}, {}),
+        ({"change": canary("request_time > '2026-11-17 15:00:00'")}, {"versions": "warning"}),
+        ({"change": canary("request_time < '2026-11-19 00:00:00'")}, {}),
         ({"where": f"not ({LAST_HOUR}) or {ONE_IN.format(4)}"}, {"volume": "warning"}),
         ({"where": f"not ({LAST_HOUR}) or not {ONE_IN.format(5)}"}, {}),
         ({"where": f"not ({LAST_HOUR})"}, {"volume": "warning"}),
+        ({"where": f"not ({LAST_HOUR})", "ignore": ["volume"]}, {}),
+        ({"where": f"not ({LAST_HOUR})", "severity": {"volume": "critical"}}, {"volume": "critical"}),
         ({"where": f"not ({LAST_HOUR})", "min_usual_requests": 1000}, {}),
         # an hour whose rows may still arrive is not compared
         ({"where": "request_time < '2026-11-20 11:00:00'"}, {}),
         ({"where": "request_time < '2026-11-20 11:00:00'", "delay_minutes": 0}, {"volume": "warning"}),
-        ({"where": "request_time < '2026-11-19 12:00:00'"}, {"no_requests": "critical"}),
-        ({"where": "false"}, {"no_requests": "critical"}),
+        # an endpoint with regular requests that has none is more than idle
+        ({"where": "request_time < '2026-11-19 12:00:00'"}, {"no_requests": "info", "volume": "warning"}),
+        ({"where": "request_time < '2026-11-19 12:00:00'", "severity": {"no_requests": "critical"}},
+         {"no_requests": "critical"}),
+        ({"where": "false"}, {"no_requests": "info"}),
     ],
     ids=["healthy", "errors", "few errors", "threshold", "too few errors", "client errors", "few client errors",
          "no status", "slow", "few slow", "no durations", "two versions",
-         "a new version", "a quarter", "four fifths", "an empty hour", "little traffic", "late rows", "no late rows",
-         "yesterday", "empty table"],
+         "a swap", "an allowed canary", "a long canary", "an ended canary", "a quarter",
+         "four fifths", "an empty hour", "ignored", "more severe", "little traffic", "late rows", "no late rows",
+         "silent", "silent and critical", "idle"],
 )  # fmt: skip
 def test_each_endpoint_rule_fires_and_does_not(judged, fault, rules):
     assert judged(**fault) == rules
@@ -151,11 +168,12 @@ def test_each_batch_rule_fires_and_does_not(spark, runs, collapse, rules):
 @pytest.fixture(scope="module")
 def of_now(spark):
     """Tables with recent requests: all well, answered by two versions, and all failed."""
-    lines = inference_tables.requests(300, until=datetime.now(UTC), days=2)
+    lines = inference_tables.requests(300, until=datetime.now(UTC), days=6)
     lines["status_code"], lines["execution_duration_ms"], lines["served_entity_id"] = 200, 100, "scgpt-3"
     inference_tables.write(spark, lines, "payload_of_now")
     lines.loc[lines.index[::3], "served_entity_id"] = "scgpt-2"
     inference_tables.write(spark, lines, "payload_of_two")
+    inference_tables.write(spark, lines[:0], "idle_payload")
     lines["status_code"] = 500
     return inference_tables.write(spark, lines, "payload_of_errors")
 
@@ -181,13 +199,14 @@ def call(capfd):
         ("payload_of_two", "warning", ALERTS, "warning"),
         ("payload_of_errors", "critical", ALERTS, "critical"),
         ("payload_of_errors", "warning", ALERTS, "critical"),
+        ("idle_payload", "warning", OK, "ok"),
     ],
 )
 def test_exit_code_depends_on_fail_on(call, of_now, table, fail_on, code, status):
     found, told, _ = call("monitor", "--inference-table", table, "--fail-on", fail_on)
     assert (found, told["status"]) == (code, status)
-    assert {alert["severity"] for alert in told["alerts"]} <= {"warning", "critical"}
-    assert told["requests"] > 0 and told["p95_ms"] == 100
+    assert {alert["severity"] for alert in told["alerts"]} <= {"info", "warning", "critical"}
+    assert (told["requests"] > 0) == (table != "idle_payload")
 
 
 @pytest.mark.parametrize(
@@ -198,6 +217,8 @@ def test_exit_code_depends_on_fail_on(call, of_now, table, fail_on, code, status
         (["--inference-table", "healthy_payload", "--report", "/nowhere/page.html"], "/nowhere"),
         (["--runs-table", "not_there"], "not_there"),
         (["--inference-table", "healthy_payload", "--days", "1"], "days"),
+        (["--inference-table", "healthy_payload", "--ignore", "versoins"], "ignore"),
+        (["--inference-table", "healthy_payload", "--severity", "p95=fatal"], "severity"),
     ],
 )
 def test_wrong_usage_of_monitor_is_one_line(call, healthy, argv, wanted):
@@ -235,8 +256,13 @@ def test_alerts_are_posted_in_slack_format(call, of_now, webhook, monkeypatch):
     assert [alert["rule"] for alert in told["alerts"]] == ["versions"]
     assert list(came[0]) == ["text"] and told["alerts"][0]["message"] in came[0]["text"]
     came.clear()
-    call("monitor", "--inference-table", "payload_of_now")
+    for quiet in ("payload_of_now", "idle_payload"):
+        call("monitor", "--inference-table", quiet)
     assert came == []
+
+
+def test_every_rule_has_its_name_in_the_settings():
+    assert tuple(rule.name for rule in health_rules.RULES) == get_args(RuleName)
 
 
 @pytest.mark.parametrize("fault", ["status", "address"])
@@ -286,10 +312,43 @@ def test_maintain_compacts_and_deletes_no_rows(spark, call, tmp_path):
     assert spark.conf.get("spark.databricks.delta.retentionDurationCheck.enabled", "true") == "true"
 
 
+def test_maintain_deletes_records_of_old_finished_runs(spark, call, tmp_path):
+    table, runs = f"delta.`{tmp_path}/e`", f"delta.`{tmp_path}/e_runs`"
+    spark.range(1).write.format("delta").save(str(tmp_path / "e"))
+    tables.create(spark, runs, tables.RUNS)
+    today = datetime.now(UTC)
+    for name, days, status in (("new", 364, "finished"), ("old", 367, "finished"), ("killed", 400, "running")):
+        at = today - timedelta(days=days)
+        tables.insert(spark, runs, {"run_id": name, "status": status, "started_at": at, "finished_at": at})
+    code, told, _ = call("maintain", "--table", table, "--runs-days", 365)
+    assert (code, told["rows_deleted"]) == (OK, 1)
+    assert {row["run_id"] for row in spark.table(runs).collect()} == {"new", "killed"}
+
+
+@pytest.mark.parametrize(("shown", "on"), [("ENABLE (inherited from METASTORE m)", True), ("DISABLE", False)])
+def test_predictive_optimization_is_read_from_the_description(shown, on):
+    """As a Unity Catalog table describes itself: open-source Spark has no such line."""
+    session = SimpleNamespace(sql=lambda sql: SimpleNamespace(collect=lambda: [
+        {"col_name": "id", "data_type": "bigint"}, {"col_name": "", "data_type": None},
+        {"col_name": "Predictive Optimization", "data_type": shown},
+    ]))  # fmt: skip
+    assert tables.is_vacuumed_by_databricks(session, "main.lab.t") is on
+
+
+def test_maintain_leaves_vacuum_to_predictive_optimization(spark, call, tmp_path, monkeypatch):
+    spark.range(40, numPartitions=4).write.format("delta").save(str(tmp_path / "t"))
+    table = f"delta.`{tmp_path}/t`"
+    monkeypatch.setattr(tables, "is_vacuumed_by_databricks", lambda *_: True)
+    code, told, _ = call("maintain", "--table", table)
+    operations = {row["operation"] for row in spark.sql(f"describe history {table}").collect()}
+    assert (code, told["files_compacted"]) == (OK, 4) and "VACUUM START" not in operations
+
+
 @pytest.mark.parametrize(
     ("argv", "wanted"),
     [
         (["--vacuum-hours", 100], "--force"),
+        (["--runs-days", 30], "has no table of runs"),
         (["--retain-days", 30], "--date-column"),
         (["--date-column", "nothing"], "nothing"),
         (["--date-column", "requester"], "requester"),
