@@ -1,7 +1,9 @@
 """The bundle of conf/databricks as the Databricks CLI reads it: files included, references of a target resolved."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -11,7 +13,9 @@ BUNDLE = CONF / "databricks"
 REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 
 # What a person has to say, and what the CLI asks the workspace for.
-GIVEN = {"catalog": "main", "warehouse_id": "w1", "curators": "curators", "notify": "ann@lab.org"}
+GIVEN = {
+    "catalog": "main", "warehouse_id": "w1", "curators": "curators", "readers": "readers", "notify": "ann@lab.org",
+}  # fmt: skip
 WORKSPACE = {"current_user": {"userName": "ann@lab.org", "short_name": "ann"}}
 
 
@@ -28,9 +32,14 @@ def read() -> dict[str, Any]:
     return bundle
 
 
-def resolved(target: str, **given: Any) -> dict[str, Any]:
-    """Return the resources of a target with every reference replaced; KeyError names one that leads nowhere."""
+def resolved(target: str, *, override: Mapping[str, Any] = MappingProxyType({}), **given: Any) -> dict[str, Any]:
+    """Return the resources of a target with every reference replaced; KeyError names one that leads nowhere.
+
+    `override` is merged into the target, as somebody would write it there.
+    """
     bundle = read()
+    bundle["targets"][target] = merged(bundle["targets"][target], override)
+    resources = merged(bundle["resources"], bundle["targets"][target].get("resources", {}))
     declared = bundle["variables"]
     values = {name: variable["default"] for name, variable in declared.items() if "default" in variable}
     values |= bundle["targets"][target].get("variables", {}) | GIVEN
@@ -38,11 +47,49 @@ def resolved(target: str, **given: Any) -> dict[str, Any]:
     assert given.keys() <= declared.keys()
     context = {
         "var": values | given,
-        "resources": bundle["resources"],
+        "resources": resources,
         "bundle": {"name": bundle["bundle"]["name"], "target": target},
         "workspace": WORKSPACE,
     }
-    return _replaced(bundle["resources"], context)
+    return _replaced(resources, context)
+
+
+KEYS = {"job_clusters": "job_cluster_key", "tasks": "task_key", "parameters": "name"}
+
+
+def merged(one: Any, other: Any, name: str = "") -> Any:
+    """Merge a target's settings over others as the CLI does: maps by key, named lists by name, other lists appended."""
+    if isinstance(one, dict) and isinstance(other, Mapping):
+        both = {key: merged(one[key], other[key], key) for key in one.keys() & other.keys()}
+        return {**one, **other, **both}
+    if isinstance(one, list) and isinstance(other, list):
+        key = KEYS.get(name)
+        if key is None or not all(isinstance(each, dict) for each in one):
+            return [*one, *other]
+        return list(merged({each[key]: each for each in one}, {each[key]: each for each in other}).values())
+    return other
+
+
+# A change of these makes the CLI delete the resource and create it again.
+IDENTITY = {
+    "schemas": ("catalog_name",), "volumes": ("catalog_name", "schema_name", "volume_type"),
+    "registered_models": ("catalog_name", "schema_name", "name"), "model_serving_endpoints": ("name",),
+    "experiments": ("artifact_location",), "alerts": ("parent_path",),
+}  # fmt: skip
+
+
+def plan(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """List what a deploy changes: `create`, `update` (with the fields), `recreate` or `delete` and the resource."""
+    steps = []
+    for kind in sorted(before.keys() | after.keys()):
+        old, new = before.get(kind, {}), after.get(kind, {})
+        steps += [f"delete {kind}.{key}" for key in sorted(old.keys() - new.keys())]
+        steps += [f"create {kind}.{key}" for key in sorted(new.keys() - old.keys())]
+        for key in sorted(old.keys() & new.keys()):
+            changed = sorted(f for f in old[key].keys() | new[key].keys() if old[key].get(f) != new[key].get(f))
+            verb = "recreate" if set(changed) & set(IDENTITY.get(kind, ())) else "update"
+            steps += [f"{verb} {kind}.{key}: {', '.join(changed)}"] if changed else []
+    return steps
 
 
 def _replaced(node: Any, context: dict[str, Any]) -> Any:
@@ -85,3 +132,12 @@ def in_order(job: dict[str, Any]) -> list[dict[str, Any]]:
         done.append(ready[0])
         waiting.remove(ready[0])
     return done
+
+
+def documented_variants() -> dict[str, dict[str, Any]]:
+    """Return the YAML blocks of the document's section "Variants", each by the sentence before it."""
+    text = (CONF.parent / "docs" / "databricks.md").read_text(encoding="utf-8")
+    section = re.search(r"^## Variants$(.*?)^## ", text, re.MULTILINE | re.DOTALL)
+    assert section is not None
+    blocks = re.finditer(r"^```yaml\n(.*?)^```", section[1], re.MULTILINE | re.DOTALL)
+    return {section[1][: b.start()].rstrip().rsplit("\n\n", 1)[-1]: yaml.safe_load(b[1]) for b in blocks}

@@ -14,11 +14,11 @@ import mlflow
 import pytest
 from pyspark.sql import functions as F
 
-from scgpt_batch.monitoring import rules
+from scgpt_batch.monitoring import queries, rules
 from scgpt_batch.monitoring.monitor import SAMPLE, TABLE_ROWS, HealthCheck
 from scgpt_batch.settings import MonitorSettings
+from tests import billing_tables, inference_tables
 from tests import databricks_bundle as bundles
-from tests import inference_tables
 from tests.helpers import name_version
 from tests.paths import REPO
 
@@ -54,8 +54,10 @@ def workspace(spark, home, pbmc3k):
     lines = inference_tables.requests(len(minutes), until=now).assign(sampling_fraction=1.0)
     lines["request_time"] = [now - timedelta(minutes=one) for one in minutes]
     lines["request_date"] = [time.date() for time in lines["request_time"]]
+    lines.loc[:1, "request_date"] = now.date() - timedelta(days=91)
     lines["status_code"], lines["execution_duration_ms"], lines["served_entity_id"] = 200, 100, "scgpt-1"
     inference_tables.write(spark, lines, "scgpt.scgpt_payload")
+    billing_tables.write(spark, "scgpt", now.replace(hour=1))
     return resources
 
 
@@ -66,9 +68,9 @@ def night(workspace, home):
 
 
 @pytest.fixture(scope="module")
-def hour(workspace, night):
-    """The summaries of the hourly job, run after the nightly job."""
-    return run_job(workspace["jobs"]["monitor"])
+def week(workspace, night):
+    """The summaries of the retention job, run after the nightly job."""
+    return run_job(workspace["jobs"]["retention"])
 
 
 def test_nightly_job_embeds_and_monitors(spark, night):
@@ -78,17 +80,21 @@ def test_nightly_job_embeds_and_monitors(spark, night):
         assert (told["mode"], told["rows_ok"], told["rows_failed"], told["model_version"]) == (mode, 2, 0, "1")
         lines = spark.table("scgpt.gene_embeddings").where(F.col("mode") == mode)
         assert lines.count() == told["embeddings"] > 500
+    cells = night["embed_cells"]
+    assert (cells["mode"], cells["rows_ok"], cells["embeddings"]) == ("cell", 2, 400)
+    assert spark.table("scgpt.cell_embeddings").count() == 400
+    assert spark.table("scgpt.gene_embeddings_runs").count() == 3
     assert night["maintain"]["tables"] == [f"{CATALOG}.scgpt.gene_embeddings{end}" for end in ("", "_ledger", "_runs")]
     assert (night["monitor"]["status"], night["monitor"]["last_run"]) == ("ok", night["embed_contextual"]["run_id"])
+    assert night["monitor_cells"]["status"] == "ok"
     (detail,) = spark.sql("describe detail scgpt.gene_embeddings").collect()
     assert detail["clusteringColumns"] == ["gene"]
 
 
-def test_hourly_job_monitors_and_creates_the_view(spark, hour):
-    assert hour["monitor"]["status"] == "ok" and hour["monitor"]["requests"] > 500
-    assert hour["monitor"]["last_run_status"] == "finished"
-    payload = spark.table("scgpt.scgpt_payload").select("databricks_request_id").distinct().count()
-    assert spark.newSession().table("scgpt.requests").count() == payload
+def test_retention_job_deletes_old_requests(spark, week):
+    """The oldest of the fixture's requests are eight days old; two more are older than the retention."""
+    assert week["requests"]["rows_deleted"] == 2
+    assert spark.table("scgpt.scgpt_payload").where("request_date < date_sub(current_date(), 90)").isEmpty()
 
 
 # The dashboard
@@ -117,8 +123,11 @@ def in_schema(spark):
 
 
 @pytest.mark.parametrize("dataset", DASHBOARD["datasets"], ids=lambda one: one["name"])
-def test_data_set_has_the_columns_of_its_widgets(spark, hour, in_schema, dataset):
+def test_data_set_has_the_columns_of_its_widgets(spark, week, in_schema, dataset):
     values = {one["keyword"]: chosen(one) for one in dataset["parameters"]}
+    billing = {"usage": "usage", "prices": "list_prices"}
+    assert all(values[name] == f"system.billing.{table}" for name, table in billing.items() if name in values)
+    values |= {name: table for name, table in billing.items() if name in values}
     answer = spark.sql("".join(dataset["queryLines"]), args=values)
     queries = [query["query"] for widget in WIDGETS for query in widget["queries"]]
     fields = [
@@ -152,6 +161,17 @@ def names_of(key, node):
     return here + [name for one in node.values() for name in names_of(key, one)]
 
 
+def test_cost_counts_the_projects_tags_at_the_price_of_the_time(spark, week):
+    tables = {"usage": "scgpt.usage", "prices": "scgpt.list_prices"}
+    given = {**tables, "since": datetime.now(UTC).date(), "project": "scgpt"}
+    cost = {row["component"]: row for row in queries.run(spark, "cost", **given).collect()}
+    assert {name: (row["product"], float(row["dbus"]), float(row["list_cost"])) for name, row in cost.items()} == {
+        "nightly": ("JOBS", 20.0, 10.0), "endpoint": ("MODEL_SERVING", 3.0, pytest.approx(0.3)),
+    }  # fmt: skip
+    (line,) = queries.run(spark, "cells_per_dollar", **given, runs="scgpt.gene_embeddings_runs").collect()
+    assert (line["cells"], float(line["cells_per_dollar"])) == (1200, 120.0)  # 400 cells in three modes
+
+
 # The alerts
 
 COMPARE = {"GREATER_THAN": operator.gt, "LESS_THAN": operator.lt, "EQUAL": operator.eq, "NOT_EQUAL": operator.ne}
@@ -175,16 +195,21 @@ def firing(spark, schema):
 def fired_rules(spark, schema):
     """The names of the rules that fire in `monitor`."""
     settings, now = MonitorSettings(), datetime.now(UTC)
-    health, requests = HealthCheck(spark, settings, now), f"{schema}.requests"
+    health = HealthCheck(spark, settings, now)
+    requests = queries.requests_view(spark, f"{schema}.scgpt_payload")
     health.run("endpoint_health", requests=requests, since=health.window)
     arrived = now - timedelta(minutes=settings.delay_minutes)
     health.run("traffic", requests=requests, since=health.history, until=arrived)
+    health.run("version_days", requests=requests, since=health.history)
     health.run("last_runs", runs=f"{schema}.gene_embeddings_runs", limit=TABLE_ROWS)
     health.run("collapse_genes", embeddings=f"{schema}.gene_embeddings", since=health.history, sample=SAMPLE)
-    return {alert.rule for alert in rules.check(health.results, settings, now)}
+    found = {alert.rule for alert in rules.check(health.results, settings, now) if alert.severity != "info"}
+    cells = HealthCheck(spark, settings, now)
+    cells.run("collapse_cells", embeddings=f"{schema}.cell_embeddings", since=cells.history, sample=SAMPLE)
+    return found | ({"collapse_cells"} if rules.check(cells.results, settings, now) else set())
 
 
-IN_NINE = "pmod(xxhash64(request_id), 9) = 0"
+IN_NINE = "pmod(xxhash64(databricks_request_id), 9) = 0"
 EARLIER = f"request_time < timestamp '{datetime.now(UTC) - timedelta(hours=3):%Y-%m-%d %H:%M:%S}'"
 RUNS = "from scgpt.gene_embeddings_runs"
 # Changes to the healthy tables, and the rules that then fire.
@@ -195,39 +220,44 @@ STATES = {
     ),
     "sick": (
         {
-            "requests": f"""select * except (failed, duration_ms, served_entity), {IN_NINE} as failed,
-                20000 as duration_ms, if(pmod(xxhash64(request_id), 2) = 0, 'scgpt-1', 'scgpt-2') as served_entity
-                from scgpt.requests where {EARLIER} or {IN_NINE}""",
+            "scgpt_payload": f"""select * except (status_code, execution_duration_ms, served_entity_id),
+                if({IN_NINE}, 500, 200) as status_code, 20000L as execution_duration_ms,
+                if(pmod(xxhash64(databricks_request_id), 2) = 0, 'scgpt-1', 'scgpt-2') as served_entity_id
+                from scgpt.scgpt_payload where {EARLIER} or {IN_NINE}""",
             "gene_embeddings_runs": f"""select * except (rows_failed, status), 1 as rows_failed,
                 if(mode = 'static', status, 'failed') as status {RUNS}""",
-            "gene_embeddings": "select * except (embedding), array(1f, 2f) as embedding from scgpt.gene_embeddings",
+            **{
+                f"{kind}_embeddings": f"""select * except (embedding), array(1f, 2f) as embedding
+                from scgpt.{kind}_embeddings"""
+                for kind in ("gene", "cell")
+            },
         },
-        {"error_rate", "p95", "versions", "volume", "run_failed", "rows_failed", "collapse"},
+        {"error_rate", "p95", "versions", "volume", "run_failed", "rows_failed", "collapse", "collapse_cells"},
     ),
     "dead": (
         {
-            "requests": "select * from scgpt.requests where false",
+            "scgpt_payload": f"select * from scgpt.scgpt_payload where {EARLIER}",
             "gene_embeddings_runs": f"""select * except (started_at, finished_at),
                 started_at - interval 3 days as started_at, finished_at - interval 3 days as finished_at {RUNS}""",
         },
-        {"no_requests", "run_late"},
+        {"volume", "run_late"},
     ),
     "new": (
         {
-            "requests": "select * from scgpt.requests where false",
+            "scgpt_payload": "select * from scgpt.scgpt_payload where false",
             "gene_embeddings_runs": f"select * {RUNS} where false",
             "gene_embeddings": "select * from scgpt.gene_embeddings where false",
         },
-        {"no_requests", "run_late"},
+        {"run_late"},
     ),
 }
 
 
 @pytest.mark.parametrize("state", STATES)
-def test_sql_alerts_fire_like_monitor(spark, hour, state):
+def test_sql_alerts_fire_like_monitor(spark, week, state):
     changes, broken = STATES[state]
     spark.sql(f"create schema {state}")
-    for table in ("requests", "gene_embeddings_runs", "gene_embeddings"):
+    for table in ("scgpt_payload", "gene_embeddings_runs", "gene_embeddings", "cell_embeddings"):
         spark.sql(f"create view {state}.{table} as {changes.get(table, f'select * from scgpt.{table}')}")
     assert firing(spark, state) == broken
     assert fired_rules(spark, state) == broken

@@ -426,6 +426,8 @@ def test_status_includes_health_of_the_tables(run, spark, deployed, tmp_path, mo
 def sections(*titles):
     """Code blocks of the document's sections: (language, text), in order."""
     text = (REPO / "docs/databricks.md").read_text()
+    text = re.sub(r"main\.scgpt\.", "main.lab.", text)  # the schema of these tests
+    text = re.sub(r"""(schema_name"?[=:] ?)"scgpt\"""", r'\1"lab"', text)
     chosen = [part for part in re.split(r"^## ", text, flags=re.MULTILINE) if part.split("\n")[0] in titles]
     assert len(chosen) == len(titles)
     return [block for part in chosen for block in re.findall(r"^```(\w+)\n(.*?)^```", part, re.MULTILINE | re.DOTALL)]
@@ -453,6 +455,18 @@ def test_deploy_continues_from_other_tools(deploy, workspace, tmp_path, language
     workspace.requests.clear()
     code, told, _ = deploy("/3")
     assert (code, told["state"], told["changes"], told["inference_table"]) == (OK, "READY", [], TABLE)
+
+
+@pytest.mark.parametrize(
+    ("language", "text"),
+    sections("The inference table of an endpoint that exists"),
+    ids=["SDK", "MLflow", "REST"],
+)
+def test_inference_table_is_switched_on_later(deploy, workspace, tmp_path, language, text):
+    assert deploy("/3", "--inference-table", "none")[1]["inference_table"] is None
+    exec(text, {}) if language == "python" else bash(text, tmp_path)
+    code, told, _ = deploy("/3")
+    assert (code, told["changes"], told["inference_table"]) == (OK, [], TABLE)
 
 
 def test_every_client_gets_the_same_embeddings(deploy, deployed, workspace, model, golden, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The Databricks bundle, as far as it can be checked without a workspace: types, references, files, entry points."""
 
 import copy
+import json
 import tomllib
 
 import pytest
@@ -39,6 +40,23 @@ TASKS = [(name, task["task_key"]) for name, job in AS_WRITTEN["resources"]["jobs
 def test_resource_matches_databricks_class(kind, key, form):
     found = AS_WRITTEN["resources"] if form == "written" else bundles.resolved(form)
     assert CLASSES[kind].from_dict(found[kind][key]).as_dict() == found[kind][key]
+
+
+VARIANTS = bundles.documented_variants()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_documented_variant_matches_databricks_classes(variant):
+    plain, found = bundles.resolved("prod"), bundles.resolved("prod", override=VARIANTS[variant]["targets"]["prod"])
+    assert found != plain
+    for kind, resources in found.items():
+        for key, resource in resources.items():
+            assert CLASSES[kind].from_dict(resource).as_dict() == resource, key
+
+
+def test_variants_are_those_that_the_document_promises():
+    subjects = [next(iter(variant.split())) for variant in VARIANTS]
+    assert subjects == ["Azure,", "Google", "Run", "A", "Rate", "Logs"]
 
 
 def test_misspelt_resource_field_is_rejected():
@@ -95,8 +113,68 @@ def test_task_parameters_are_valid_for_its_command(job, task):
 
 def test_nightly_tasks_run_in_order():
     tasks = bundles.in_order(AS_WRITTEN["resources"]["jobs"]["nightly"])
-    wanted = ["ingest", "embed_static", "embed_contextual", "maintain", "monitor"]
-    assert [task["task_key"] for task in tasks] == wanted
+    assert [task["task_key"] for task in tasks] == [
+        "ingest", "embed_static", "embed_cells", "embed_contextual", "maintain", "maintain_cells", "monitor",
+        "monitor_cells",
+    ]  # fmt: skip
+
+
+def test_only_the_transformer_runs_on_gpus():
+    jobs = AS_WRITTEN["resources"]["jobs"].values()
+    on_gpus = {t["task_key"] for job in jobs for t in job["tasks"] if t["job_cluster_key"] == "gpu"}
+    assert on_gpus == {"embed_cells", "embed_contextual"}
+
+
+def test_gpu_task_gets_the_cores_of_its_node():
+    (gpu,) = (c["new_cluster"] for c in nightly(gpu_node_cpus="16")["job_clusters"] if c["job_cluster_key"] == "gpu")
+    assert (gpu["spark_conf"]["spark.task.cpus"], gpu["spark_conf"]["spark.task.resource.gpu.amount"]) == ("16", "1")
+
+
+def nightly(target="prod", **given):
+    return bundles.resolved(target, **given)["jobs"]["nightly"]
+
+
+def test_spot_nodes_of_the_target_are_merged_into_both_clusters():
+    clusters = {c["job_cluster_key"]: c["new_cluster"] for c in nightly()["job_clusters"]}
+    assert clusters.keys() == {"cpu", "gpu"}
+    assert all(c["aws_attributes"]["availability"] == "SPOT_WITH_FALLBACK" for c in clusters.values())
+    assert all(c["spark_version"].startswith("18.x-") for c in clusters.values())
+
+
+def test_old_requests_runs_and_versions_are_deleted_by_default():
+    words = {key: task["python_wheel_task"]["parameters"] for job in bundles.resolved("prod")["jobs"].values()
+             for task in job["tasks"] for key in [task["task_key"]]}  # fmt: skip
+    assert words["requests"][-4:] == ["--date-column", "request_date", "--retain-days", "90"]
+    assert words["maintain"][-2:] == ["--runs-days", "365"]
+    for mode in ("static", "cells", "contextual"):
+        task = words[f"embed_{mode}"]
+        assert task[task.index("--prune") + 1] == "5", mode
+
+
+def test_keys_are_unique_among_all_kinds():
+    """`bundle validate` rejects a key that two resources have, also of different kinds."""
+    keys = [key for _, key in RESOURCES]
+    assert sorted(keys) == sorted(set(keys))
+
+
+# The earlier bundle had the key `scgpt` three times, so `bundle validate` rejected it until somebody renamed two.
+RENAMED = {"registered_models": "model", "model_serving_endpoints": "endpoint"}
+
+
+def test_upgrade_deletes_and_recreates_nothing_that_holds_data():
+    before = json.loads((REPO / "tests/data/bundle_before.json").read_text())
+    before |= {kind: {key: before[kind]["scgpt"]} for kind, key in RENAMED.items()}
+    steps = bundles.plan(before, bundles.resolved("prod"))
+    print("\n".join(steps))
+    lost = [step for step in steps if step.startswith(("delete", "recreate"))]
+    assert [step for step in lost if not step.startswith(("delete jobs.", "delete alerts."))] == []
+    assert "create jobs.retention" in steps
+
+
+def test_plan_names_a_recreated_resource():
+    before = {"volumes": {"v": {"volume_type": "MANAGED", "comment": "a"}}}
+    after = {"volumes": {"v": {"volume_type": "EXTERNAL", "comment": "a"}}}
+    assert bundles.plan(before, after) == ["recreate volumes.v: volume_type"]
 
 
 def test_generated_files_are_up_to_date():
@@ -111,13 +189,51 @@ def test_threshold_is_written_to_its_alert(tmp_path):
     assert "double_value: 0.25" in made["error_rate.alert.yml"] and "120 minutes" in made["error_rate.alert.yml"]
 
 
+def test_idle_endpoint_gets_an_alert_only_when_it_is_severe(tmp_path):
+    assert "no_requests" not in AS_WRITTEN["resources"]["alerts"]
+    (tmp_path / "monitor.yml").write_text("monitor: {severity: {no_requests: critical}, ignore: [p95]}")
+    made = {path.name: text for path, text in generator.files(tmp_path).items()}
+    assert "scGPT critical no_requests" in made["no_requests.alert.yml"] and "p95.alert.yml" not in made
+
+
+def test_alerts_send_mail_when_their_state_changes():
+    for name, alert in bundles.resolved("prod")["alerts"].items():
+        notification = alert["evaluation"]["notification"]
+        assert notification["notify_on_ok"] and not notification.get("retrigger_seconds"), name
+
+
 @pytest.mark.parametrize("target", AS_WRITTEN["targets"])
-def test_account_users_is_not_a_workspace_group(target):
-    permissions = [
-        p for kind in bundles.resolved(target).values() for r in kind.values() for p in r.get("permissions", [])
-    ]
-    groups = {permission.get("group_name") for permission in permissions}
-    assert "users" in groups and "account users" not in groups
+def test_nothing_is_open_to_every_user(target):
+    found = bundles.resolved(target)
+    lines = [line for kind in found.values() for r in kind.values() for line in r.get("permissions", [])]
+    named = {line.get("group_name") for line in lines}
+    named |= {grant["principal"] for kind in found.values() for r in kind.values() for grant in r.get("grants", [])}
+    assert {"readers", "curators"} <= named and not named & {"users", "account users"}
+
+
+def test_only_its_deployer_can_write_to_the_bundles_folder():
+    prod = AS_WRITTEN["targets"]["prod"]
+    assert prod["workspace"]["root_path"].startswith("/Workspace/Users/${workspace.current_user.userName}/")
+    names = [experiment["name"] for experiment in AS_WRITTEN["resources"]["experiments"].values()]
+    assert all(name.startswith("/Users/${workspace.current_user.userName}/") for name in names)
+
+
+def test_curators_run_jobs_and_readers_see_them():
+    for key, job in bundles.resolved("prod")["jobs"].items():
+        levels = {line["group_name"]: line["level"] for line in job["permissions"]}
+        assert levels == {"curators": "CAN_MANAGE_RUN", "readers": "CAN_VIEW"}, key
+
+
+def test_jobs_principal_can_log_to_the_experiment():
+    permissions = bundles.resolved("prod")["experiments"]["runs"]["permissions"]
+    assert {"level": "CAN_EDIT", "service_principal_name": "app-id"} in permissions
+
+
+def test_bills_can_be_grouped_by_tags():
+    found = bundles.resolved("prod")
+    tags = {key: job["tags"] for key, job in found["jobs"].items()}
+    tags["endpoint"] = {tag["key"]: tag["value"] for tag in found["model_serving_endpoints"]["endpoint"]["tags"]}
+    assert tags == {key: {"project": "scgpt", "component": key} for key in tags}
 
 
 def test_curators_can_register_models():
