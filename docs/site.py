@@ -129,8 +129,9 @@ def _analysis_functions(package: Any) -> Iterator[tuple[str, str]]:
     """Public functions with an example in the modules of `scgpt_batch.analysis`."""
     for path in sorted(Path(package.__file__).parent.glob("[a-z]*.py")):
         source = path.read_text(encoding="utf-8")
-        for name in re.findall(r"^def ([a-z]\w*)\(", source, re.MULTILINE):
-            yield f"{package.__name__}.{path.stem}", name
+        for name, text in re.findall(r"^def ([a-z]\w*)\((.*?)(?=^def |\Z)", source, re.MULTILINE | re.DOTALL):
+            if ">>>" in text:
+                yield f"{package.__name__}.{path.stem}", name
 
 
 def parameters_reference() -> str:

@@ -111,9 +111,10 @@ def embed(
 
     Returns
     -------
-    DataFrame with the columns `cell_id` and `embedding` (mode "cell"), or `group`, `gene`, `embedding` and `n_cells`;
-    cells keep their order. Embeddings are float32, or float16 if `encoding` says so. `attrs["warnings"]` has the
-    model's warnings. `attrs["coverage"]` is the share of counts in genes of the vocabulary, the minimum over requests.
+    DataFrame
+        With the columns `cell_id` and `embedding` (mode "cell"), or `group`, `gene`, `embedding` and `n_cells`; cells
+        keep their order. Embeddings are float32, or float16 if `encoding` says so. `attrs["warnings"]` has the model's
+        warnings. `attrs["coverage"]` is the share of counts in genes of the vocabulary, the minimum over requests.
 
     Warns
     -----

@@ -51,14 +51,22 @@ def enrich(
 
     Returns
     -------
-    One row per program and set that share a gene, most significant first: program, term, genes (those shared),
-    term_genes (the set's genes in the background), p_value and p_adjusted (Benjamini-Hochberg, over all sets of a
-    program that have genes in the background).
+    DataFrame
+        One row per program and set that share a gene, most significant first: program, term, genes (those shared),
+        term_genes (the set's genes in the background), p_value and p_adjusted (Benjamini-Hochberg, over all sets of a
+        program that have genes in the background).
 
     Raises
     ------
     ConfigError
         No gene of the sets is in the background.
+
+    Examples
+    --------
+    >>> sets = {"T cell receptor": ["CD3D", "CD3E", "CD3G"]}
+    >>> found = enrich({"P1": ["CD3D", "CD3E"]}, sets, background=["CD3D", "CD3E", "CD3G", "LYZ", "NKG7"])
+    >>> found[["term", "genes", "term_genes"]].to_dict("records")
+    [{'term': 'T cell receptor', 'genes': ['CD3D', 'CD3E'], 'term_genes': 3}]
     """
     known = set(background)
     terms = {name: known.intersection(genes) for name, genes in sets.items()}
