@@ -111,6 +111,7 @@ test-versions: setup
 
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+	@echo 'open build/site/index.html; with search: python3 -m http.server --directory build/site'
 
 notebooks: setup
 	$(VENV)/bin/python -m tests.notebooks
