@@ -1,0 +1,95 @@
+"""`programs`, `annotate`, `evaluate` on tables by name: through Spark, with the results of tables at paths."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from deltalake import DeltaTable, write_deltalake
+
+from scgpt_batch.cli.main import OK, WRONG_USAGE
+from tests.analysis_data import CELLS, cell_lines, cluster_vectors, embedding_lines, gene_lines, labelled_cells
+
+MADE_OF = ["source_table", "source_version", "run_id", "written_at", "reference_table", "reference_version", "labels"]
+
+
+@pytest.fixture
+def both(spark, tmp_path):
+    """A function: write lines to a table by name and to one at a path; return both."""
+
+    def write(name, lines):
+        spark.createDataFrame(lines).write.format("delta").mode("overwrite").saveAsTable(name)
+        write_deltalake(str(tmp_path / name), lines, mode="overwrite")
+        return name, str(tmp_path / name)
+
+    return write
+
+
+def assert_same(spark, name, path, keys):
+    stored, at_path = spark.read.table(name).toPandas(), DeltaTable(path).to_pandas()
+    frames = [
+        frame.drop(columns=MADE_OF, errors="ignore").sort_values(keys, ignore_index=True) for frame in (stored, at_path)
+    ]
+    assert list(frames[0].columns) == list(frames[1].columns) and len(frames[0])
+    for column in frames[0].columns:
+        left, right = (list(frame[column]) for frame in frames)
+        assert all(_equal(a, b) for a, b in zip(left, right, strict=True)), column
+
+
+def _equal(a, b):
+    if isinstance(a, np.ndarray | list):
+        return np.array_equal(a, b) if isinstance(a[0], str) else np.allclose(a, b, atol=1e-6)
+    return a == b or (a is None and b is None) or (isinstance(a, float) and np.isclose(a, b, equal_nan=True))
+
+
+def test_annotations_by_name_equal_those_at_paths(spark, both, run, tmp_path):
+    keys = [("new:0-30", f"q{i}") for i in range(30)]
+    queries = both("a_query", embedding_lines(keys, cluster_vectors(30, seed=3)))
+    references = both("a_reference", cell_lines())
+    obs = labelled_cells().obs
+    labels = both("a_labels", pa.table({"cell_id": list(obs.index), "cell_type": list(obs["cell_type"])}))
+    outs = "a_annotations", str(tmp_path / "out")
+    for query, reference, source, out in zip(queries, references, labels, outs, strict=True):
+        words = ["--query", query, "--reference", reference, "--labels", source, "--label-column", "cell_type"]
+        for _ in range(2):  # the second time replaces the first
+            code, result, _ = run("annotate", *words, "--out", out)
+            assert (code, result["cells"]) == (OK, 30)
+    assert_same(spark, *outs, ["cell_id"])
+
+
+def test_programs_by_name_equal_those_at_paths(spark, both, run, tmp_path):
+    lines = pa.concat_tables([gene_lines(), gene_lines(adata_id="donor:90-99"), gene_lines(version="0", hours=-1)])
+    tables = both("p_genes", lines)
+    outs = "p_programs", str(tmp_path / "out")
+    labelled_cells().write_h5ad(tmp_path / "cells.h5ad")
+    for table, out in zip(tables, outs, strict=True):
+        words = [
+            "--embeddings",
+            table,
+            "--out",
+            out,
+            "--resolution",
+            1,
+            "--seeds",
+            2,
+            "--cells",
+            tmp_path / "cells.h5ad",
+        ]
+        code, result, _ = run("programs", *words, "--cells", tmp_path / "cells.h5ad")
+        assert (code, result["genes"]) == (OK, CELLS)
+    assert_same(spark, *outs, ["program", "rank"])
+    assert_same(spark, "p_programs_scores", str(tmp_path / "out_scores"), ["cell_id", "program"])
+
+
+def test_figures_by_name_equal_those_at_paths(spark, both, run, tmp_path):
+    tables = both("e_cells", cell_lines())
+    labelled_cells().obs.to_csv(tmp_path / "cells.csv")
+    outs = "e_figures", str(tmp_path / "out")
+    for table, out in zip(tables, outs, strict=True):
+        words = ["--embeddings", table, "--obs", tmp_path / "cells.csv", "--label-column", "cell_type", "--out", out]
+        assert run("evaluate", *words)[0] == OK
+    assert_same(spark, *outs, ["metric"])
+
+
+def test_a_misspelt_table_name_is_suggested(spark, both, run):
+    both("s_genes", gene_lines(10))
+    code, _, err = run("programs", "--embeddings", "s_gene", "--out", "s_programs")
+    assert code == WRONG_USAGE and "did you mean s_genes?" in err
