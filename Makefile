@@ -35,7 +35,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 $(UPSTREAM)/.ready: pyproject.toml constraints-upstream.txt $(VENV)/.ready
 	$(PYTHON) -m venv --clear $(UPSTREAM)
-	$(VENV)/bin/uv pip install --quiet --compile-bytecode --python $(UPSTREAM)/bin/python -c constraints-upstream.txt -e '.[local,upstream]' pytest pytest-timeout
+	$(VENV)/bin/uv pip install --quiet --compile-bytecode --python $(UPSTREAM)/bin/python -c constraints-upstream.txt -e '.[local,upstream]' graspologic-native pytest pytest-timeout
 	touch $@
 
 # Spark needs Java 17 or 21: used if present, installed if that needs no confirmation, else the user is asked to.
@@ -70,6 +70,10 @@ demo: setup .demo/registered .demo/ingested
 	  $(VENV)/bin/spark-submit --properties-file conf/spark-local.conf jobs/embed_genes.py $(CONF) 2>>.demo/log
 	@echo; echo '--- the result'
 	@$(DEMO) summary $(CONF) 2>>.demo/log | sed '$$d'
+	@echo; echo '--- programs: genes that belong together, and their scores by cell type'
+	@$(DEMO) programs $(CONF) 2>>.demo/log | sed '$$d'
+	@echo; echo '--- evaluate: gene families among the nearest genes'
+	@$(DEMO) evaluate $(CONF) 2>>.demo/log | sed '$$d'
 	@echo; echo 'The demo checkpoint is made from these cells; it is NOT the published scGPT weights (see README.md).'
 
 .demo/checkpoint/best_model.pt: $(VENV)/.ready

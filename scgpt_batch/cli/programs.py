@@ -38,7 +38,7 @@ class ProgramsResult(CommandResult):
     scores_table: str | None
     scores: int
     enrichment_table: str | None
-    shown: list[tuple[str, int, float, list[str], str]] = field(repr=False)  # program, genes, stability, first, term
+    shown: list[tuple[str, int, float, list[str], str]] = field(repr=False)  # program, genes, stability, first, notes
 
     def to_dict(self) -> dict[str, Any]:
         """Return the values of the JSON line."""
@@ -49,9 +49,9 @@ class ProgramsResult(CommandResult):
     def lines(self) -> list[str]:
         """Show the first programs."""
         lines = [f"{plural(self.programs, 'program')} of {plural(self.genes, 'gene')} in {self.table}"]
-        for program, size, stability, genes, term in self.shown:
+        for program, size, stability, genes, notes in self.shown:
             more = "" if size <= SHOWN_GENES else " …"
-            named = f"  ({term})" if term else ""
+            named = f"  ({notes})" if notes else ""
             lines.append(f"  {program:<5} {size:>5,} genes, stability {stability:.2f}: {' '.join(genes)}{more}{named}")
         if self.programs > len(self.shown):
             lines.append(f"  and {plural(self.programs - len(self.shown), 'further program')}")
@@ -98,7 +98,7 @@ def programs(settings: ProgramsSettings) -> ProgramsResult:
         scores_table=scores_table,
         scores=0 if scores is None else scores.num_rows,
         enrichment_table=enrichment_table,
-        shown=_shown(found, enriched),
+        shown=_shown(found, enriched, scores if settings.group_by else None),
     )
 
 
@@ -184,16 +184,24 @@ def _enriched(found: pd.DataFrame, vectors: GeneVectors, sets: dict[str, list[st
     return table.astype({"term_genes": "int32", "group": object})
 
 
-def _shown(found: pd.DataFrame, enriched: pd.DataFrame | None) -> list[tuple[str, int, float, list[str], str]]:
-    terms = {}
+def _shown(
+    found: pd.DataFrame, enriched: pd.DataFrame | None, scores_of_groups: pa.Table | None
+) -> list[tuple[str, int, float, list[str], str]]:
+    """Describe the first programs: with the group of the highest mean score, and the most significant gene set."""
+    highest, terms = {}, {}
+    if scores_of_groups is not None:
+        frame = scores_of_groups.select(["program", "group", "score"]).to_pandas().sort_values("score")
+        highest = frame.groupby("program")["group"].last().to_dict()
     if enriched is not None:
         best = enriched[enriched["p_adjusted"] <= SIGNIFICANT].drop_duplicates("program")
         terms = dict(zip(best["program"], best["term"], strict=True))
     tables = list(found.groupby("program", sort=False))[:SHOWN_PROGRAMS]
     shown = []
     for name, table in tables:
+        group = f"highest in {highest[name]}" if name in highest else ""
+        notes = ", ".join(filter(None, (group, terms.get(name))))
         genes, stability = table["gene"].tolist(), float(table["stability"].iloc[0])
-        shown.append((_number(name), len(genes), stability, genes[:SHOWN_GENES], terms.get(name, "")))
+        shown.append((_number(name), len(genes), stability, genes[:SHOWN_GENES], notes))
     return shown
 
 

@@ -13,7 +13,7 @@ from deltalake import DeltaTable, write_deltalake
 
 from scgpt_batch.analysis.programs import find_programs, score_programs
 from scgpt_batch.cli.analysis_tables import GENE_PROGRAMS, PROGRAM_ENRICHMENT, PROGRAM_SCORES
-from scgpt_batch.cli.main import OK, WRONG_USAGE
+from scgpt_batch.cli.main import OK, WRONG_USAGE, main
 from scgpt_batch.io.rows import to_row
 from tests.analysis_data import CELLS, cell_lines, cluster_vectors, embedding_lines, gene_lines, labelled_cells
 
@@ -112,6 +112,17 @@ def test_scores_of_groups_are_means_over_their_cells(programs, folder):
     expected = cells.assign(group=cells["cell_id"].map(labels.to_dict())).groupby(["group", "program"])["score"].mean()
     assert groups.set_index(["group", "program"])["score"].to_dict() == pytest.approx(expected.to_dict())
     assert groups["cell_id"].isna().all()
+
+
+def test_people_see_the_group_and_the_gene_set_of_a_program(folder, capsys):
+    (folder / "sets.gmt").write_text("THIRD\t\t" + "\t".join(f"G{i}" for i in range(0, CELLS, 3)))
+    words = ["--embeddings", folder / "genes", "--out", folder / "out", "--resolution", 1, "--seeds", 1]
+    words += ["--cells", folder / "cells.h5ad", "--group-by", "cell_type", "--gmt", folder / "sets.gmt"]
+    assert main(["programs", *map(str, words)]) == OK
+    lines = [line for line in capsys.readouterr().out.splitlines() if "stability" in line]
+    assert len(lines) == 3 and all("30 genes, stability 1.00: G" in line for line in lines)
+    (of_b,) = [line for line in lines if line.endswith("(highest in B, THIRD)")]
+    assert int(of_b.split(": G")[1].split()[0]) % 3 == 0
 
 
 def test_enrichment_names_the_set_of_a_program(programs, folder):
