@@ -62,9 +62,9 @@ def ceiling(path: Path) -> float:
     clock = time.monotonic()
     with h5py.File(path, "r") as file:
         for name in ("data", "indices"):
-            held = file["X"][name]
-            for first in range(0, held.shape[0], 10_000_000):
-                held[first : first + 10_000_000]
+            values = file["X"][name]
+            for first in range(0, values.shape[0], 10_000_000):
+                values[first : first + 10_000_000]
     return time.monotonic() - clock
 
 

@@ -88,7 +88,7 @@ def cells_per_s(model: ScGPT, lengths: np.ndarray, tokens: int, *, device: str) 
     batches = [packed(part, len(model.encoder.embedding.weight)) for part in split(lengths, tokens)]
 
     def embed() -> None:
-        for vectors in [model(*batch, cls_only=True) for batch in batches]:  # asked for first, then fetched
+        for vectors in [model(*batch, cls_only=True) for batch in batches]:  # queued first, then fetched
             vectors.cpu()
 
     return len(lengths) / seconds(embed, device=device)

@@ -11,7 +11,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _add_norm(
+def add_norm_kernel(
     x_ptr, y_ptr, weight_ptr, bias_ptr, out_ptr, half_ptr, n_rows, eps,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
@@ -44,7 +44,7 @@ def add_norm(
     out = torch.empty_like(x)
     second = out if half == x.dtype else torch.empty_like(x, dtype=half)
     rows = max(1, 2048 // width)
-    _add_norm[(triton.cdiv(n_rows, rows),)](
+    add_norm_kernel[(triton.cdiv(n_rows, rows),)](
         x.contiguous(), y.contiguous(), norm.weight, norm.bias, out, second, n_rows, norm.eps,
         WIDTH=width, ROWS=rows, HALF=second is not out, num_warps=4,
     )  # fmt: skip
@@ -71,7 +71,7 @@ def _attend_to(q, k_at, v_at, there, top, total, mixed, scale, MASKED: tl.conste
 
 
 @triton.jit
-def _packed_attention(
+def packed_attention_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, ends_ptr, scale, stride, out_stride,
     WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
@@ -119,7 +119,7 @@ def packed_attention(
         raise ValueError("q, k and v must be parts of one projection")
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     grid = (triton.cdiv(longest, queries), heads, len(ends) - 1)
-    _packed_attention[grid](
+    packed_attention_kernel[grid](
         q, k, v, out, ends, width**-0.5 * 1.4426950408889634, q.stride(0), out.stride(0),
         WIDTH=width, QUERIES=queries, KEYS=keys, TAIL=16, num_warps=warps, num_stages=stages,
     )  # fmt: skip

@@ -278,7 +278,7 @@ def variants(sizes: Sizes) -> dict[str, object]:
 
 
 def _cells_per_s(run: Callable[..., torch.Tensor], lengths: np.ndarray, tokens: int, sizes: Sizes) -> float:
-    """Rate of whole passes, batches asked for first and vectors fetched after: as `gpu.cells_per_s`."""
+    """Rate of whole passes, batches queued first and vectors fetched after: as `gpu.cells_per_s`."""
     batches = [packed(part, sizes.n_genes) for part in split(lengths, tokens)]
 
     def embed() -> None:

@@ -47,14 +47,14 @@ def run_part(part: str, limit: float, log: object, *, dry: bool) -> dict[str, ob
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
                                start_new_session=True)  # fmt: skip
     try:
-        told, words = process.communicate(timeout=limit)
+        output, words = process.communicate(timeout=limit)
         end = f"ended with code {process.returncode}"
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-        told, words = process.communicate()
+        output, words = process.communicate()
         end = f"did not end in {limit:.0f} s"
     print(words, file=log, flush=True)  # type: ignore[call-overload]
-    lines = told.strip().splitlines()
+    lines = output.strip().splitlines()
     try:
         result = json.loads(lines[-1]) if process.returncode == 0 else _failed(end, words)
     except (IndexError, ValueError):

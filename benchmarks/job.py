@@ -1,7 +1,7 @@
 """The whole job, Delta to Delta: cells/s in cell and contextual mode against the model alone.
 
 Rows of real PBMC cells, a random checkpoint of full size. The job runs twice in one session (embed_cold_warm.py); the
-second run is told. Its ceiling is the embedder on the same rows in this process, with all cores.
+second run is reported. Its ceiling is the embedder on the same rows in this process, with all cores.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ def embed(checkpoint: Path, rows: Path, mode: str) -> tuple[dict, dict[str, int]
     script += ["--rows", rows, "--out", WORK / "embeddings", "--set", f"mode={mode}", *AS_COUNTED]
     process = subprocess.Popen(list(map(str, script)), cwd=store, env=environment, text=True, stdout=subprocess.PIPE)
     with process, WorkerMemory(process.pid) as memory:
-        told, _ = process.communicate()
+        output, _ = process.communicate()
     if process.returncode:
         raise SystemExit(f"embed_cold_warm.py ended with code {process.returncode}")
     peaks = {
@@ -71,4 +71,4 @@ def embed(checkpoint: Path, rows: Path, mode: str) -> tuple[dict, dict[str, int]
         "driver_peak_mb": round(memory.driver_peak_mb),
         "jvm_peak_mb": round(memory.jvm_peak_mb),
     }
-    return json.loads(told.strip().splitlines()[-1]), peaks
+    return json.loads(output.strip().splitlines()[-1]), peaks

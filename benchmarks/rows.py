@@ -52,11 +52,11 @@ def run(sizes: tuple[int, ...] = SIZES, idle: int = IDLE) -> dict[str, object]:
         found[str(n)] = {"rows_per_s": round(rate, 1), "share_of_ceiling": round(rate / ceiling, 3),
                          "seconds": done["seconds"], "idle_seconds": again["seconds"], "idle_wall": wall}  # fmt: skip
     _make_up(idle, like=sizes[0])
-    told, wall = _command(store, environment, idle)
-    if told["rows_skipped"] != idle:
-        raise SystemExit(f"the idle run took {idle - told['rows_skipped']} rows for new")
-    say(f"{idle} rows, nothing to do: {told['seconds']:.1f} s, {wall:.1f} s with the process (aim: 60)")
-    return found | {str(idle): {"idle_seconds": told["seconds"], "idle_wall": wall}}
+    summary, wall = _command(store, environment, idle)
+    if summary["rows_skipped"] != idle:
+        raise SystemExit(f"the idle run took {idle - summary['rows_skipped']} unchanged rows for new ones")
+    say(f"{idle} rows, nothing to do: {summary['seconds']:.1f} s, {wall:.1f} s with the process (aim: 60)")
+    return found | {str(idle): {"idle_seconds": summary["seconds"], "idle_wall": wall}}
 
 
 def _embedder_alone(checkpoint: Path, rows: list[dict]) -> float:

@@ -63,7 +63,7 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-# --- what is asked --------------------------------------------------------------------------------
+# --- requests -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -217,8 +217,8 @@ def _fresh(name: str) -> Path:
 class Load:
     """Clients on threads; each sends the next question as soon as its last is answered."""
 
-    def __init__(self, port: int, asked: Sequence[Question], *, clients: int, requests: int, seconds: float) -> None:
-        self._port, self._next, self._lock = port, itertools.cycle(asked), threading.Lock()
+    def __init__(self, port: int, workload: Sequence[Question], *, clients: int, requests: int, seconds: float) -> None:
+        self._port, self._next, self._lock = port, itertools.cycle(workload), threading.Lock()
         self._left, self._until = requests, time.perf_counter() + seconds
         self.latencies: list[float] = []
         self.sent = self.received = self.failed = 0
@@ -264,9 +264,11 @@ class Load:
         }
 
 
-def measure(port: int, asked: Sequence[Question], clients: int, *, requests: int, seconds: float) -> dict[str, float]:
-    Load(port, asked, clients=1, requests=1, seconds=600)  # imports, compiled kernels
-    found = Load(port, asked, clients=clients, requests=requests, seconds=seconds).figures()
+def measure(
+    port: int, workload: Sequence[Question], clients: int, *, requests: int, seconds: float
+) -> dict[str, float]:
+    Load(port, workload, clients=1, requests=1, seconds=600)  # imports, compiled kernels
+    found = Load(port, workload, clients=clients, requests=requests, seconds=seconds).figures()
     say(f"  {clients:2} clients: {found}")
     return found
 
@@ -297,10 +299,10 @@ def compare(args: argparse.Namespace) -> dict[str, object]:
         with blog() as (port, _):
             for size in args.rows:
                 say(f"the blog's wrapper, {size}")
-                asked = questions(size, "dense")
+                workload = questions(size, "dense")
                 # every client asks at least once, and there are at least four answers
                 result[f"blog_{size}"] = {
-                    n: measure(port, asked, n, requests=max(n, 4), seconds=1800) for n in args.clients
+                    n: measure(port, workload, n, requests=max(n, 4), seconds=1800) for n in args.clients
                 }
     if args.side != "blog":
         model = registered()
@@ -310,9 +312,9 @@ def compare(args: argparse.Namespace) -> dict[str, object]:
         with ours(model) as (port, _):
             for size, spelled in itertools.product(args.rows, ("dense", "csr")):
                 say(f"ours, {size}, {spelled}")
-                asked = questions(size, spelled)
+                workload = questions(size, spelled)
                 result[f"ours_{size}_{spelled}"] = {
-                    n: measure(port, asked, n, requests=10**9, seconds=SECONDS) for n in args.clients
+                    n: measure(port, workload, n, requests=10**9, seconds=SECONDS) for n in args.clients
                 }
     return result | ratios(result, args)
 
@@ -340,21 +342,21 @@ def quick_questions() -> list[Question]:
     n_cells, n_genes = SIZES["small"]
     cells = read_cells(PBMC, n_genes=n_genes)
     params = {"need_preprocess": False, "genes": cells.var_names[:10].tolist(), "encoding": "float32_base64"}
-    asked = []
+    workload = []
     for row in cell_rows(cells, n_rows=DISTINCT, n_cells=n_cells):
         csr = {"x_data": row.matrix.data, "x_indices": row.matrix.indices, "x_indptr": row.matrix.indptr}
-        asked.append(
+        workload.append(
             _packed({"dataframe_records": [csr | {"adata_obs": row.obs, "adata_var": row.var}], "params": params})
         )
-    return asked
+    return workload
 
 
 def soak_memory(requests: int, clients: int) -> dict[str, object]:
     """Ask in ten equal parts; the server's resident memory after each."""
-    asked, sizes = quick_questions(), []
+    workload, sizes = quick_questions(), []
     with ours(registered()) as (port, process):
         for _ in range(10):
-            load = Load(port, asked, clients=clients, requests=requests // 10, seconds=1800)
+            load = Load(port, workload, clients=clients, requests=requests // 10, seconds=1800)
             sizes.append(resident_mb(process.pid))
             say(f"{load.figures()}, resident {sizes[-1]} MB")
             if load.failed:

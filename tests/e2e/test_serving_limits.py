@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from scgpt_batch.cli.main import WRONG_USAGE, main
 from scgpt_batch.inference.engine import Embedder
 from scgpt_batch.io.rows import to_row
-from scgpt_batch.models.scgpt import Vocabulary, load_checkpoint
+from scgpt_batch.models.scgpt import ScGPT, Vocabulary, load_checkpoint
 from scgpt_batch.parameters import Parameters
 from scgpt_batch.serving.connections import FILES_KEPT, connections_within_files
 from scgpt_batch.serving.microbatch import MicroBatcher
@@ -216,10 +216,10 @@ def test_connection_limit_leaves_file_descriptors():
 
 
 def test_abandoned_work_ends_before_the_next_batch(golden, genes, monkeypatch):
+    monkeypatch.setattr("scgpt_batch.inference.engine.CPU_TOKENS", 50)  # a few cells per batch
     embedder = Embedder(load_checkpoint(golden / "checkpoint_flash"), device="cpu")
-    embedder._budget, batches = 50, []  # a few cells a batch
-    forward = embedder._forward
-    monkeypatch.setattr(embedder, "_forward", lambda *args: batches.append(1) or forward(*args))
+    batches, forward = [], ScGPT.forward
+    monkeypatch.setattr(ScGPT, "forward", lambda *args, **options: batches.append(1) or forward(*args, **options))
     row = to_row(random_adata(40, len(genes), genes=genes))
     parameters = Parameters(need_preprocess=False, mode="contextual")
     assert list(embedder.embed_rows([row], parameters, wanted=lambda: len(batches) < 3)) == []

@@ -1,5 +1,6 @@
 """The inference table: what is in it after kills, full disks and refused writes, and that Spark reads it."""
 
+import errno
 import os
 import shutil
 import signal
@@ -111,8 +112,10 @@ def test_kill_after_the_commit_writes_once(tmp_path, monkeypatch):
 def test_kill_before_the_commit_loses_nothing(tmp_path):
     spool = Spool(tmp_path / "payload_spool")
     spool.append(b'{"databricks_request_id": "a", "request_time": 0}', request_id="a")
-    os.write(spool._file, b'{"databricks_request_id": "torn')  # killed in the middle of a write: never answered
     spool.close()
+    (written,) = (tmp_path / "payload_spool").glob("*.jsonl")
+    with written.open("ab") as file:  # killed in the middle of a write: never answered
+        file.write(b'{"databricks_request_id": "torn')
     open_log(tmp_path).close()
     assert ids(tmp_path) == ["a"]
 
@@ -191,14 +194,19 @@ def test_unwritable_table_is_counted_and_retried(tmp_path, caplog):
     assert ids(tmp_path) == ["a"]
 
 
-def test_full_disk_is_counted_and_next_record_is_whole(tmp_path, caplog):
-    metrics = Metrics()
+def test_full_disk_is_counted_and_next_record_is_whole(tmp_path, caplog, monkeypatch):
+    def write_half(file, line):
+        if b"lost" not in line:
+            return write(file, line)
+        write(file, line[: len(line) // 2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    metrics, write = Metrics(), os.write
+    monkeypatch.setattr(os, "write", write_half)
     with open_log(tmp_path, metrics) as log:
-        file, log.spool._file = log.spool._file, os.open("/dev/full", os.O_WRONLY)
         log.append(exchange("lost"))
         assert "request lost is not in the inference table" in caplog.text and "No space left" in caplog.text
         assert count(metrics, "log_failures", to="spool") == 1
-        log.spool._file = file
         log.append(exchange("a"))
     assert ids(tmp_path) == ["a"]
 
@@ -273,7 +281,8 @@ def test_links_are_never_written_to(tmp_path):
     Spool(spool).close()
     victim.write_text("precious")
     log = open_log(tmp_path)
-    (spool / f"{log.spool._number + 1:012d}.jsonl").symlink_to(victim)
+    newest = max(int(file.stem) for file in spool.glob("*.jsonl"))
+    (spool / f"{newest + 1:012d}.jsonl").symlink_to(victim)
     log.append(exchange("a"))
     assert log.drain()
     log.append(exchange("b"))

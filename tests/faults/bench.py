@@ -77,7 +77,7 @@ class Ended:
     """An ended command: exit code, JSON line and standard error."""
 
     code: int
-    told: dict[str, Any]
+    summary: dict[str, Any]
     said: str
 
     def unless(self, code: int, *, raises: bool = False) -> Iterator[str]:
@@ -242,7 +242,7 @@ def beside(path: Path, suffix: str) -> Path:
     return path.with_name(path.name + suffix)
 
 
-def held(path: Path, *columns: str) -> pd.DataFrame:
+def read_columns(path: Path, *columns: str) -> pd.DataFrame:
     """Read columns of a table; no rows if it does not exist yet."""
     if not (path / "_delta_log").is_dir() or not DeltaTable.is_deltatable(str(path)):
         return pd.DataFrame(columns=list(columns))
@@ -278,8 +278,8 @@ def embedder_genes() -> list[str]:
 
 def look(result: Result, out: Path, rows: list[dict[str, Any]]) -> None:
     """Compare the tables with the input rows and with the model's own results."""
-    table = held(out, *KEY, "embedding")
-    ledger = held(beside(out, "_ledger"), "adata_id", "content_hash", "status")
+    table = read_columns(out, *KEY, "embedding")
+    ledger = read_columns(beside(out, "_ledger"), "adata_id", "content_hash", "status")
     failed = set(ledger.loc[ledger["status"] == "failed", "adata_id"])
     sound = [row for row in rows if row["adata_id"] not in failed]
     cells = table["adata_id"].value_counts()
@@ -290,7 +290,7 @@ def look(result: Result, out: Path, rows: list[dict[str, Any]]) -> None:
     result.duplicates += int(table.duplicated(KEY).sum() + ledger.duplicated("adata_id").sum())
     result.lost += sum(bool(cells.get(row["adata_id"], 0) < CELLS) for row in sound)
     for wrong in (_strangers(table, ledger, sound, rows), _wrong_vectors(table, sound)):
-        result.broken += [f"{out.parent.name}: {told}" for told in wrong]
+        result.broken += [f"{out.parent.name}: {message}" for message in wrong]
 
 
 def _strangers(table: pd.DataFrame, ledger: pd.DataFrame, sound: list[dict], rows: list[dict]) -> Iterator[str]:

@@ -23,7 +23,7 @@ from tests.faults.bench import (
     beside,
     embedder,
     embedder_genes,
-    held,
+    read_columns,
 )  # fmt: skip
 
 REFUSALS = PayloadError | LowCoverage | PreprocessError  # expected errors of damaged rows
@@ -93,9 +93,9 @@ def through_job(bench: Bench, result: Result, stored: list[dict[str, Any]]) -> N
     table, out = bench.rows("fuzzed", rows), bench.folder / "fuzzed-out"
     ended = bench.warm.run(bench.embed(table, out, wave_cells=200_000, max_failed_fraction=1.0, min_coverage=0.0))
     result.broken += ended.unless(0)
-    ledger = held(beside(out, "_ledger"), "adata_id", "status", "error_class", "cells", "embeddings")
+    ledger = read_columns(beside(out, "_ledger"), "adata_id", "status", "error_class", "cells", "embeddings")
     lines = {line["adata_id"]: line for line in ledger.to_dict("records")}
-    cells = held(out, "adata_id", "cell_id")["adata_id"].value_counts()
+    cells = read_columns(out, "adata_id", "cell_id")["adata_id"].value_counts()
     result.rows_in, result.rows_out = len(rows), len(cells)
     result.failed = int((ledger["status"] == "failed").sum())
     result.duplicates = len(ledger) - len(lines)

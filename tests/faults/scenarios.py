@@ -21,9 +21,9 @@ from tests.faults.bench import (
     Result,
     arrow,
     beside,
-    held,
     if_alive,
     kill,
+    read_columns,
     small_row,
     small_rows,
 )  # fmt: skip
@@ -48,7 +48,7 @@ def whole_run(bench: Bench, driver: Driver, table: Path) -> float:
         ended = driver.run(bench.embed(table, beside(table, f"-whole-{time.monotonic_ns()}")))
         if ended.code:
             raise RuntimeError(f"undisturbed run {i}: {ended.said[-2000:]}")
-    return ended.told["seconds"]
+    return ended.summary["seconds"]
 
 
 def random_moment(out: Path, running: Callable[[], bool], whole: float) -> None:
@@ -83,15 +83,15 @@ def driver_killed(bench: Bench, tries: int) -> Result:
         random_moment(out, lambda: process.poll() is None, whole)
         seen["killed while running" if process.poll() is None else "had ended"] += 1
         kill(process)
-        written = set(held(out, "adata_id")["adata_id"])
-        recorded = set(held(beside(out, "_ledger"), "adata_id")["adata_id"])
+        written = set(read_columns(out, "adata_id")["adata_id"])
+        recorded = set(read_columns(beside(out, "_ledger"), "adata_id")["adata_id"])
         seen[f"{len(recorded) // WAVE} waves done" + " and one half" * (written != recorded)] += 1
         if len(written - recorded) > WAVE:
             yield f"{len(written - recorded)} rows have embeddings but no ledger line; a wave has {WAVE}"
         ended = bench.warm.run(bench.embed(table, out))
         yield from ended.unless(0)
-        if ended.told.get("rows_ok") != len(rows) - len(recorded):
-            yield f"the rerun embedded {ended.told.get('rows_ok')} rows, {len(rows) - len(recorded)} were pending"
+        if ended.summary.get("rows_ok") != len(rows) - len(recorded):
+            yield f"the rerun embedded {ended.summary.get('rows_ok')} rows, {len(rows) - len(recorded)} were pending"
 
     return bench.tries("driver-killed", tries, rows, killed)
 
@@ -216,7 +216,7 @@ def two_drivers(bench: Bench, tries: int) -> Result:
         for driver in (first, second):
             ended = driver.end()
             seen["conflicts with another writer"] += ended.said.count("conflict with another writer")
-            seen["rows left to the other"] += ended.told.get("rows_skipped", 0)
+            seen["rows left to the other"] += ended.summary.get("rows_skipped", 0)
             yield from ended.unless(0)
 
     return bench.tries("two-drivers", tries, rows, both)
@@ -233,7 +233,7 @@ def poison(bench: Bench, tries: int, rows_in: int = 1000) -> Result:
     def among_others(out: Path, seen: Counter[str]) -> Iterator[str]:
         ended = driver.run(bench.embed(table, out, wave_cells=600, row_timeout=10))
         yield from ended.unless(0, raises=True)
-        ledger = held(beside(out, "_ledger"), "adata_id", "status", "error_class")
+        ledger = read_columns(beside(out, "_ledger"), "adata_id", "status", "error_class")
         failed = ledger[ledger["status"] == "failed"]
         seen.update(failed["error_class"])
         found = dict(zip(failed["adata_id"], failed["error_class"], strict=True))

@@ -58,9 +58,9 @@ def ptx(kernel, signature, constants, **options):
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
 
 pointers = "x_ptr:*fp32 y_ptr:*bf16 weight_ptr:*fp32 bias_ptr:*fp32 out_ptr:*fp32 half_ptr:*bf16 n_rows:i32 eps:fp32"
-assert "st.global" in ptx(gpu_kernels._add_norm, pointers, {"WIDTH": 512, "ROWS": 4, "HALF": True}, num_warps=4)
+assert "st.global" in ptx(gpu_kernels.add_norm_kernel, pointers, {"WIDTH": 512, "ROWS": 4, "HALF": True}, num_warps=4)
 pointers = "q_ptr:*bf16 k_ptr:*bf16 v_ptr:*bf16 out_ptr:*bf16 ends_ptr:*i32 scale:fp32 stride:i32 out_stride:i32"
-text = ptx(gpu_kernels._packed_attention, pointers, {"WIDTH": 64, "QUERIES": 128, "KEYS": 64, "TAIL": 16},
+text = ptx(gpu_kernels.packed_attention_kernel, pointers, {"WIDTH": 64, "QUERIES": 128, "KEYS": 64, "TAIL": 16},
            num_warps=4, num_stages=3)
 assert "wgmma" in text and "cp.async" in text  # Hopper's products, and loads ahead of them
 print("compiled")

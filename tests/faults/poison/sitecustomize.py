@@ -22,9 +22,9 @@ def _die(how):
     if how == "hang":
         ctypes.PyDLL(None).sleep(1_000_000)  # holds the GIL, like native code that never returns
     if how == "memory":
-        held = []
+        memory = []
         while True:
-            held.append(bytes(range(256)) * 2**20)
+            memory.append(bytes(range(256)) * 2**20)
 
 
 def _poison(module):
