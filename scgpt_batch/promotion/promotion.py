@@ -5,10 +5,6 @@ It works with any MLflow registry. Each version runs in its own process, with th
 
 import json
 import logging
-import subprocess
-import sys
-import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +20,7 @@ from scgpt_batch.inference.results import unpack
 from scgpt_batch.io.locations import local_path
 from scgpt_batch.io.rows import PAYLOAD_COLUMNS
 from scgpt_batch.models.scgpt import SPECIAL_TOKENS
+from scgpt_batch.promotion.version_process import RunVersion, VersionFailed, run_in_own_process
 from scgpt_batch.registry.resolve import ResolvedModel, load, resolve
 from scgpt_batch.registry.sample_answers import answer_difference, sample_path
 from scgpt_batch.settings import PromoteSettings
@@ -31,7 +28,6 @@ from scgpt_batch.settings import PromoteSettings
 logger = logging.getLogger(__name__)
 
 REPEATS = 3  # runs of each row when it is timed; the fastest counts, because other processes use the machine too
-PROCESS_SECONDS = 3600  # time limit for one version
 # With these parameters a cell's vector depends only on the cell, the model and its code; failed rows return an error.
 CELLS: dict[str, Any] = {"mode": "cell", "need_preprocess": False, "encoding": "float32_base64", "on_error": "record"}
 
@@ -72,8 +68,15 @@ class PromoteResult(CommandResult):
         return [*checks, f"version {self.version} of {self.model} {decision}"]
 
 
-def promote(settings: PromoteSettings) -> PromoteResult:
+def promote(settings: PromoteSettings, run: RunVersion = run_in_own_process) -> PromoteResult:
     """Check the challenger, compare it with the champion if there is one, and move the alias if all checks pass.
+
+    Parameters
+    ----------
+    settings
+        The model, the aliases, the rows and the thresholds.
+    run
+        How a version computes its results.
 
     Raises
     ------
@@ -90,7 +93,7 @@ def promote(settings: PromoteSettings) -> PromoteResult:
         return PromoteResult(**versions, checks=[], refused=[], promoted=False)
     new = resolve(f"models:/{settings.name}/{challenger}")
     old = resolve(f"models:/{settings.name}/{now}") if now else None
-    checks = check(settings, new, old)
+    checks = check(settings, new, old, run)
     refused = [each.check for each in checks if not each.passed]
     for each in checks:
         logger.log(logging.INFO if each.passed else logging.WARNING, "%s: %s", each.check, each.message)
@@ -113,7 +116,7 @@ def promote(settings: PromoteSettings) -> PromoteResult:
     )
 
 
-def check(settings: PromoteSettings, new: ResolvedModel, old: ResolvedModel | None) -> list[Check]:
+def check(settings: PromoteSettings, new: ResolvedModel, old: ResolvedModel | None, run: RunVersion) -> list[Check]:
     """Return the checks of a version against its stored results and the champion.
 
     Parameters
@@ -124,21 +127,23 @@ def check(settings: PromoteSettings, new: ResolvedModel, old: ResolvedModel | No
         The challenger.
     old
         The champion, or None.
+    run
+        How a version computes its results.
     """
     sample = _stored_sample(new)
     rows = _rows(settings) if settings.rows else (sample or {}).get("rows", [])
     cells = {"rows": rows, "params": CELLS, "repeats": REPEATS}
     cases = [{"rows": sample["rows"], "params": c["params"], "repeats": 1} for c in sample["cases"]] if sample else []
     try:
-        *stored, found = _run_version(new, [*cases, cells])
-    except _VersionFailed as exc:
+        *stored, found = run(new, [*cases, cells])
+    except VersionFailed as exc:
         return [Check("parity", False, f"version {new.version} failed: {exc}")]
     parity = _parity(settings, new, sample, [result["answers"] for result in stored])
     if old is None:
         return [parity, _rows_answered(new, found, None)]
     try:
-        (champions,) = _run_version(old, [cells])
-    except _VersionFailed as exc:
+        (champions,) = run(old, [cells])
+    except VersionFailed as exc:
         raise ScgptBatchError(f"the {settings.champion}, version {old.version}, failed: {exc}") from exc
     return [
         parity,
@@ -228,31 +233,7 @@ def _vectors(answer: dict[str, Any]) -> np.ndarray:
     return unpack(answer["embeddings_base64"] or "", CELLS["encoding"], answer["embedding_dim"])
 
 
-# Input rows, and the process that runs a version
-
-
-class _VersionFailed(Exception):
-    """The process of a version ended without results."""
-
-
-def _run_version(model: ResolvedModel, requests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the results of a version, computed in its own process with the code stored with it."""
-    logger.info("running version %s", model.version)
-    with tempfile.TemporaryDirectory() as folder:
-        requests_file, results_file = Path(folder) / "requests.json", Path(folder) / "results.json"
-        requests_file.write_text(json.dumps(requests), encoding="utf-8")
-        # -P: without it, the folder of the script would be on the import path, with modules that could hide others
-        command = [sys.executable, "-P", str(Path(__file__).with_name("run_version.py"))]
-        files = [str(path) for path in (model.folder.absolute(), requests_file, results_file)]
-        try:
-            done = subprocess.run([*command, *files], cwd=folder, check=False,
-                                  capture_output=True, text=True, timeout=PROCESS_SECONDS)  # fmt: skip
-        except subprocess.TimeoutExpired as exc:
-            raise _VersionFailed(f"no result within {PROCESS_SECONDS} s") from exc
-        if done.returncode != 0:
-            lines = done.stderr.strip().splitlines()
-            raise _VersionFailed(lines[-1] if lines else f"its process exited with code {done.returncode}")
-        return json.loads(results_file.read_text(encoding="utf-8"))
+# Input rows
 
 
 def _stored_sample(model: ResolvedModel) -> dict[str, Any] | None:

@@ -1,5 +1,9 @@
-"""`promote`: the alias moves when the challenger answers right, fast and like the champion, and not otherwise."""
+"""`promote`: the alias moves if the challenger reproduces its answers, is fast enough and close to the champion.
 
+The command runs each version in a process of its own; tests of a single check run versions in this process.
+"""
+
+import base64
 import json
 import shutil
 
@@ -10,13 +14,21 @@ import pytest
 import torch
 
 from scgpt_batch.cli.main import FAILED, OK, WRONG_USAGE
-from scgpt_batch.promotion import promotion
+from scgpt_batch.promotion import run_version
+from scgpt_batch.promotion.promotion import check, promote
 from scgpt_batch.registry.register import register
 from scgpt_batch.registry.resolve import resolve
 from scgpt_batch.registry.sample_answers import sample_path
+from scgpt_batch.settings import PromoteSettings
 from tests.helpers import name_version, small_rows, write_rows
 
-PATIENT = ("--max-slowdown", "100")  # two processes on a busy machine: their times are no subject here
+ANY_SPEED = 100  # --max-slowdown where times do not matter: other processes use the machine too
+
+
+def in_this_process(model, requests):
+    """Compute a version's results as its process does, with the installed code."""
+    loaded = mlflow.pyfunc.load_model(str(model.folder))
+    return [run_version.run(loaded, request) for request in requests]
 
 
 @pytest.fixture(scope="module")
@@ -41,27 +53,40 @@ def alias(name, which="champion"):
     return None if found is None else str(found)
 
 
-def checks(told):
-    return {check["check"]: check for check in told["checks"]}
+def by_name(checks):
+    return {each.check: each for each in checks}
 
 
-def test_an_equal_challenger_becomes_champion_once(run, model):
-    code, told, _ = run("promote", "--name", model, *PATIENT)
-    assert (code, told["promoted"], told["version"], told["previous"], told["refused"]) == (OK, True, "2", "1", [])
-    assert list(checks(told)) == ["parity", "rows", "latency", "gene_drift", "cell_drift"]
-    assert checks(told)["gene_drift"]["value"] == pytest.approx(1) == checks(told)["cell_drift"]["value"]
+def test_equal_challenger_becomes_champion(run, model):
+    code, summary, _ = run("promote", "--name", model, "--max-slowdown", ANY_SPEED)
+    assert code == OK
+    assert [summary[key] for key in ("promoted", "version", "previous", "refused")] == [True, "2", "1", []]
+    checks = {each["check"]: each for each in summary["checks"]}
+    assert list(checks) == ["parity", "rows", "latency", "gene_drift", "cell_drift"]
+    assert checks["gene_drift"]["value"] == pytest.approx(1) == checks["cell_drift"]["value"]
     assert alias(model) == "2"
-    code, told, _ = run("promote", "--name", model)
-    assert (code, told["promoted"], told["checks"]) == (OK, False, [])
 
 
-def test_the_first_champion_has_nothing_to_be_compared_with(run, spark, model, golden, tmp_path):
+def test_champion_is_not_promoted_again(run, model):
+    code, summary, _ = run("promote", "--name", model, "--challenger", "1")
+    assert (code, summary["promoted"], summary["checks"], alias(model)) == (OK, False, [], "1")
+
+
+def test_first_champion_needs_no_comparison(spark, model, golden, tmp_path):
     mlflow.MlflowClient().delete_registered_model_alias(model, "champion")
-    write_rows(spark, small_rows(4, golden), f"delta.`{tmp_path}/rows`")
-    rows = ("--rows", f"delta.`{tmp_path}/rows`", "--max-rows", "3")
-    code, told, _ = run("promote", "--name", model, "--challenger", "1", "--plan", *rows)
-    assert (code, told["promoted"], told["previous"], list(checks(told))) == (OK, False, None, ["parity", "rows"])
-    assert checks(told)["rows"]["message"] == "3 of 3 rows succeed as before" and alias(model) is None
+    rows = f"delta.`{tmp_path}/rows`"
+    write_rows(spark, small_rows(4, golden), rows)
+    settings = PromoteSettings(name=model, challenger="1", rows=rows, max_rows=3)
+    checks = by_name(check(settings, resolve(f"models:/{model}/1"), None, in_this_process))
+    assert list(checks) == ["parity", "rows"] and all(each.passed for each in checks.values())
+    assert checks["rows"].message == "3 of 3 rows succeed as before"
+
+
+def test_plan_moves_no_alias(model):
+    mlflow.MlflowClient().delete_registered_model_alias(model, "champion")
+    result = promote(PromoteSettings(name=model, challenger="1", plan=True), in_this_process)
+    assert (result.exit_code, result.promoted, result.refused, result.previous) == (OK, False, [], None)
+    assert alias(model) is None
 
 
 def drifted(golden, folder):
@@ -75,51 +100,71 @@ def drifted(golden, folder):
     return folder
 
 
-def test_a_challenger_that_drifts_or_is_slow_is_refused_with_figures(run, model, golden, tmp_path, caplog):
+def test_drifted_or_slow_challenger_is_refused(model, golden, tmp_path, caplog):
     version = register(str(drifted(golden, tmp_path / "drifted")), model, alias="challenger").version
-    held = list(small_rows(3, golden))
-    held[1]["adata_obs"] = "{"  # a row that the champion fails too is no fault of the challenger
-    pd.DataFrame(held).to_parquet(tmp_path / "rows.parquet")
-    flags = ("--rows", tmp_path / "rows.parquet", "--max-slowdown", "0.001")
-    code, told, _ = run("promote", "--name", model, *flags)
-    assert (code, told["promoted"], alias(model)) == (FAILED, False, "1")
-    assert told["refused"] == ["latency", "gene_drift", "cell_drift"]
+    rows = list(small_rows(3, golden))
+    rows[1]["adata_obs"] = "{"  # a row that the champion fails too is no fault of the challenger
+    pd.DataFrame(rows).to_parquet(tmp_path / "rows.parquet")
+    settings = PromoteSettings(name=model, rows=str(tmp_path / "rows.parquet"), max_slowdown=0.001)
+    with caplog.at_level("WARNING"):
+        result = promote(settings, in_this_process)
+    assert (result.exit_code, result.promoted, alias(model)) == (FAILED, False, "1")
+    assert result.refused == ["latency", "gene_drift", "cell_drift"]
     assert f"version {version} is not promoted: latency, gene_drift, cell_drift" in caplog.text
-    assert 0.5 < checks(told)["gene_drift"]["value"] < 0.95 and "moved most" in checks(told)["gene_drift"]["message"]
-    assert "times the champion's" in checks(told)["latency"]["message"]
-    assert checks(told)["cell_drift"]["message"].startswith("mean cosine of 6 cells")
+    checks = by_name(result.checks)
+    assert 0.5 < checks["gene_drift"].value < 0.95 and "moved most" in checks["gene_drift"].message
+    assert "times the champion's" in checks["latency"].message
+    assert checks["cell_drift"].message.startswith("mean cosine of 6 cells")
 
 
-def test_a_row_that_only_the_champion_answers_is_a_reason_to_refuse(model):
-    version = resolve(f"models:/{model}/2")
-    answers = lambda *errors: {"answers": [{"error": error} for error in errors]}  # noqa: E731
-    assert not promotion._rows_answered(version, answers(None, "PayloadError: x"), answers(None, None)).passed
-    assert promotion._rows_answered(version, answers(None, "PayloadError: x"), answers(None, "PayloadError: x")).passed
+@pytest.mark.parametrize(("failing", "passed"), [("2", False), ("12", True)], ids=["challenger", "both"])
+def test_row_that_fails_with_the_challenger_alone_is_counted(model, failing, passed):
+    def run_with_failure(version, requests):
+        *stored, found = in_this_process(version, requests)
+        if version.version in failing:
+            found["answers"][0]["error"] = "PayloadError: x"
+        return [*stored, found]
+
+    new, old = (resolve(f"models:/{model}/{version}") for version in "21")
+    assert by_name(check(PromoteSettings(name=model), new, old, run_with_failure))["rows"].passed == passed
 
 
-def broken_copy(model, tmp_path, file, old, new):
-    """Register a copy of the model's version 2 in which one file says something else."""
-    folder = tmp_path / "broken"
+def changed_challenger(model, tmp_path, change):
+    """Register a copy of the model's version 2 as challenger, after `change` of its folder."""
+    folder = tmp_path / "changed"
     shutil.copytree(resolve(f"models:/{model}/2").folder, folder)
-    text = (folder / file).read_text()
-    assert old in text
-    (folder / file).write_text(text.replace(old, new))
+    change(folder)
     made = mlflow.MlflowClient().create_model_version(model, str(folder))
     mlflow.MlflowClient().set_registered_model_alias(model, "challenger", made.version)
 
 
-def test_the_code_that_the_version_carries_is_what_answers(run, model, tmp_path):
-    broken_copy(model, tmp_path, "code/scgpt_batch/registry/signature.py", "answer.base64(", "answer.base64and_more(")
-    code, told, _ = run("promote", "--name", model)
-    assert (code, told["refused"], alias(model)) == (FAILED, ["parity"], "1")
-    assert "base64and_more" in checks(told)["parity"]["message"]
+def test_version_runs_with_the_code_stored_with_it(run, model, tmp_path):
+    def rename_a_function(folder):
+        file = folder / "code/scgpt_batch/registry/signature.py"
+        text = file.read_text()
+        assert "answer.base64(" in text
+        file.write_text(text.replace("answer.base64(", "answer.base64and_more("))
+
+    changed_challenger(model, tmp_path, rename_a_function)
+    code, summary, _ = run("promote", "--name", model)
+    assert (code, summary["refused"], alias(model)) == (FAILED, ["parity"], "1")
+    assert "base64and_more" in summary["checks"][0]["message"]
 
 
-def test_a_version_that_answers_other_numbers_than_when_registered_is_refused(run, model, tmp_path):
-    broken_copy(model, tmp_path, "code/scgpt_batch/inference/results.py", "vectors.astype(", "(vectors + .01).astype(")
-    code, told, _ = run("promote", "--name", model, *PATIENT)
-    assert (code, told["refused"], alias(model)) == (FAILED, ["parity"], "1")
-    assert checks(told)["parity"]["value"] == pytest.approx(0.01, rel=1e-3)
+def test_other_numbers_than_at_registration_are_refused(model, tmp_path):
+    def change_stored_answers(folder):
+        path = sample_path(resolve(str(folder)))
+        sample = json.loads(path.read_text())
+        for case in sample["cases"]:
+            (answer,) = case["answers"]
+            vectors = np.frombuffer(base64.b64decode(answer["embeddings_base64"]), "<f4") + np.float32(0.01)
+            answer["embeddings_base64"] = base64.b64encode(vectors.tobytes()).decode()
+        path.write_text(json.dumps(sample))
+
+    changed_challenger(model, tmp_path, change_stored_answers)
+    result = promote(PromoteSettings(name=model, max_slowdown=ANY_SPEED), in_this_process)
+    assert (result.exit_code, result.refused, alias(model)) == (FAILED, ["parity"], "1")
+    assert by_name(result.checks)["parity"].value == pytest.approx(0.01, rel=1e-3)
 
 
 @pytest.mark.parametrize(("flags", "wanted"), [
@@ -128,13 +173,13 @@ def test_a_version_that_answers_other_numbers_than_when_registered_is_refused(ru
     (["--name", "nothing"], "'nothing'"),
     (["--rows", "/nowhere.parquet"], "/nowhere.parquet"),
 ])  # fmt: skip
-def test_a_wrong_call_says_what_to_do(run, model, flags, wanted):
+def test_wrong_usage_is_one_line(run, model, flags, wanted):
     given = flags if "--name" in flags else ["--name", model, *flags]
     code, _, err = run("promote", *given)
     assert code == WRONG_USAGE and wanted in err.strip().splitlines()[-1] and "Traceback" not in err
 
 
-def test_registering_stores_what_the_model_answers_in_every_mode(model):
+def test_registration_stores_answers_in_every_mode(model):
     stored = json.loads(sample_path(resolve(f"models:/{model}/1")).read_text())
     assert [case["params"]["mode"] for case in stored["cases"]] == ["static", "contextual", "cell", "cell"]
     for case in stored["cases"]:
