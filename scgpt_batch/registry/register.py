@@ -34,8 +34,8 @@ from scgpt_batch.registry.resolve import (
 )
 from scgpt_batch.registry.sample_answers import (
     SAMPLE,
-    _public_version,
-    _stored_answers,
+    public_version,
+    stored_answers,
 )
 from scgpt_batch.registry.signature import signature
 
@@ -102,7 +102,7 @@ def register(
         with mlflow.start_run(run_name=f"register {name}", tags=facts) as run, tempfile.TemporaryDirectory() as here:
             files = _layout_files(loaded, Path(here) / "files" / folder.name)
             sample = Path(here) / SAMPLE
-            sample.write_text(json.dumps(_stored_answers(loaded)), encoding="utf-8")
+            sample.write_text(json.dumps(stored_answers(loaded)), encoding="utf-8")
             mlflow.log_text(card, "model_card.md")
             mlflow.log_params({k: v for k, v in facts.items() if k != "checkpoint_digest"})
             info = mlflow.pyfunc.log_model(
@@ -143,7 +143,7 @@ def pip_requirements(given: Sequence[str]) -> list[str]:
     ConfigError
         One is not a requirement, or is a package that the cluster brings.
     """
-    packages = {package: f"{package}=={_public_version(package)}" for package in REQUIREMENTS}
+    packages = {package: f"{package}=={public_version(package)}" for package in REQUIREMENTS}
     for text in given:
         try:
             package = canonicalize_name(Requirement(text).name)

@@ -113,12 +113,12 @@ def _same_libraries(model: ResolvedModel) -> bool:
     try:
         lines = (model.folder / "requirements.txt").read_text(encoding="utf-8").split()
         pinned = [line.split("==") for line in lines if "==" in line]
-        return all(_public_version(name) == version for name, version in pinned)
+        return all(public_version(name) == version for name, version in pinned)
     except (OSError, PackageNotFoundError, ValueError):
         return False
 
 
-def _stored_answers(checkpoint: Checkpoint) -> dict[str, Any]:
+def stored_answers(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return a row of three cells with up to 32 genes, and its results for each of `SAMPLE_CASES`."""
     genes = [token for token in checkpoint.vocabulary.tokens if token not in SPECIAL_TOKENS][:32]
     counts = np.random.default_rng(0).poisson(2.0, (3, len(genes))).astype(np.float64) + 1.0
@@ -135,7 +135,7 @@ def _stored_answers(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"rows": [row], "cases": cases}
 
 
-def _public_version(package: str) -> str:
+def public_version(package: str) -> str:
     """Return the installed version of a package without a local suffix; for mlflow, mlflow-skinny also counts."""
     try:
         return installed_version(package).split("+")[0]

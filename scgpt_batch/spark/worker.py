@@ -73,10 +73,10 @@ class ModelRef:
         opened = opened_embedder(self.digest, device)
         if opened is not None:
             return opened
-        folder = self.checkpoint if Path(self.checkpoint).is_dir() else self._fetched()
+        folder = self.checkpoint if Path(self.checkpoint).is_dir() else self.downloaded()
         return load_embedder(folder, digest=self.digest, device=device)
 
-    def _fetched(self) -> Path:
+    def downloaded(self) -> Path:
         """Return the checkpoint's folder on this machine, downloaded once for all processes of the executor.
 
         It is in Spark's folder for temporary files, which Spark removes when the executor ends.

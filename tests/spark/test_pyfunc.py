@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import anndata as ad
 import mlflow
@@ -69,27 +68,25 @@ def golden(name):
 
 
 @pytest.fixture(scope="module")
-def registered(home):
-    """Both golden checkpoints, registered: layout -> model URI; the first may read files in a folder."""
-    (home / "data").mkdir()
-    flash = register(str(GOLDEN / "checkpoint_flash"), "flash", input_roots=[str(home / "data")])
-    plain = register(str(GOLDEN / "checkpoint_torch"), "plain")
-    return SimpleNamespace(flash=flash.uri, plain=plain.uri, root=home / "data", folder=home)
+def model(home):
+    """The golden checkpoint, which may read files below `data` of `registered_once`."""
+    return mlflow.pyfunc.load_model("models:/scgpt@champion")
 
 
 @pytest.fixture(scope="module")
-def model(registered):
-    return mlflow.pyfunc.load_model(registered.flash)
+def model_without_roots(home):
+    """The golden checkpoint of the other layout, which may read no files."""
+    return mlflow.pyfunc.load_model(register(str(GOLDEN / "checkpoint_torch"), "plain").uri)
 
 
-@pytest.fixture(scope="module", params=["flash", "plain"])
-def either_model(request, registered):
-    return mlflow.pyfunc.load_model(getattr(registered, request.param))
+@pytest.fixture(params=["model", "model_without_roots"], ids=["flash", "plain"])
+def either_model(request):
+    return request.getfixturevalue(request.param)
 
 
 def frame(*rows, **columns):
-    held = {name: pd.Series([row.get(name) for row in rows], dtype=object) for name in PAYLOAD_COLUMNS}
-    return pd.DataFrame(held | {name: pd.Series(values) for name, values in columns.items()})
+    payload = {name: pd.Series([row.get(name) for row in rows], dtype=object) for name in PAYLOAD_COLUMNS}
+    return pd.DataFrame(payload | {name: pd.Series(values) for name, values in columns.items()})
 
 
 def row(seed=0, n_obs=4, layout="csr"):
@@ -107,12 +104,12 @@ def assert_same_answers(found, wanted):
                 assert a is None or np.array_equal(a, b), name
 
 
-# Rows in, answers out
+# Rows in, results out
 
 
 @pytest.mark.parametrize("parameters", [UNPROCESSED, CELLS], ids=["static", "cell"])
 @pytest.mark.parametrize("n", [0, 1, 3])
-def test_each_row_is_answered_in_order_as_it_is_alone(model, n, parameters):
+def test_batch_gives_the_results_of_single_rows_in_order(model, n, parameters):
     rows = [row(seed, n_obs=2 + seed) for seed in range(n)]
     answers = model.predict(frame(*rows), params=parameters)
     assert list(answers.columns) == list(OUTPUTS) and len(answers) == n
@@ -121,12 +118,12 @@ def test_each_row_is_answered_in_order_as_it_is_alone(model, n, parameters):
         assert_same_answers(answers.iloc[i : i + 1].reset_index(drop=True), alone)
 
 
-def test_rows_of_both_formats_may_mix(model):
+def test_rows_of_both_formats_can_be_mixed(model):
     answers = model.predict(frame(row(1), row(1, layout="dense")), params=CELLS)
     assert np.array_equal(*answers["cell_embeddings"])
 
 
-def test_no_input_asks_for_the_whole_vocabulary(model):
+def test_no_input_gives_the_whole_vocabulary(model):
     answer = model.unwrap_python_model().predict(None, None, UNPROCESSED).iloc[0]
     assert answer["genes"] == list(TOKENS)
     assert_close(answer["gene_embeddings"], golden("static")["embeddings"], atol=1e-5)
@@ -156,7 +153,7 @@ def test_frame_without_columns_is_an_error(model, empty):
             predict(empty, params=CELLS)
 
 
-def test_misspelt_column_is_named_with_what_was_meant(model):
+def test_misspelt_column_gets_a_suggestion(model):
     with pytest.raises(ConfigError, match="unknown column 'maxLength': did you mean 'max_length'"):
         model.unwrap_python_model().predict(None, frame(row(), maxLength=[5]), CELLS)
     other = frame(row(), adata_id=["a"], sample_id=["s"], x_dtype=["float32"], donor=["d"])
@@ -168,9 +165,9 @@ def test_input_that_is_not_a_dataframe_is_an_error(model):
         model.unwrap_python_model().predict(None, {"x_data": [1.0]}, CELLS)
 
 
-def test_unknown_genes_are_a_warning_or_an_error(model):
-    asked = UNPROCESSED | {"genes": [GENES[3], "cd4"]}
-    assert model.predict(frame(row()), params=asked)["warnings"][0] == [
+def test_unknown_genes_are_a_warning_if_others_are_known(model):
+    parameters = UNPROCESSED | {"genes": [GENES[3], "cd4"]}
+    assert model.predict(frame(row()), params=parameters)["warnings"][0] == [
         "1 requested gene is not in the model's vocabulary: cd4"
     ]
     with pytest.raises(ConfigError, match="none of the 1 names"):
@@ -219,14 +216,14 @@ def test_failed_row_reports_its_coverage(model):
 # Golden parity through MLflow
 
 
-def test_static_vectors_are_upstreams(either_model):
+def test_static_vectors_equal_upstream(either_model):
     wanted = golden("static")["embeddings"]
     answer = either_model.predict(frame(row()), params=UNPROCESSED).iloc[0]
     assert answer["genes"] == GENES[:30] and answer["embedding_dim"] == 64
     assert_close(np.stack(answer["gene_embeddings"]), wanted[:30], atol=1e-5)
 
 
-def test_contextual_means_of_binned_cells_are_upstreams(either_model):
+def test_contextual_means_of_binned_cells_equal_upstream(either_model):
     wanted, tokens = golden("contextual"), golden("transformer")
     x = np.zeros((len(tokens["lengths"]), len(TOKENS)), np.float32)
     for i, n in enumerate(tokens["lengths"]):
@@ -241,7 +238,7 @@ def test_contextual_means_of_binned_cells_are_upstreams(either_model):
 
 
 @pytest.mark.parametrize("tie_break", ["upper", "lower"])
-def test_cell_vectors_are_embed_datas(either_model, tie_break):
+def test_cell_vectors_equal_upstreams_embed_data(either_model, tie_break):
     wanted, some = golden("embed_data"), slice(None, None, 4)
     adata = ad.read_h5ad(DATA / "pbmc3k.h5ad")[wanted["cell_index"][some]]
     answer = either_model.predict(frame(to_row(adata)), params=CELLS | {"tie_break": tie_break}).iloc[0]
@@ -252,26 +249,26 @@ def test_cell_vectors_are_embed_datas(either_model, tie_break):
 # Parameters
 
 
-def test_a_parameter_in_a_column_wins_for_its_row(model):
+def test_parameter_column_overrides_params_for_its_row(model):
     found = model.predict(frame(row(), row(), row(), mode=["cell", None, "contextual"]), params=UNPROCESSED)
     for i, mode in enumerate(["cell", "static", "contextual"]):
         alone = model.predict(frame(row()), params=UNPROCESSED | {"mode": mode})
         assert_same_answers(found.iloc[i : i + 1].reset_index(drop=True), alone)
 
 
-def test_a_number_in_a_column_wins_for_its_row(model):
+def test_number_column_overrides_params_for_its_row(model):
     found = model.predict(frame(row(), row(), max_length=[3, 1200]), params=CELLS)
     alone = model.predict(frame(row()), params=CELLS | {"max_length": 3})
     assert_close(np.stack(found["cell_embeddings"][0]), np.stack(alone["cell_embeddings"][0]), atol=1e-6)
     assert not np.array_equal(*found["cell_embeddings"])
 
 
-def test_an_array_parameter_in_a_column_wins_for_its_row(model):
+def test_array_column_overrides_params_for_its_row(model):
     found = model.predict(frame(row(), row(), genes=[[GENES[3]], [GENES[7], GENES[5]]]), params=UNPROCESSED)
     assert found["genes"].tolist() == [[GENES[3]], [GENES[5], GENES[7]]]
 
 
-def test_genes_restrict_the_answer(model):
+def test_genes_restrict_the_result(model):
     found = model.predict(frame(row()), params=UNPROCESSED | {"genes": [GENES[3], "not-a-gene"]})
     assert found["genes"].tolist() == [[GENES[3]]]
 
@@ -283,7 +280,7 @@ def log1p_cells():
     return ad.AnnData(x, obs=raw.obs, var=raw.var)[:150].copy()
 
 
-def test_the_blogs_own_call_works_word_for_word_and_is_the_default(model):
+def test_blogs_call_works_unchanged_and_is_the_default(model):
     cells = frame(to_row(log1p_cells()))
     theirs, default = model.predict(cells, params=BLOGS_CALL | SIZES), model.predict(cells)
     assert_same_answers(theirs, default)
@@ -294,22 +291,22 @@ def test_the_blogs_own_call_works_word_for_word_and_is_the_default(model):
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_a_size_that_disagrees_is_an_error_that_says_so(model, name):
+def test_size_that_differs_from_the_checkpoint_is_an_error(model, name):
     with pytest.raises(ConfigError, match=f"{name} is 12, but the checkpoint has {SIZES[name]}"):
         model.predict(frame(row()), params=UNPROCESSED | {name: 12})
 
 
-def test_a_value_that_cannot_work_is_an_error_that_names_it(model):
+def test_invalid_parameter_value_is_named(model):
     with pytest.raises(ConfigError, match=r"'mode'.*'fast'"):
         model.predict(frame(row()), params={"mode": "fast"})
 
 
-def test_a_bad_row_raises_by_default_and_names_its_place(model):
+def test_bad_row_raises_by_default_with_its_position(model):
     with pytest.raises(PayloadError, match="row 1: x_indptr"):
         model.predict(frame(row(), row() | {"x_indptr": [0, 1]}), params=UNPROCESSED)
 
 
-def test_a_bad_row_is_recorded_on_request_and_costs_only_itself(model):
+def test_recorded_bad_row_leaves_others_unaffected(model):
     unknown = to_row(random_adata(3, 5))
     rows = [row(1), row(2) | {"adata_var": "{"}, unknown, row(3)]
     answers = model.predict(frame(*rows), params=CELLS | {"on_error": "record"})
@@ -324,18 +321,18 @@ def test_a_bad_row_is_recorded_on_request_and_costs_only_itself(model):
     assert_same_answers(answers.loc[[0, 3]].reset_index(drop=True), good)
 
 
-def test_a_wrong_parameter_in_a_column_is_recorded_for_its_row_alone(model):
+def test_invalid_parameter_column_fails_its_row_only(model):
     answers = model.predict(frame(row(), row(), mode=["fast", "cell"]), params=UNPROCESSED | {"on_error": "record"})
     assert "'fast'" in answers["error"][0] and answers["error"][1] is None
 
 
-def test_on_error_may_itself_be_a_column(model):
+def test_on_error_can_be_a_column(model):
     answers = model.predict(frame(row() | {"x_indptr": [0]}, on_error=["record"]), params=UNPROCESSED)
     assert answers["error"][0].startswith("PayloadError: x_indptr")
 
 
 @pytest.mark.parametrize("mode", ["static", "contextual", "cell"])
-def test_encodings_carry_the_same_vectors(model, mode):
+def test_encodings_contain_the_same_vectors(model, mode):
     answers = {
         encoding: model.predict(frame(row()), params=UNPROCESSED | {"mode": mode, "encoding": encoding}).iloc[0]
         for encoding in ("list", "float32_base64", "float16_base64")
@@ -347,47 +344,43 @@ def test_encodings_carry_the_same_vectors(model, mode):
         answer = answers[encoding]
         assert answer[name] == [] and answers["list"]["embeddings_base64"] is None
         assert answer["embedding_dim"] == 64
-        held = np.frombuffer(base64.b64decode(answer["embeddings_base64"]), dtype).reshape(-1, 64)
-        assert_close(held, vectors, atol=atol)
+        decoded = np.frombuffer(base64.b64decode(answer["embeddings_base64"]), dtype).reshape(-1, 64)
+        assert_close(decoded, vectors, atol=atol)
 
 
 # Files
 
 
-def test_a_file_is_read_only_below_the_registered_roots(registered, model, tmp_path):
+def test_files_are_read_below_the_registered_roots_only(registered_once, model, tmp_path):
+    root = registered_once / "data"
     adata = random_adata(4, len(GENES), genes=GENES)
-    for folder in (registered.root, tmp_path):
+    for folder in (root, tmp_path):
         adata.write_h5ad(folder / "cells.h5ad")
-    found = model.predict(frame({}), params=CELLS | {"input_data_path": str(registered.root / "cells.h5ad")})
+    found = model.predict(frame({}), params=CELLS | {"input_data_path": str(root / "cells.h5ad")})
     assert_same_answers(found, model.predict(frame(to_row(adata)), params=CELLS))
-    (registered.root / "link.h5ad").symlink_to(tmp_path / "cells.h5ad")
-    for path in (
-        tmp_path / "cells.h5ad",
-        registered.root / ".." / "data" / "cells.h5ad",
-        registered.root / "link.h5ad",
-    ):
+    (root / "link.h5ad").symlink_to(tmp_path / "cells.h5ad")
+    for path in (tmp_path / "cells.h5ad", root / ".." / "data" / "cells.h5ad", root / "link.h5ad"):
         with pytest.raises(PayloadError, match="is not below one of the --input-roots"):
             model.predict(frame({}), params=CELLS | {"input_data_path": str(path)})
 
 
-def test_no_file_is_read_where_no_root_was_registered(registered):
-    model = mlflow.pyfunc.load_model(registered.plain)
+def test_no_file_is_read_without_registered_roots(model_without_roots):
     with pytest.raises(PayloadError, match="registered without roots"):
-        model.predict(frame({}), params=CELLS | {"input_data_path": "/etc/passwd"})
+        model_without_roots.predict(frame({}), params=CELLS | {"input_data_path": "/etc/passwd"})
 
 
-# As a server is asked
+# As an HTTP server calls it
 
 
 @pytest.fixture(scope="module")
 def post(model):
-    """Ask as MLflow's server does; gives the answers or the server's error."""
+    """Call the model as MLflow's server does; return its predictions, or the server's error."""
 
     def post(body):
         body = body if isinstance(body, str) else json.dumps(body)
         answered = invocations(body, "application/json", model, model.metadata.get_input_schema())
-        told = json.loads(answered.response)
-        return told["predictions"] if answered.status == 200 else told
+        result = json.loads(answered.response)
+        return result["predictions"] if answered.status == 200 else result
 
     return post
 
@@ -400,7 +393,7 @@ def as_json(row):
 
 @pytest.mark.parametrize("layout", ["csr", "dense"])
 @pytest.mark.parametrize("body", ["dataframe_split", "dataframe_records", "inputs"])
-def test_json_in_every_spelling_gives_what_python_gives(model, post, body, layout):
+def test_every_json_format_gives_the_results_of_python(model, post, body, layout):
     given = as_json(row(layout=layout))
     spelled = {
         "dataframe_split": {"columns": list(given), "data": [list(given.values())]},
@@ -414,29 +407,29 @@ def test_json_in_every_spelling_gives_what_python_gives(model, post, body, layou
     assert_close(found["cell_embeddings"], np.stack(wanted["cell_embeddings"]), atol=1e-7)
 
 
-def test_the_input_example_is_answered_by_the_server(registered, post):
-    example = mlflow.models.Model.load(registered.flash).load_input_example()
+def test_input_example_works_over_http(registered, post):
+    example = mlflow.models.Model.load(registered.uri).load_input_example()
     answers = post(convert_input_example_to_serving_input((example, UNPROCESSED)))
     assert [len(answer["genes"]) for answer in answers] == [4, 4]
 
 
-def test_the_blogs_own_call_works_as_json(post):
+def test_blogs_call_works_as_json(post):
     given = as_json(to_row(log1p_cells()))
     (answer,) = post({"dataframe_records": [given], "params": BLOGS_CALL | SIZES})
     assert len(answer["genes"]) > 500
 
 
-def test_every_parameter_may_be_a_column_in_json(post):
+def test_every_parameter_can_be_a_json_column(post):
     columns = Parameters(mode="cell", need_preprocess=False, on_error="record").model_dump(mode="json")
     given = as_json(row())
     (answer,) = post({"dataframe_records": [given | {name: v for name, v in columns.items() if v is not None}]})
     assert answer["error"] is None and len(answer["cell_ids"]) == 4
 
 
-# What the model says of itself
+# Signature
 
 
-def test_every_parameter_is_in_the_signature_with_its_default_and_as_an_optional_column(model):
+def test_signature_has_every_parameter_and_optional_column(model):
     signature = model.metadata.signature
     defaults = Parameters().model_dump(mode="json")
     assert {spec.name: spec.default for spec in signature.params} == defaults
@@ -444,12 +437,12 @@ def test_every_parameter_is_in_the_signature_with_its_default_and_as_an_optional
     assert list(columns) == [*PAYLOAD_COLUMNS, *defaults]
     assert not any(spec.required for spec in columns.values())
     for spec in signature.params:
-        held = columns[spec.name].type
-        assert spec.dtype == getattr(held, "dtype", held), spec.name
-        assert (spec.shape == (-1,)) == isinstance(held, Array), spec.name
+        column = columns[spec.name].type
+        assert spec.dtype == getattr(column, "dtype", column), spec.name
+        assert (spec.shape == (-1,)) == isinstance(column, Array), spec.name
 
 
-def test_defaults_are_those_of_the_blogs_call_and_of_the_published_model():
+def test_defaults_equal_the_blogs_call():
     assert Parameters.create(BLOGS_CALL) == Parameters()
     ours = {
         "mode": "static",
@@ -469,16 +462,16 @@ def test_output_columns_are_fixed(model):
     assert [(spec.name, spec.type) for spec in model.metadata.signature.outputs] == list(OUTPUTS.items())
 
 
-def test_the_command_line_answers_json(registered, tmp_path):
+def test_mlflow_models_predict_answers_json(registered, model, tmp_path):
     given = as_json(row())
     (tmp_path / "input.json").write_text(json.dumps({"dataframe_records": [given, given], "params": CELLS}))
-    command = [sys.executable, "-m", "mlflow", "models", "predict", "--env-manager", "local", "-m", registered.flash]
+    command = [sys.executable, "-m", "mlflow", "models", "predict", "--env-manager", "local", "-m", registered.uri]
     command += ["-i", str(tmp_path / "input.json"), "-o", str(tmp_path / "output.json"), "-t", "json"]
     environment = os.environ | {"MLFLOW_TRACKING_URI": mlflow.get_tracking_uri()}
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     answers = json.loads((tmp_path / "output.json").read_text())["predictions"]
-    wanted = mlflow.pyfunc.load_model(registered.flash).predict(frame(row()), params=CELLS)
+    wanted = model.predict(frame(row()), params=CELLS)
     assert len(answers) == 2
     for answer in answers:
         assert_close(answer["cell_embeddings"], np.stack(wanted["cell_embeddings"][0]), atol=1e-6)

@@ -1,4 +1,4 @@
-"""What registering leaves in MLflow, how a model is found again, and that its requirements are all it needs."""
+"""What registration stores in MLflow, and how model URIs are resolved."""
 
 import base64
 import json
@@ -17,7 +17,7 @@ from scgpt_batch.errors import CheckpointError, ConfigError
 from scgpt_batch.models.scgpt import checkpoint_digest, load_checkpoint
 from scgpt_batch.registry.register import REQUIREMENTS, register, use_experiment
 from scgpt_batch.registry.resolve import load, resolve
-from scgpt_batch.registry.sample_answers import _public_version, code_difference, registered_by, sample_path
+from scgpt_batch.registry.sample_answers import code_difference, public_version, registered_by, sample_path
 from scgpt_batch.spark.worker import ModelRef
 from tests.helpers import name_version
 from tests.paths import GOLDEN
@@ -49,16 +49,16 @@ def change_stored_answers(model, change):
     path.write_text(json.dumps(sample))
 
 
-def test_the_code_that_registered_a_version_is_not_asked(registered, monkeypatch):
+def test_same_code_is_not_compared(registered, monkeypatch):
     monkeypatch.setattr("scgpt_batch.registry.sample_answers.load_embedder", None)
     assert code_difference(registered) is None
 
 
-def test_other_code_with_the_same_numbers_may_run(of_other_code):
+def test_other_code_with_the_same_numbers_is_accepted(of_other_code):
     assert code_difference(of_other_code) is None
 
 
-def test_other_code_with_other_numbers_is_named(of_other_code):
+def test_other_numbers_of_other_code_are_reported(of_other_code):
     def other_numbers(answer):
         vectors = np.frombuffer(base64.b64decode(answer["embeddings_base64"]), "<f4") + np.float32(1e-3)
         answer["embeddings_base64"] = base64.b64encode(vectors.tobytes()).decode()
@@ -68,12 +68,12 @@ def test_other_code_with_other_numbers_is_named(of_other_code):
     assert registered_by(of_other_code) == scgpt_batch.__version__
 
 
-def test_other_code_with_other_genes_is_named(of_other_code):
+def test_other_genes_of_other_code_are_reported(of_other_code):
     change_stored_answers(of_other_code, lambda answer: answer.update(error="refused"))
     assert "other genes, cells or error" in code_difference(of_other_code)
 
 
-def test_other_libraries_are_asked(registered, tmp_path):
+def test_other_libraries_are_compared(registered, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(registered.folder, folder)
     lines = (folder / "requirements.txt").read_text().replace("torch==", "torch==0.")
@@ -83,21 +83,21 @@ def test_other_libraries_are_asked(registered, tmp_path):
     assert code_difference(model) is not None
 
 
-def test_workers_fetch_a_version_once_into_the_folder_of_spark(registered, tmp_path, monkeypatch):
+def test_workers_download_a_version_once(registered, tmp_path, monkeypatch):
     monkeypatch.setenv("SPARK_LOCAL_DIRS", f"{tmp_path},/elsewhere")
     uris = (mlflow.get_tracking_uri(), mlflow.get_registry_uri())
     ref = ModelRef("/on/the/driver/only", registered.digest, registered.uri, *uris)
-    folder = ref._fetched()
+    folder = ref.downloaded()
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
     assert checkpoint_digest(folder) == DIGEST and registered.checkpoint.is_dir()
     monkeypatch.setattr("scgpt_batch.registry.resolve.resolve", None)
-    assert ref._fetched() == folder
+    assert ref.downloaded() == folder
 
 
-# What is left in MLflow
+# What registration stores
 
 
-def test_the_version_says_what_it_holds(registered):
+def test_version_has_tags_and_description(registered):
     version = mlflow.MlflowClient().get_model_version("scgpt", registered.version)
     tensors = len(load_checkpoint(GOLDEN / "checkpoint_flash").tensors)
     assert version.tags["checkpoint_digest"] == registered.digest == DIGEST
@@ -107,7 +107,7 @@ def test_the_version_says_what_it_holds(registered):
     assert DIGEST in version.description
 
 
-def test_the_run_holds_a_model_card(registered):
+def test_run_has_a_model_card(registered):
     run_id = mlflow.MlflowClient().get_model_version("scgpt", registered.version).tags["run_id"]
     card = mlflow.artifacts.load_text(f"runs:/{run_id}/model_card.md")
     for fact in (
@@ -123,7 +123,7 @@ def test_the_run_holds_a_model_card(registered):
         assert fact in card
 
 
-def test_nothing_in_the_model_is_a_pickle_that_can_run_code(registered):
+def test_model_contains_no_pickle_that_runs_code(registered):
     files = [path for path in registered.folder.rglob("*") if path.is_file()]
     assert not [path for path in files if path.suffix in (".pkl", ".pickle", ".joblib", ".pyc")]
     assert [path for path in files if path.suffix == ".pt"] == [registered.checkpoint / "best_model.pt"]
@@ -132,7 +132,7 @@ def test_nothing_in_the_model_is_a_pickle_that_can_run_code(registered):
     assert Path(flavor["model_code_path"]).name == "model_file.py" and "python_model" not in flavor
 
 
-def test_the_model_carries_its_code_and_its_checkpoint_unchanged(registered):
+def test_model_contains_code_and_checkpoint(registered):
     assert checkpoint_digest(registered.checkpoint) == DIGEST
     shipped = registered.folder / "code" / "scgpt_batch"
     ours = Path(scgpt_batch.__file__).parent
@@ -141,7 +141,7 @@ def test_the_model_carries_its_code_and_its_checkpoint_unchanged(registered):
     }
 
 
-def test_requirements_are_public_pinned_and_without_spark(registered):
+def test_requirements_are_pinned_and_without_spark(registered):
     lines = (registered.folder / "requirements.txt").read_text().split()
     names = [line.split("==")[0] for line in lines]
     assert sorted(names) == sorted(REQUIREMENTS)
@@ -149,12 +149,35 @@ def test_requirements_are_public_pinned_and_without_spark(registered):
     assert not {"pyspark", "delta-spark", "scgpt_batch", "scgpt-batch"} & set(names)
 
 
-def test_another_registration_is_another_version_and_takes_the_alias(registered):
+@pytest.fixture(scope="module")
+def second_version(registered, tmp_path_factory):
+    """Version 2 of `moved`, with its alias, registered from a folder with links and files that are not its layout's."""
+    folder = tmp_path_factory.mktemp("messy")
+    checkpoint, secret = folder / "checkpoint", folder / "id_rsa"
+    shutil.copytree(GOLDEN / "checkpoint_torch", checkpoint)
+    secret.write_text("private")
+    (checkpoint / "notes").mkdir()
+    (checkpoint / "notes" / "passwords.txt").write_text("private")
+    (checkpoint / "key").symlink_to(secret)
+    weights = (checkpoint / "best_model.pt").rename(folder / "blob")  # as in Hugging Face's cache
+    (checkpoint / "best_model.pt").symlink_to(weights)
     name_version("moved", "1", "champion")
-    second = register(str(GOLDEN / "checkpoint_torch"), "moved", alias="champion")
-    assert second.version == "2"
-    assert resolve("models:/moved@champion") == second
+    return register(str(checkpoint), "moved", alias="champion")
+
+
+def test_new_version_takes_the_alias(registered, second_version):
+    assert second_version.version == "2"
+    assert resolve("models:/moved@champion") == second_version
     assert resolve("models:/moved/1") == replace(registered, name="moved", uri="models:/moved/1")
+
+
+def test_only_the_files_of_the_layout_are_logged(registered_once, second_version):
+    files = sorted(second_version.checkpoint.iterdir())
+    assert [path.name for path in files] == ["args.json", "best_model.pt", "vocab.json"]
+    assert not any(path.is_symlink() for path in files)
+    assert second_version.digest == checkpoint_digest(GOLDEN / "checkpoint_torch")
+    logged = [path for path in (registered_once / "artifacts").rglob("*") if path.is_file()]
+    assert logged and not any(path.read_bytes() == b"private" for path in logged)
 
 
 def copy_without_layer(folder):
@@ -166,23 +189,7 @@ def copy_without_layer(folder):
     return folder
 
 
-def test_only_the_files_of_the_layout_are_logged(home, registered_once, tmp_path):
-    folder, secret = tmp_path / "checkpoint", tmp_path / "id_rsa"
-    shutil.copytree(GOLDEN / "checkpoint_flash", folder)
-    secret.write_text("private")
-    (folder / "notes").mkdir()
-    (folder / "notes" / "passwords.txt").write_text("private")
-    (folder / "key").symlink_to(secret)
-    weights = (folder / "best_model.pt").rename(tmp_path / "blob")  # as Hugging Face's cache lays it
-    (folder / "best_model.pt").symlink_to(weights)
-    model = register(str(folder), "clean")
-    assert sorted(path.name for path in model.checkpoint.iterdir()) == ["args.json", "best_model.pt", "vocab.json"]
-    assert not any(path.is_symlink() for path in model.checkpoint.iterdir()) and model.digest == DIGEST
-    logged = [path for path in (registered_once / "artifacts").rglob("*") if path.is_file()]
-    assert logged and not any(path.read_bytes() == b"private" for path in logged)
-
-
-def test_a_bad_checkpoint_logs_nothing(registered, tmp_path):
+def test_bad_checkpoint_logs_nothing(registered, tmp_path):
     before = len(runs())
     with pytest.raises(CheckpointError, match=r"layers\.1\.norm1\.weight"):
         register(str(copy_without_layer(tmp_path)), "broken")
@@ -196,7 +203,7 @@ def test_a_bad_checkpoint_logs_nothing(registered, tmp_path):
     ("name", "alias"),
     [("", ""), ("with/slash", ""), ("with:colon", ""), ("..", ""), ("x", "latest"), ("x", "v2"), ("x", "a b")],
 )
-def test_a_name_that_mlflow_refuses_is_refused_before_anything_is_logged(registered, name, alias):
+def test_invalid_name_or_alias_logs_nothing(registered, name, alias):
     before = len(runs())
     with pytest.raises(ConfigError, match="cannot be"):
         register(str(GOLDEN / "checkpoint_flash"), name, alias=alias)
@@ -204,7 +211,7 @@ def test_a_name_that_mlflow_refuses_is_refused_before_anything_is_logged(registe
 
 
 @pytest.mark.parametrize("name", ["scgpt", "lab.scgpt", "main.lab.", "main.lab.sc gpt", "a.b.c.d"])
-def test_unity_catalog_takes_names_of_three_parts_only(registered, name, monkeypatch):
+def test_unity_catalog_needs_names_of_three_parts(registered, name, monkeypatch):
     before = len(runs())
     monkeypatch.setattr(mlflow, "get_registry_uri", lambda: "databricks-uc")
     with pytest.raises(ConfigError, match=r"catalog\.schema\.name"):
@@ -212,17 +219,17 @@ def test_unity_catalog_takes_names_of_three_parts_only(registered, name, monkeyp
     assert len(runs()) == before
 
 
-# Finding it again
+# Resolving
 
 
-def test_an_alias_is_resolved_to_its_version(registered):
+def test_alias_is_resolved_to_its_version(registered):
     found = resolve("models:/scgpt@champion")
     assert (found.uri, found.name, found.version) == (f"models:/scgpt/{registered.version}", "scgpt", "1")
     assert found == registered
     assert (found.config.embsize, found.config.nlayers) == (64, 3)
 
 
-def test_the_files_go_where_all_machines_of_the_cluster_see_them(registered, spark, tmp_path):
+def test_files_are_downloaded_to_the_shared_folder(registered, spark, tmp_path):
     spark.conf.set("spark.mlflow.nfs.rootDir", str(tmp_path))
     try:
         shared = resolve("models:/scgpt@champion")
@@ -233,14 +240,14 @@ def test_the_files_go_where_all_machines_of_the_cluster_see_them(registered, spa
     assert not resolve("models:/scgpt@champion").folder.is_relative_to(tmp_path)
 
 
-def test_a_path_is_a_model_too(registered):
+def test_path_is_resolved(registered):
     found = resolve(str(registered.folder))
     assert found.digest == DIGEST
     assert found.version == DIGEST[:12]
     assert found.name == registered.folder.name
 
 
-def test_a_model_is_loaded_once_however_it_is_named(registered):
+def test_model_is_loaded_once_for_all_its_names(registered):
     assert load(registered) is load("models:/scgpt@champion")
 
 
@@ -263,13 +270,13 @@ def test_a_model_is_loaded_once_however_it_is_named(registered):
         "s3://bucket/model",
     ],
 )
-def test_what_is_no_model_is_a_config_error_in_one_line(registered, uri):
+def test_invalid_model_uri_is_one_line(registered, uri):
     with pytest.raises(ConfigError) as refused:
         resolve(uri)
     assert "\n" not in str(refused.value)
 
 
-def test_a_model_of_someone_else_is_refused(registered, tmp_path):
+def test_model_of_another_package_is_rejected(registered, tmp_path):
     class Theirs(mlflow.pyfunc.PythonModel):
         def predict(self, context, model_input, params=None):
             return model_input
@@ -280,16 +287,17 @@ def test_a_model_of_someone_else_is_refused(registered, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "{", "flavors: {}", "just words"])
-def test_a_broken_mlmodel_file_is_a_config_error(text, tmp_path):
+def test_broken_mlmodel_file_is_rejected(text, tmp_path):
     (tmp_path / "MLmodel").write_text(text)
     with pytest.raises(ConfigError, match="was not registered by scgpt-batch register") as refused:
         resolve(str(tmp_path))
     assert "\n" not in str(refused.value)
 
 
-def test_experiment_of_a_store_in_sqlite_keeps_its_files_beside_it(tmp_path, monkeypatch):
+def test_sqlite_experiment_stores_files_beside_it(registered_once, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "store").mkdir()
+    shutil.copyfile(registered_once / "mlflow.db", tmp_path / "store" / "mlflow.db")  # a new one takes seconds
     before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri("sqlite:///store/mlflow.db")
     try:
@@ -326,6 +334,6 @@ def test_requirement_mlflow_has_the_version_of_mlflow_skinny(monkeypatch):
         return installed[package]
 
     monkeypatch.setattr("scgpt_batch.registry.sample_answers.installed_version", version)
-    assert _public_version("mlflow") == "3.17.2"
+    assert public_version("mlflow") == "3.17.2"
     with pytest.raises(PackageNotFoundError):
-        _public_version("torch")
+        public_version("torch")

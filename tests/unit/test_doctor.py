@@ -1,6 +1,7 @@
 """`doctor`: one line per check, exit code 2 if one fails, and a remedy for what failed."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -14,13 +15,19 @@ from scgpt_batch.cli.main import OK, WRONG_USAGE
 from tests.helpers import mlflow_store
 
 
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """An empty MLflow store in use."""
+    with mlflow_store(tmp_path_factory.mktemp("store")):
+        yield
+
+
 @pytest.fixture
-def check(run, tmp_path):
-    """Run `doctor` with an MLflow store of its own; its exit code and its checks by name."""
+def check(run, store):
+    """Run `doctor`; return its exit code, its checks by name, and its status."""
 
     def check(*arguments):
-        with mlflow_store(tmp_path):
-            code, result, _ = run("doctor", *arguments)
+        code, result, _ = run("doctor", *arguments)
         return code, {found["name"]: found for found in result["checks"]}, result["status"]
 
     return check
@@ -58,17 +65,23 @@ def test_old_java_is_not_enough(check, tmp_path, monkeypatch):
     assert not checks["Java"]["ok"] and "11.0.2" in checks["Java"]["detail"]
 
 
-def test_a_gpu_that_torch_cannot_use_is_a_failure(monkeypatch):
-    monkeypatch.setattr(module, "_nvidia_driver", lambda: "470.1")
-    found = module._gpu()
-    assert not found.ok and "driver 470.1" in found.detail and "torch build for CUDA" in found.remedy
+def test_gpu_that_torch_cannot_use_is_a_failure(check, tmp_path, monkeypatch):
+    tool = tmp_path / "bin" / "nvidia-smi"
+    tool.parent.mkdir()
+    tool.write_text("#!/bin/sh\necho 470.1\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    gpu = check()[1]["GPU"]
+    assert not gpu["ok"] and "driver 470.1" in gpu["detail"] and "torch build for CUDA" in gpu["remedy"]
 
 
-def test_little_disk_and_memory_are_failures(monkeypatch):
+def test_little_disk_and_memory_are_failures(check, monkeypatch):
     monkeypatch.setattr(module, "FREE_DISK_GB", 10**6)
     monkeypatch.setattr(module, "FREE_MEMORY_GB", 10**6)
-    assert not module._disk().ok and "SPARK_LOCAL_DIRS" in module._disk().remedy
-    assert not module._memory().ok
+    checks = check()[1]
+    assert not checks["disk"]["ok"] and "SPARK_LOCAL_DIRS" in checks["disk"]["remedy"]
+    assert not checks["memory"]["ok"]
 
 
 def test_remedies_stand_below_their_line():
