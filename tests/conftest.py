@@ -1,5 +1,6 @@
 """What all tests share: one local Spark session, real cells, the golden outputs."""
 
+import fcntl
 import json
 import os
 import warnings
@@ -11,7 +12,7 @@ import anndata as ad
 import pytest
 import torch
 
-from tests.paths import DATA
+from tests.paths import DATA, PRELOAD
 
 # before any Spark session: paths and ports of this machine stay on it
 os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
@@ -38,8 +39,14 @@ def pbmc3k() -> ad.AnnData:
     return ad.read_h5ad(DATA / "pbmc3k.h5ad")
 
 
-# For a few rows Spark compiles longer than it works. (Tests of commands in processes of their own compile.)
-INTERPRETED = {"spark.sql.codegen.wholeStage": "false", "spark.sql.codegen.factoryMode": "NO_CODEGEN"}
+# For a few rows Spark and its JVM compile longer than they work: no generated code, only the JVM's first compiler.
+# (Tests of commands in processes of their own compile.)
+SMALL_DATA = {
+    "spark.sql.codegen.wholeStage": "false",
+    "spark.sql.codegen.factoryMode": "NO_CODEGEN",
+    # without a size for its code, the first compiler alone gets 48 MB, which Spark fills
+    "spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=1 -XX:ReservedCodeCacheSize=240m -XX:+UseSerialGC",
+}
 
 
 @pytest.fixture(scope="session")
@@ -48,23 +55,34 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
     from scgpt_batch.spark.session import get_spark
 
     folder = tmp_path_factory.mktemp("spark")
-    with warnings.catch_warnings():
+    places = [str(PRELOAD), os.environ.get("PYTHONPATH")]
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        session = get_spark({"spark.sql.warehouse.dir": str(folder), "spark.master": "local[2]"} | INTERPRETED)
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, places)))  # of Spark's Python daemon
+        session = get_spark({"spark.sql.warehouse.dir": str(folder), "spark.master": "local[2]"} | SMALL_DATA)
     yield session
     session.stop()
 
 
 @pytest.fixture(scope="session")
 def registered_once(tmp_path_factory: pytest.TempPathFactory, golden: Path) -> Path:
-    """The folder of an MLflow store in which the command line registered the golden checkpoint as `scgpt`."""
+    """The folder of an MLflow store in which the command line registered the golden checkpoint as `scgpt`.
+
+    The processes of pytest-xdist share it. The model may read files below its subfolder `data`.
+    """
     from scgpt_batch.cli.main import OK, main
     from tests.helpers import mlflow_store
 
-    folder = tmp_path_factory.mktemp("registered")
-    checkpoint = str(golden / "checkpoint_flash")
-    with mlflow_store(folder):
-        assert main(["register", "--checkpoint", checkpoint, "--name", "scgpt", "--alias", "champion"]) == OK
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "registered"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "data").is_dir():
+            with mlflow_store(folder):
+                words = ["--checkpoint", str(golden / "checkpoint_flash"), "--input-roots", str(folder / "data")]
+                assert main(["register", *words, "--name", "scgpt", "--alias", "champion"]) == OK
+            (folder / "data").mkdir()
     return folder
 
 
