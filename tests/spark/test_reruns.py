@@ -6,9 +6,10 @@ import shutil
 
 import numpy as np
 import pytest
+from pyspark.sql import functions as F
 
 from scgpt_batch import __version__
-from scgpt_batch.cli.main import OK, WRONG_USAGE
+from scgpt_batch.cli.main import OK, WRONG_USAGE, main
 from scgpt_batch.registry.resolve import resolve
 from scgpt_batch.registry.sample_answers import sample_path
 from tests.helpers import assert_close, small_rows, write_rows
@@ -54,28 +55,59 @@ def beside(table, name):
 
 # Failed rows that are tried again
 
+# What the ledger says of a row that failed in a run with --row-timeout 60.
+FAILURES = {
+    "timeout": {"error_class": "Timeout"},
+    "unknown timeout": {"error_class": "Timeout", "row_timeout": None},
+    "payload": {"error_class": "PayloadError"},
+    "payload, other libraries": {"error_class": "PayloadError", "environment": "torch 1"},
+    "crash": {"error_class": "WorkerCrash"},
+    "crash, other libraries": {"error_class": "WorkerCrash", "environment": "torch 1"},
+    "coverage": {"error_class": "LowCoverage", "genes_matched": 4, "coverage": 0.15},
+}
+
+
+@pytest.fixture(scope="module")
+def failed(spark, home, model, golden):
+    """The words of a run over a row of each of `FAILURES`, which is the row's id; the ledger says that it failed."""
+    table, out = f"delta.`{home}/failed_rows`", f"delta.`{home}/failed_out`"
+    rows = [row | {"adata_id": name} for row, name in zip(small_rows(len(FAILURES), golden), FAILURES, strict=True)]
+    write_rows(spark, rows, table)
+    words = ["embed", "--model-uri", model, "--input-table", table, "--output-table", out, *CELL]
+    assert main([*words, "--row-timeout", "60"]) == OK
+    ledger = spark.table(beside(out, "ledger"))
+    lines = [line.asDict() | {"status": "failed"} | FAILURES[line["adata_id"]] for line in ledger.collect()]
+    changed = spark.createDataFrame([tuple(line.values()) for line in lines], ledger.schema)
+    changed.write.format("delta").mode("overwrite").saveAsTable(beside(out, "ledger"))
+    return words
+
 
 @pytest.mark.parametrize(
-    ("failure", "flags", "taken"),
+    ("failure", "flags", "tried"),
     [
-        ("error_class = 'Timeout'", ["--row-timeout", "60"], 0),
-        ("error_class = 'Timeout'", ["--row-timeout", "30"], 0),
-        ("error_class = 'Timeout'", ["--row-timeout", "61"], 1),
-        ("error_class = 'Timeout', row_timeout = null", ["--row-timeout", "61"], 0),
-        ("error_class = 'PayloadError'", ["--row-timeout", "61"], 0),
-        ("error_class = 'WorkerCrash'", ["--row-timeout", "61"], 0),
-        ("error_class = 'WorkerCrash', environment = 'torch 1'", [], 1),
-        ("error_class = 'PayloadError', environment = 'torch 1'", [], 0),
-        ("error_class = 'LowCoverage', genes_matched = 4, coverage = 0.15", [], 0),
-        ("error_class = 'LowCoverage', genes_matched = 4, coverage = 0.15", ["--min-coverage", "0.1"], 1),
+        ("timeout", ["--row-timeout", "60"], False),
+        ("timeout", ["--row-timeout", "30"], False),
+        ("timeout", ["--row-timeout", "61"], True),
+        ("unknown timeout", ["--row-timeout", "61"], False),
+        ("payload", ["--row-timeout", "61"], False),
+        ("crash", ["--row-timeout", "61"], False),
+        ("crash, other libraries", [], True),
+        ("payload, other libraries", [], False),
+        ("coverage", [], False),
+        ("coverage", ["--min-coverage", "0.1"], True),
     ],
 )
-def test_failed_row_is_tried_again_when_its_reason_is_gone(spark, embed, table, out, golden, failure, flags, taken):
-    write_rows(spark, small_rows(2, golden), table)
-    assert embed(*CELL, "--row-timeout", "60")[1]["rows_ok"] == 2
-    spark.sql(f"UPDATE {beside(out, 'ledger')} SET status = 'failed', {failure} WHERE adata_id = 'good-000'")
-    told = embed(*CELL, *flags)[1]
-    assert (told["rows_ok"], told["rows_skipped"]) == (taken, 2 - taken)
+def test_failed_row_is_pending_when_its_reason_is_gone(spark, run, failed, failure, flags, tried):
+    spark.table(failed[4]).where(F.col("adata_id") == failure).createOrReplaceTempView("failed_row")
+    plan = run(*failed, "--input-table", "failed_row", "--plan", *flags)[1]
+    assert (plan["rows_in"], plan["rows"], plan["rows_skipped"]) == (1, int(tried), int(not tried))
+
+
+def test_pending_failed_rows_are_embedded_again(spark, run, failed):
+    summary = run(*failed, "--row-timeout", "61")[1]
+    assert (summary["rows_ok"], summary["rows_skipped"]) == (2, len(FAILURES) - 2)
+    ledger = spark.table(beside(failed[6], "ledger")).where("status = 'ok'")
+    assert sorted(line["adata_id"] for line in ledger.collect()) == ["crash, other libraries", "timeout"]
 
 
 # Rows that are gone
@@ -85,8 +117,8 @@ def test_results_of_deleted_rows_are_removed(spark, embed, table, out, golden):
     write_rows(spark, small_rows(3, golden), table)
     assert embed(*CELL)[1]["rows_removed"] == 0
     spark.sql(f"DELETE FROM {table} WHERE adata_id = 'good-001'")
-    told = embed(*CELL)[1]
-    assert [told[key] for key in ("rows_in", "rows_ok", "rows_skipped", "rows_removed")] == [2, 0, 2, 1]
+    summary = embed(*CELL)[1]
+    assert [summary[key] for key in ("rows_in", "rows_ok", "rows_skipped", "rows_removed")] == [2, 0, 2, 1]
     assert ids(spark, out) == ids(spark, beside(out, "ledger")) == {"good-000", "good-002"}
     assert embed(*CELL)[1]["rows_removed"] == 0
     runs = spark.table(beside(out, "runs")).orderBy("started_at").collect()
@@ -97,8 +129,8 @@ def test_means_follow_deleted_rows_of_a_sample(spark, embed, table, out, golden,
     write_rows(spark, with_samples(golden, ["s", "s", "t", "t"]), table)
     assert embed(*CONTEXTUAL)[1]["rows_ok"] == 4
     spark.sql(f"DELETE FROM {table} WHERE adata_id = 'good-001' OR sample_id = 't'")
-    told = embed(*CONTEXTUAL)[1]
-    assert [told[key] for key in ("rows_ok", "rows_skipped", "rows_removed")] == [1, 0, 3]
+    summary = embed(*CONTEXTUAL)[1]
+    assert [summary[key] for key in ("rows_ok", "rows_skipped", "rows_removed")] == [1, 0, 3]
     assert ids(spark, out) == {"s"} and ids(spark, beside(out, "ledger")) == {"good-000"}
     assert_same_means(spark, embed, out, f"delta.`{tmp_path}/anew`")
 
@@ -121,8 +153,8 @@ def test_stream_embeds_the_whole_sample_of_a_new_row(spark, embed, table, out, g
     write_rows(spark, [rows[0], rows[1], rows[3]], table)
     assert embed(*CONTEXTUAL, *stream)[1]["rows_ok"] == 3
     write_rows(spark, [rows[2]], table)
-    told = embed(*CONTEXTUAL, *stream)[1]
-    assert (told["rows_ok"], told["rows_skipped"]) == (3, 1)
+    summary = embed(*CONTEXTUAL, *stream)[1]
+    assert (summary["rows_ok"], summary["rows_skipped"]) == (3, 1)
     assert_same_means(spark, embed, out, f"delta.`{tmp_path}/anew`")
 
 
