@@ -8,6 +8,7 @@ from scgpt_batch import errors
 from scgpt_batch.cli import analysis_tables
 from scgpt_batch.cli.analysis_tables import ddl
 from scgpt_batch.cli.main import ALERTS, FAILED, OK, TOO_MANY_FAILED_ROWS, WRONG_USAGE, main
+from scgpt_batch.parameters import Parameters
 from scgpt_batch.spark import tables
 from tests.paths import REPO
 
@@ -73,6 +74,22 @@ def described_columns(title):
 
 def named(cell):
     return re.findall(r"`(\w+)`", cell)
+
+
+DEFAULTS = [
+    line.split("|")[1:3]
+    for line in read("docs/migration.md").split("\n## Defaults\n")[1].splitlines()
+    if "`" in line and line.startswith("| `")
+]
+
+
+@pytest.mark.parametrize(("name", "written"), DEFAULTS)
+def test_defaults_of_the_migration_table_are_those_of_the_code(name, written):
+    value = Parameters.model_fields[name.strip(" `")].default
+    shown = written.split("(")[0].strip(" `").replace(",", "")
+    assert shown == (
+        str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+    )
 
 
 @pytest.mark.parametrize("row", first_cells("CONTRIBUTING.md")[2:])
