@@ -234,12 +234,14 @@ def one_mode(modes: Iterable[str], table: str) -> str:
     Raises
     ------
     ConfigError
-        There are several.
+        There are several, or none because the table is empty.
     """
-    first, *others = sorted(set(modes))
-    if others:
-        raise ConfigError(f"{table} has vectors of the modes {listed([first, *others])}: choose one with --mode")
-    return first
+    found = sorted(set(modes))
+    if not found:
+        raise ConfigError(f"{table} has no embeddings")
+    if len(found) > 1:
+        raise ConfigError(f"{table} has vectors of the modes {listed(found)}: choose one with --mode")
+    return found[0]
 
 
 def ddl(schema: pa.Schema) -> str:

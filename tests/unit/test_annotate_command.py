@@ -167,6 +167,12 @@ def test_wrong_usage_is_named_and_nothing_written(annotate, folder, changed, mes
     assert not (folder / "out").exists()
 
 
+def test_an_empty_table_is_an_error(annotate, folder):
+    write_deltalake(str(folder / "query"), cell_lines().slice(0, 0), mode="overwrite")
+    code, _, err = annotate()
+    assert code == WRONG_USAGE and f"{folder / 'query'} has no embeddings of mode 'cell'" in err
+
+
 def test_labels_of_other_cells_are_an_error(annotate, folder):
     pd.DataFrame({"cell_id": ["x", "y"], "cell_type": ["B", "T"]}).to_csv(folder / "other.csv", index=False)
     code, _, err = annotate(labels=folder / "other.csv")

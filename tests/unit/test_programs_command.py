@@ -162,6 +162,12 @@ def test_cell_embeddings_are_an_error(programs, folder):
     assert code == WRONG_USAGE and "not a table of gene embeddings: embed with --mode static or contextual" in err
 
 
+def test_an_empty_table_is_an_error(programs, folder):
+    write_deltalake(str(folder / "empty"), gene_lines().slice(0, 0))
+    code, _, err = programs(embeddings="empty")
+    assert code == WRONG_USAGE and f"{folder / 'empty'} has no embeddings" in err
+
+
 def test_both_modes_in_a_table_need_a_choice(programs, folder):
     write_deltalake(str(folder / "genes"), gene_lines(mode="contextual", hours=1), mode="append")
     code, _, err = programs()
