@@ -12,6 +12,7 @@
 # make bench   every benchmark, against scgpt and the machine's limit
 # make bench-blog      the usual Spark wrapper against this job, side by side
 # make bench-serving   the usual wrapper under mlflow models serve against scgpt-batch serve; 20,000 requests; 10,000 rows
+# make bench-start     where a cold command's time goes, and the commands against a bare Delta session
 # make faults          break the nightly run for real, and count lost and duplicated rows
 # make fault-serving   kill the endpoint 50 times under load; 50,000 hostile bodies, 50,000 times random bytes (half an hour)
 
@@ -21,9 +22,9 @@ UPSTREAM := .venv-upstream
 export SPARK_LOCAL_IP ?= 127.0.0.1
 export PYTHONUNBUFFERED = 1
 
-.PHONY: setup java chromium demo test test-e2e numbers test-versions check docs notebooks new-user bundle parity bench bench-blog bench-serving faults fault-serving clean
+.PHONY: setup java jars chromium demo test test-e2e numbers test-versions check docs notebooks new-user bundle parity bench bench-blog bench-serving bench-start faults fault-serving clean
 
-setup: $(VENV)/.ready java
+setup: $(VENV)/.ready java jars
 
 # A stamp inside the environment: it is rebuilt when the pins or the project's requirements change.
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -49,6 +50,10 @@ java:
 	  fi; \
 	fi
 
+# Delta's jars go into a cache folder once, so that later commands start without Maven, also offline.
+jars: $(VENV)/.ready java
+	@$(VENV)/bin/python -m scgpt_batch.spark.jars >/dev/null
+
 # A test opens the monitoring report in a real browser.
 chromium:
 	@if ! command -v chromium >/dev/null; then \
@@ -67,7 +72,7 @@ CONF := --config conf/local.yml
 demo: setup .demo/registered .demo/ingested
 	@echo; echo '--- embed: spark-submit, Delta to Delta'
 	@PYSPARK_PYTHON=$(CURDIR)/$(VENV)/bin/python PATH="$(CURDIR)/$(VENV)/bin:$$PATH" \
-	  $(VENV)/bin/spark-submit --properties-file conf/spark-local.conf jobs/embed_genes.py $(CONF) 2>>.demo/log
+	  $(VENV)/bin/spark-submit --properties-file "$$($(VENV)/bin/python -m scgpt_batch.spark.jars)" jobs/embed_genes.py $(CONF) 2>>.demo/log
 	@echo; echo '--- the result'
 	@$(DEMO) summary $(CONF) 2>>.demo/log | sed '$$d'
 	@echo; echo '--- programs: genes that belong together, and their scores by cell type'
@@ -139,6 +144,9 @@ bench-serving: setup $(UPSTREAM)/.ready
 	$(VENV)/bin/python benchmarks/serving.py
 	$(VENV)/bin/python benchmarks/serving.py --soak memory
 	$(VENV)/bin/python benchmarks/serving.py --soak log
+
+bench-start: setup
+	$(VENV)/bin/python benchmarks/start.py
 
 faults: setup
 	$(VENV)/bin/python -m tests.faults.run

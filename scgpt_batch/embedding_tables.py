@@ -19,15 +19,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from scgpt_batch.errors import ConfigError, EmbeddingWarning, listed
-from scgpt_batch.io.locations import canonical, delta_path
+from scgpt_batch.io.locations import canonical, delta_path, tables_in_folder
 from scgpt_batch.io.rows import unique_cell_names
-from scgpt_batch.near_misses import GENE_CUTOFF, did_you_mean
+from scgpt_batch.near_misses import GENE_CUTOFF, closest, did_you_mean
 
 MODEL = ("mode", "model_name", "model_version", "params_hash")  # columns that tell one model's vectors from another's
 
 BLOCK_LINES = 16_384  # lines that are read at a time where not all vectors fit into memory: 34 MB of 512 numbers
 
 Form = Literal["anndata", "pandas", "polars", "arrow"]
+
+
+class SparkNeeded(ConfigError):
+    """The table exists, but only Spark can read it."""
 
 
 @dataclass(frozen=True)
@@ -354,8 +358,10 @@ def open_table(path: str) -> Any:
 
     Raises
     ------
+    SparkNeeded
+        deltalake is not installed, or cannot read the table.
     ConfigError
-        deltalake is not installed, or there is no Delta table that it can read.
+        There is no Delta table.
     """
     with _delta_errors(path):
         from deltalake import DeltaTable
@@ -369,19 +375,28 @@ def _delta_errors(path: str) -> Iterator[None]:
     try:
         from deltalake.exceptions import DeltaError, TableNotFoundError
     except ModuleNotFoundError as exc:
-        raise ConfigError(f"reading Delta without Spark needs {exc.name}: pip install deltalake") from exc
+        raise SparkNeeded(f"reading Delta without Spark needs {exc.name}: pip install deltalake") from exc
     try:
         yield
     except TableNotFoundError as exc:
-        raise ConfigError(f"no Delta table at {path}") from exc
+        folder, _, name = path.rstrip("/").rpartition("/")
+        close = closest(name, tables_in_folder(folder))
+        meant = f": did you mean {folder}/{close}?" if close else ": check the path"
+        raise ConfigError(f"there is no Delta table at {path}{meant}") from exc
     except (DeltaError, OSError) as exc:
-        raise ConfigError(f"{path} cannot be read without Spark: {str(exc).splitlines()[0]}") from exc
+        raise SparkNeeded(f"{path} cannot be read without Spark: {str(exc).splitlines()[0]}") from exc
 
 
 def _scan(table: str, given: Mapping[str, str]) -> pa.Table:
     """Read the lines whose columns have the given values."""
     path = table_path(table)
     return _scan_name(table, given) if path is None else _scan_path(path, given)
+
+
+def open_dataset(path: str) -> Any:
+    """Return the `pyarrow.dataset.Dataset` of the Delta table at a path; raises as `open_table` does."""
+    with _delta_errors(path):
+        return open_table(path).to_pyarrow_dataset()
 
 
 def _scan_path(path: str, given: Mapping[str, str]) -> pa.Table:
@@ -391,8 +406,7 @@ def _scan_path(path: str, given: Mapping[str, str]) -> pa.Table:
 
 def _dataset(path: str, given: Mapping[str, str]) -> tuple[Any, Any]:
     """Return an embedding table as a pyarrow dataset, and the filter for lines whose columns have the given values."""
-    with _delta_errors(path):
-        dataset = open_table(path).to_pyarrow_dataset()
+    dataset = open_dataset(path)
     _check_columns(path, dataset.schema.names)
     conditions = [pc.field(name) == value for name, value in given.items()]
     return dataset, reduce(and_, conditions) if conditions else None

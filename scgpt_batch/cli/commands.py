@@ -1,8 +1,12 @@
 """The commands: their settings, what each calls, and an example for its help."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from threading import Event, Thread
 
 from pydantic.fields import FieldInfo
 
@@ -26,6 +30,7 @@ from scgpt_batch.settings import (
     RegisterSettings,
     ServeSettings,
     Settings,
+    SparkSettings,
     StatusSettings,
     SummarySettings,
 )
@@ -47,6 +52,7 @@ class Command:
     run: Callable[..., CommandResult]
     example: str  # the words after the command's name
     with_parameters: bool = False  # takes embedding parameters too
+    start: Callable[..., None] | None = None  # what takes long to start, before the command itself
     always_readable: bool = False  # prints the lines for people also where standard output is not a terminal
 
     @property
@@ -66,6 +72,31 @@ class RegisterResult(CommandResult):
     def lines(self) -> list[str]:
         """Name the model and its checkpoint."""
         return [f"registered {self.model_uri}", f"digest of the checkpoint: {self.checkpoint_digest}"]
+
+
+def _start_spark(settings: SparkSettings, imported: Sequence[str]) -> None:
+    """Start the Spark session, and import modules while its JVM starts; they must not import Spark."""
+    from scgpt_batch.spark.session import get_spark
+
+    launched, names = Event(), list(imported)
+    os.register_at_fork(after_in_parent=launched.set)  # a process should not fork while a thread of it imports
+
+    def import_all() -> None:
+        launched.wait()
+        with suppress(Exception):  # the command imports them too, and reports the error
+            while names:
+                import_module(names.pop(0))
+
+    imports = Thread(target=import_all, name="imports")
+    imports.start()
+    try:
+        get_spark(settings.spark_conf)
+    except BaseException:
+        names.clear()
+        raise
+    finally:
+        launched.set()
+        imports.join()
 
 
 def _demo_checkpoint(settings: DemoCheckpointSettings) -> CommandResult:
@@ -112,9 +143,8 @@ def _serve(settings: ServeSettings) -> CommandResult:
 
 def _summary(settings: SummarySettings) -> CommandResult:
     from scgpt_batch.cli.summary import summarize
-    from scgpt_batch.spark.session import get_spark
 
-    return summarize(get_spark(settings.spark_conf), settings)
+    return summarize(settings)
 
 
 def _export(settings: ExportSettings) -> CommandResult:
@@ -204,6 +234,7 @@ COMMANDS = {
         "--model-uri models:/scgpt@champion --input-table 'delta.`/data/adata_rows`' \\\n"
         "      --output-table 'delta.`/data/gene_embeddings`' --mode contextual --group-by cell_type --preset counts",
         with_parameters=True,
+        start=partial(_start_spark, imported=("mlflow", "scgpt_batch.inference.engine")),
     ),
     "serve": Command(ServeSettings, _serve, "--model-uri models:/scgpt@champion --port 5000"),
     "summary": Command(

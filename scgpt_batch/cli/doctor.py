@@ -131,15 +131,18 @@ def _spark() -> Check:
 
 
 def _delta() -> Check:
-    """Look for the package by which a local session finds Delta's jar; Databricks brings its own."""
+    """Look for the package that matches Delta's jars, and for the jars; Databricks brings its own."""
     if "DATABRICKS_RUNTIME_VERSION" in os.environ:
         return Check("Delta", True, f"Databricks runtime {os.environ['DATABRICKS_RUNTIME_VERSION']}")
     try:
         found = version("delta-spark")
     except PackageNotFoundError:
         return Check("Delta", False, "delta-spark is not installed", install("local"))
+    from scgpt_batch.spark.jars import cached_jars
+
     reader = "deltalake reads tables without Spark" if importlib.util.find_spec("deltalake") else "no deltalake"
-    return Check("Delta", True, f"delta-spark {found}; {reader}")
+    jars = f"jars in {cached[0].parent}" if (cached := cached_jars()) else "the first session fetches its jars"
+    return Check("Delta", True, f"delta-spark {found}; {jars}; {reader}")
 
 
 def _torch() -> Check:

@@ -8,6 +8,7 @@ import argparse
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,9 +18,17 @@ from pydantic import BaseModel, ValidationError
 import scgpt_batch
 from scgpt_batch.cli.commands import COMMANDS, EMBED_PARAMETERS, Command
 from scgpt_batch.cli.load_settings import load, read_sections
-from scgpt_batch.cli.options import add_options, flag
+from scgpt_batch.cli.options import COMMON_OPTIONS, add_options, flag
 from scgpt_batch.command_result import ALERTS, FAILED, OK, TOO_MANY_FAILED_ROWS, WRONG_USAGE, CommandResult
-from scgpt_batch.errors import ConfigError, SafeLogFilter, ScgptBatchError, in_one_line, printable, suggestion
+from scgpt_batch.errors import (
+    ConfigError,
+    EmbeddingWarning,
+    SafeLogFilter,
+    ScgptBatchError,
+    in_one_line,
+    printable,
+    suggestion,
+)
 from scgpt_batch.near_misses import did_you_mean
 from scgpt_batch.parameters import PRESETS, Parameters, validation_message
 from scgpt_batch.settings import EmbedSettings, MlflowSettings
@@ -43,8 +52,8 @@ completion in bash and zsh: eval "$(register-python-argcomplete scgpt-batch)"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return its exit code (0 done, 1 failed, 2 wrong usage, 3 too many rows failed, 4 alerts)."""
     args = vars(parse(sys.argv[1:] if argv is None else argv))
-    name, config, debug, only_json = (args.pop(key) for key in ("command", "config", "debug", "json"))
-    _set_up_logs()
+    name, config, debug, only_json, verbose = (args.pop(key) for key in ("command", *COMMON_OPTIONS))
+    _set_up_logs(verbose=verbose)
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # standard output is for our result
     command = COMMANDS[name]
@@ -143,6 +152,8 @@ def read_settings(name: str, flags: Mapping[str, Any], config: str | None) -> li
 
 
 def _run(command: Command, *settings: BaseModel) -> CommandResult:
+    if command.start:
+        command.start(settings[0])
     if isinstance(settings[0], MlflowSettings):
         _use_mlflow(settings[0])
     return command.run(*settings)
@@ -158,11 +169,19 @@ def _use_mlflow(settings: MlflowSettings) -> None:
         mlflow.set_registry_uri(settings.registry_uri)
 
 
-def _set_up_logs() -> None:
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    for noisy in ("py4j", "alembic", "mlflow", "databricks"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+def _set_up_logs(*, verbose: bool) -> None:
+    """Show our own messages; those of libraries, Spark's JVM included, from warnings on, or with `verbose` all."""
+    libraries = logging.INFO if verbose else logging.WARNING
+    logging.basicConfig(stream=sys.stderr, level=libraries, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger(scgpt_batch.__name__).setLevel(logging.DEBUG if verbose else logging.INFO)
+    logging.getLogger("uvicorn").setLevel(logging.INFO)  # our endpoint
+    logging.getLogger("py4j").setLevel(logging.WARNING)  # a line for each call to the JVM
+    for own_level in ("alembic", "mlflow", "databricks"):
+        logging.getLogger(own_level).setLevel(libraries)
     _make_logs_safe(logging.getLogger())
+    if not verbose:
+        warnings.filterwarnings("default", category=EmbeddingWarning, append=True)
+        warnings.filterwarnings("ignore", append=True)
 
 
 _SAFE_LOGS = SafeLogFilter()

@@ -67,7 +67,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "spark_conf": "NAME=VALUE", "tracking_uri": "URI", "registry_uri": "URI", "experiment": "NAME",
     },
 }  # fmt: skip
-COMMON_OPTIONS = ("config", "json", "debug")
+COMMON_OPTIONS = ("config", "debug", "json", "verbose")  # of every command
 
 
 def add_options(parser: argparse.ArgumentParser, fields: Mapping[str, FieldInfo]) -> None:
@@ -84,6 +84,7 @@ def add_options(parser: argparse.ArgumentParser, fields: Mapping[str, FieldInfo]
     ).completer = FilesCompleter(("yml", "yaml"))  # type: ignore[attr-defined]
     control.add_argument("--json", action="store_true", help="print the JSON line only, also in a terminal")
     control.add_argument("--debug", action="store_true", help="show the full traceback of an error")
+    control.add_argument("--verbose", action="store_true", help="show what Spark and other libraries print, too")
 
 
 def _add_option(group: Any, name: str, field: FieldInfo, metavar: str) -> None:

@@ -1,13 +1,19 @@
 """What an embeddings table holds, and the nearest genes of some, for a person to read."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import reduce
+from operator import and_
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from scgpt_batch.command_result import CommandResult
-from scgpt_batch.embedding_tables import MODEL, nearest
+from scgpt_batch.embedding_tables import MODEL, SparkNeeded, nearest, open_dataset, table_path
+from scgpt_batch.io.locations import beside, is_remote, table_name
 from scgpt_batch.near_misses import GENE_CUTOFF, did_you_mean
 from scgpt_batch.settings import SummarySettings
 
@@ -52,38 +58,67 @@ class SummaryResult(CommandResult):
         return lines
 
 
-def summarize(spark: Any, settings: SummarySettings) -> SummaryResult:
-    """Count what an embeddings table holds and find the nearest genes of some."""
-    from pyspark.sql import functions as F
+class _Table(Protocol):
+    """The figures of an embeddings table and its ledger, small enough for this process."""
 
-    from scgpt_batch.spark import tables
+    def genes(self) -> pd.DataFrame:
+        """Return the genes of each model: its columns, gene, lines, and when it last wrote one (at)."""
 
-    table = tables.table_name(settings.output_table)
-    ledger_table = tables.beside(table, "_ledger")
-    lines = tables.read(spark, table, tables.GENE_EMBEDDINGS)
-    rows = embedded_rows(tables.read(spark, ledger_table, tables.LEDGER))
-    counted = lines.groupBy(*MODEL).agg(F.countDistinct("gene").alias("genes"), F.count("*").alias("embeddings"))
-    of_rows = rows.groupBy(*MODEL).agg(F.count("*").alias("rows"), F.sum("cells").alias("cells"))
-    counted = counted.join(of_rows, [*MODEL], "left").orderBy(*MODEL)
-    models = [line.asDict() for line in counted.fillna(0, ["rows", "cells"]).collect()]
-    genes = lines.agg(F.countDistinct("gene")).collect()[0][0]
+    def rows(self) -> pd.DataFrame:
+        """Return the last line of the ledger for each row and model: its columns, adata_id, status, cells and at."""
+
+    def static_vectors(self, model: Mapping[str, Any]) -> pa.Table:
+        """Return each gene of a model in static mode, with its vector."""
+
+
+def summarize(settings: SummarySettings) -> SummaryResult:
+    """Count what an embeddings table holds and find the nearest genes of some; a table at a local path needs no Spark.
+
+    Raises
+    ------
+    ConfigError
+        There is no such table.
+    """
+    table = table_name(settings.output_table)
+    ledger_table = beside(table, "_ledger")
+    found = _open(settings, table, ledger_table)
+    genes, rows = found.genes(), found.rows()
+    rows = rows[rows["status"] == "ok"]
+    names, vectors = _newest_static_vectors(found, genes)
     # a row that was embedded in several modes, or by several models, counts once
-    once = rows.groupBy("adata_id").agg(F.max_by("cells", "at").alias("cells"))
-    n_rows, cells = once.agg(F.count("*"), F.coalesce(F.sum("cells"), F.lit(0))).collect()[0]
-    names, vectors = _newest_static_vectors(lines)
+    once = rows.sort_values("at").drop_duplicates("adata_id", keep="last")
     return SummaryResult(
         output_table=table,
         ledger_table=ledger_table,
-        rows=n_rows,
-        cells=cells,
-        genes=genes,
-        embeddings=sum(model["embeddings"] for model in models),
-        models=models,
+        rows=len(once),
+        cells=int(once["cells"].sum()),
+        genes=genes["gene"].nunique(),
+        embeddings=int(genes["lines"].sum()),
+        models=_models(genes, rows),
         nearest_genes=_nearest_genes(names, vectors, settings),
         similar_genes={
             gene: did_you_mean(gene, names, cutoff=GENE_CUTOFF) for gene in settings.genes if gene not in names
         },
     )
+
+
+def _models(genes: pd.DataFrame, rows: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return each mode, model and parameters, with the numbers of genes, embeddings, rows and cells."""
+    counted = genes.groupby([*MODEL], as_index=False).agg(genes=("gene", "nunique"), embeddings=("lines", "sum"))
+    of_rows = rows.groupby([*MODEL], as_index=False).agg(rows=("adata_id", "size"), cells=("cells", "sum"))
+    both = counted.merge(of_rows, on=[*MODEL], how="left").sort_values([*MODEL])
+    counts = ["genes", "embeddings", "rows", "cells"]
+    both[counts] = both[counts].fillna(0).astype(int)
+    return both.to_dict("records")
+
+
+def _newest_static_vectors(found: _Table, genes: pd.DataFrame) -> tuple[list[str], np.ndarray]:
+    """Return genes and their static vectors, of the model that wrote last."""
+    static = genes[genes["mode"] == "static"]
+    if static.empty:
+        return [], np.empty((0, 0), np.float32)
+    vectors = found.static_vectors(static.loc[static["at"].idxmax(), [*MODEL]].to_dict())
+    return vectors["gene"].to_pylist(), np.array(vectors["embedding"].to_pylist(), np.float32)
 
 
 def _nearest_genes(
@@ -97,25 +132,79 @@ def _nearest_genes(
     return found
 
 
-def embedded_rows(ledger: Any) -> Any:
-    """Return the ledger's line of each row, mode, model and parameters, if the last of them is "ok".
-
-    A row whose content changed has a line for each content: the last one counts.
-    """
-    from pyspark.sql import functions as F
-
-    last = ledger.groupBy("adata_id", *MODEL).agg(
-        F.max_by(F.struct("status", "cells"), "at").alias("last"), F.max("at").alias("at")
-    )
-    return last.where("last.status = 'ok'").select("adata_id", *MODEL, "last.cells", "at")
+# Reading the tables
 
 
-def _newest_static_vectors(lines: Any) -> tuple[list[str], np.ndarray]:
-    """Return genes and their static vectors, of the model that wrote last."""
-    from pyspark.sql import functions as F
+def _open(settings: SummarySettings, table: str, ledger_table: str) -> _Table:
+    path, ledger_path = table_path(table), table_path(ledger_table)
+    if path is None or ledger_path is None or is_remote(path):
+        return _WithSpark(settings, table, ledger_table)
+    try:
+        return _WithoutSpark(open_dataset(path), open_dataset(ledger_path))
+    except SparkNeeded:  # such as a table with deletion vectors
+        return _WithSpark(settings, table, ledger_table)
 
-    static = lines.where("mode = 'static'")
-    last = static.groupBy(*MODEL).agg(F.max("embedded_at").alias("at")).orderBy(F.desc("at")).limit(1)
-    # a static vector is the same in every row: one of each gene
-    one = static.join(last, [*MODEL]).groupBy("gene").agg(F.first("embedding").alias("embedding")).toArrow()
-    return one["gene"].to_pylist(), np.array(one["embedding"].to_pylist(), np.float32)
+
+class _WithoutSpark:
+    """Tables at paths, read by delta-rs."""
+
+    def __init__(self, lines: Any, ledger: Any) -> None:
+        self._lines, self._ledger = lines, ledger
+
+    def genes(self) -> pd.DataFrame:
+        keys = [*MODEL, "gene"]
+        counted = [  # batch by batch: the table may have hundreds of millions of lines
+            pa.Table.from_batches([batch]).group_by(keys).aggregate([([], "count_all"), ("embedded_at", "max")])
+            for batch in self._lines.to_batches(columns=[*keys, "embedded_at"])
+        ]
+        if not counted:
+            return pd.DataFrame(columns=[*keys, "lines", "at"])
+        total = pa.concat_tables(counted).group_by(keys).aggregate([("count_all", "sum"), ("embedded_at_max", "max")])
+        return total.to_pandas().rename(columns={"count_all_sum": "lines", "embedded_at_max_max": "at"})
+
+    def rows(self) -> pd.DataFrame:
+        lines = self._ledger.to_table(columns=["adata_id", *MODEL, "status", "cells", "at"]).to_pandas()
+        return lines.sort_values("at").drop_duplicates(["adata_id", *MODEL], keep="last")
+
+    def static_vectors(self, model: Mapping[str, Any]) -> pa.Table:
+        mine = reduce(and_, (pc.field(name) == value for name, value in model.items()))
+        genes, vectors = [], []
+        seen: set[str] = set()
+        for batch in self._lines.to_batches(columns=["gene", "embedding"], filter=mine):
+            names = pd.Index(batch["gene"].to_pandas())
+            new = np.flatnonzero(~names.duplicated() & ~names.isin(seen))  # a static vector is the same in every row
+            genes.append(batch["gene"].take(pa.array(new)))
+            vectors.append(batch["embedding"].take(pa.array(new)))
+            seen.update(names[new])
+        return pa.table({"gene": pa.chunked_array(genes), "embedding": pa.chunked_array(vectors)})
+
+
+class _WithSpark:
+    """Tables that only Spark's catalog or file systems know."""
+
+    def __init__(self, settings: SummarySettings, table: str, ledger_table: str) -> None:
+        from scgpt_batch.spark import tables
+        from scgpt_batch.spark.session import get_spark
+
+        spark = get_spark(settings.spark_conf)
+        self._lines = tables.read(spark, table, tables.GENE_EMBEDDINGS)
+        self._ledger = tables.read(spark, ledger_table, tables.LEDGER)
+
+    def genes(self) -> pd.DataFrame:
+        from pyspark.sql import functions as F
+
+        counted = self._lines.groupBy(*MODEL, "gene")
+        return counted.agg(F.count("*").alias("lines"), F.max("embedded_at").alias("at")).toPandas()
+
+    def rows(self) -> pd.DataFrame:
+        from pyspark.sql import functions as F
+
+        last = F.max_by(F.struct("status", "cells"), "at").alias("last")
+        lines = self._ledger.groupBy("adata_id", *MODEL).agg(last, F.max("at").alias("at"))
+        return lines.select("adata_id", *MODEL, "last.*", "at").toPandas()
+
+    def static_vectors(self, model: Mapping[str, Any]) -> pa.Table:
+        from pyspark.sql import functions as F
+
+        mine = reduce(and_, (F.col(name) == value for name, value in model.items()))
+        return self._lines.where(mine).groupBy("gene").agg(F.first("embedding").alias("embedding")).toArrow()

@@ -26,6 +26,7 @@ PACKAGES = {
 ID_FROM = ("name", "parent", "path")
 
 _DELTA_PATH = re.compile(r"delta\.`([^`]+)`")
+_TABLE_NAME = re.compile(r"(`[^`]+`|\w+)(\.(`[^`]+`|\w+)){0,2}")
 _METADATA = (".zmetadata", "zarr.json", ".zattrs", ".zgroup")
 
 
@@ -37,6 +38,33 @@ def delta_path(table: str) -> str | None:
     """
     match = _DELTA_PATH.fullmatch(table)
     return match[1] if match else None
+
+
+def table_name(given: str) -> str:
+    """Return a checked table name: one to three parts, or delta.`path` with the path made absolute if it is local.
+
+    Raises
+    ------
+    ConfigError
+        It has another form, or contains `${`, which Spark replaces in SQL text.
+    """
+    if "${" in given:
+        raise ConfigError(f"table {given!r} contains ${{...}}, which Spark replaces in SQL: rename the table or folder")
+    if path := delta_path(given.strip()):
+        return f"delta.`{path if '://' in path or path.startswith('dbfs:') else Path(path).absolute()}`"
+    if _TABLE_NAME.fullmatch(given.strip()):
+        return given.strip()
+    raise ConfigError(f"{given!r} is not a table name: use catalog.schema.table or delta.`path`")
+
+
+def beside(table: str, suffix: str) -> str:
+    """Return the name of a companion table: `suffix` is appended to the name or path."""
+    return f"{table[:-1].rstrip('/')}{suffix}`" if table.endswith("`") else f"{table}{suffix}"
+
+
+def tables_in_folder(folder: str) -> list[str]:
+    """Return the names of a folder's Delta tables, if its file system is this machine's."""
+    return [log.parent.name for log in Path(folder).glob("*/_delta_log")] if not is_remote(folder) else []
 
 
 def is_remote(source: str) -> bool:

@@ -1,24 +1,30 @@
 """The Spark session of a command: the existing one, or a local one with Delta."""
 
 import io
+import logging
 import os
 import sys
 from collections.abc import Mapping
-from pathlib import Path
+from contextlib import suppress
+from threading import Lock, Thread
 from typing import Any
 
 from py4j.protocol import Py4JError
+from pyspark import SparkConf, SparkContext
+from pyspark.errors import PySparkRuntimeError
 from pyspark.java_gateway import launch_gateway
 from pyspark.sql import SparkSession
 
-from scgpt_batch.errors import ConfigError
-from scgpt_batch.java import HINT, OLDEST, find_java
+from scgpt_batch.java import require_java
+from scgpt_batch.spark.jars import local_conf
 
-LOCAL_CONF = Path(__file__).with_name("spark-local.conf")
+logger = logging.getLogger(__name__)
 
 
 def get_spark(conf: Mapping[str, str] | None = None) -> SparkSession:
     """Return the session that spark-submit, Databricks or Spark Connect provides, else create a local one.
+
+    If this module's logger has level DEBUG, all that Spark prints is shown.
 
     Parameters
     ----------
@@ -28,20 +34,71 @@ def get_spark(conf: Mapping[str, str] | None = None) -> SparkSession:
     Raises
     ------
     ConfigError
-        A local session is needed, but there is no Java version that Spark 4 supports.
+        A local session is needed, but there is no Java version that Spark 4 supports, or Delta's jars cannot be
+        resolved.
     """
     provided = ("PYSPARK_GATEWAY_PORT", "DATABRICKS_RUNTIME_VERSION", "SPARK_REMOTE")
     if SparkSession.getActiveSession() or any(name in os.environ for name in provided):
         return SparkSession.builder.getOrCreate()
-    _require_java()
+    require_java()
     # otherwise workers run `python3` from the PATH, which may be another installation
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
-    # otherwise Spark adds the jars of `spark.jars.packages` to Python's path, and each import and task searches them
-    builder = SparkSession.builder.appName("scgpt_batch").config("spark.submit.pyFiles", "")
-    for name, value in (_read_conf(LOCAL_CONF) | dict(conf or {})).items():
-        builder = builder.config(name, value)
-    return builder.getOrCreate()
+    verbose = logger.isEnabledFor(logging.DEBUG)
+    settings = local_conf(conf or {}, verbose=verbose)
+    # otherwise Spark adds its jars to Python's path, and each import and task searches them
+    settings["spark.submit.pyFiles"] = ""
+    if not verbose:
+        _start_jvm_quietly(settings)
+    return SparkSession.builder.appName("scgpt_batch").config(map={**settings}).getOrCreate()
+
+
+def _start_jvm_quietly(settings: Mapping[str, str]) -> None:
+    """Start the JVM that Spark will use. What it prints until it is ready appears only if it does not start."""
+    if SparkContext._gateway is not None:  # that of an earlier session
+        return
+    conf = SparkConf(loadDefaults=False).setAll(list(settings.items()))
+    reader, writer = os.pipe()
+    output = _JvmOutput(reader)
+    output.start()
+    try:
+        gateway = launch_gateway(conf, {"stdout": writer, "stderr": writer})  # our standard output is for results
+    except PySparkRuntimeError:
+        output.show(held=True)
+        raise
+    finally:
+        os.close(writer)
+    output.show(held=False)
+    SparkContext._ensure_initialized(gateway=gateway)
+
+
+class _JvmOutput(Thread):
+    """Reads what the JVM prints: it holds the output back at first, and later passes it on to our standard error."""
+
+    def __init__(self, reader: int) -> None:
+        super().__init__(name="output of the JVM", daemon=True)
+        self._reader, self._held, self._shown, self._lock = reader, b"", False, Lock()
+
+    def run(self) -> None:
+        while data := os.read(self._reader, 1 << 16):
+            with self._lock:
+                if self._shown:
+                    self._write(data)
+                else:
+                    self._held += data
+        os.close(self._reader)
+
+    def show(self, *, held: bool) -> None:
+        """Pass on all further output, and what was held back if `held`."""
+        with self._lock:
+            self._shown = True
+            if held:
+                self._write(self._held)
+
+    @staticmethod
+    def _write(data: bytes) -> None:
+        with suppress(OSError):  # our standard error is closed; the JVM would wait for a reader
+            os.write(2, data)
 
 
 def separate_stderr() -> None:
@@ -69,16 +126,3 @@ class _JvmStderr(io.TextIOBase):
 
     def flush(self) -> None:
         self._stream.flush()
-
-
-def _read_conf(path: Path) -> dict[str, str]:
-    lines = (line.strip() for line in path.read_text().splitlines())
-    return dict(line.split(None, 1) for line in lines if line and not line.startswith("#"))
-
-
-def _require_java() -> None:
-    java = find_java()
-    if java is None:
-        raise ConfigError(f"Spark needs Java, but none was found: {HINT}")
-    if java.major and java.major < OLDEST:
-        raise ConfigError(f"Spark 4 needs Java {OLDEST} or newer, but {java.path} is version {java.major}: {HINT}")

@@ -5,7 +5,6 @@ It uses only SQL and DataFrames, so that it also runs under Spark Connect.
 
 import logging
 import random
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,7 +29,9 @@ from pyspark.sql.types import (
 )
 
 from scgpt_batch.errors import ConfigError, ScgptBatchError, in_one_line, suggestion
-from scgpt_batch.io.locations import delta_path
+from scgpt_batch.io.locations import beside as beside
+from scgpt_batch.io.locations import delta_path, tables_in_folder
+from scgpt_batch.io.locations import table_name as table_name
 from scgpt_batch.io.rows import PAYLOAD_COLUMNS
 from scgpt_batch.near_misses import closest, did_you_mean
 from scgpt_batch.spark.errors import is_conflict, is_folder_refused, is_location_taken
@@ -87,8 +88,6 @@ CREATE_TRIES = 4  # over about seven seconds: other runs create the table at mos
 # Hadoop does not report the cause; list the likely ones
 _NO_FOLDER = "No space left, a Read-only file system, no permission, or a file in place of a folder"
 
-_NAME = re.compile(r"(`[^`]+`|\w+)(\.(`[^`]+`|\w+)){0,2}")
-
 
 class FolderTaken(ConfigError):
     """A table's folder has files that are not a Delta table; another run may be creating the table."""
@@ -96,28 +95,6 @@ class FolderTaken(ConfigError):
 
 class RowOfAnotherSource(ConfigError):
     """A new row has the key of a row from another file."""
-
-
-def table_name(given: str) -> str:
-    """Return a checked table name: one to three parts, or delta.`path` with the path made absolute if it is local.
-
-    Raises
-    ------
-    ConfigError
-        It has another form, or contains `${`, which Spark replaces in SQL text.
-    """
-    if "${" in given:
-        raise ConfigError(f"table {given!r} contains ${{...}}, which Spark replaces in SQL: rename the table or folder")
-    if path := delta_path(given.strip()):
-        return f"delta.`{path if '://' in path or path.startswith('dbfs:') else Path(path).absolute()}`"
-    if _NAME.fullmatch(given.strip()):
-        return given.strip()
-    raise ConfigError(f"{given!r} is not a table name: use catalog.schema.table or delta.`path`")
-
-
-def beside(table: str, suffix: str) -> str:
-    """Return the name of a companion table: `suffix` is appended to the name or path."""
-    return f"{table[:-1].rstrip('/')}{suffix}`" if table.endswith("`") else f"{table}{suffix}"
 
 
 def exists(spark: SparkSession, table: str) -> bool:
@@ -135,16 +112,11 @@ def missing_table(spark: SparkSession, table: str) -> ConfigError:
     """Return the error for a table that does not exist; it suggests a table of a similar name beside it."""
     path = delta_path(table)
     folder, _, name = path.rpartition("/") if path else table.rpartition(".")
-    close = closest(name, _tables_in_folder(folder) if path else _tables_in_schema(spark, folder))
+    close = closest(name, tables_in_folder(folder) if path else _tables_in_schema(spark, folder))
     if close is None:
         return ConfigError(f"there is no Delta table {table}: check its name, or run the command that creates it")
     meant = f"delta.`{folder}/{close}`" if path else f"{folder}.{close}".lstrip(".")
     return ConfigError(f"there is no Delta table {table}: did you mean {meant}?")
-
-
-def _tables_in_folder(folder: str) -> list[str]:
-    """Return the names of a folder's tables, if its file system is this machine's."""
-    return [log.parent.name for log in Path(folder).glob("*/_delta_log")] if "://" not in folder else []
 
 
 def _tables_in_schema(spark: SparkSession, schema: str) -> list[str]:

@@ -8,7 +8,8 @@ from pathlib import Path
 import mlflow
 
 from scgpt_batch.cli.main import OK
-from tests.cluster import CONF, environment
+from scgpt_batch.spark.jars import write_submit_conf
+from tests.cluster import environment
 from tests.helpers import small_rows, write_rows
 from tests.paths import REPO
 
@@ -18,7 +19,8 @@ def test_spark_submit_runs_the_job_file(spark, home, model, golden):
     rows = f"delta.`{home}/rows`"
     write_rows(spark, small_rows(4, golden), rows)
     command = [
-        Path(sys.executable).with_name("spark-submit"), "--properties-file", CONF, REPO / "jobs/embed_genes.py",
+        Path(sys.executable).with_name("spark-submit"), "--properties-file", write_submit_conf({}),
+        REPO / "jobs/embed_genes.py",
         "--model-uri", model, "--input-table", rows, "--output-table", f"delta.`{home}/submitted`",
         "--tracking-uri", mlflow.get_tracking_uri(), "--need-preprocess", "false",
     ]  # fmt: skip
@@ -28,4 +30,6 @@ def test_spark_submit_runs_the_job_file(spark, home, model, golden):
     assert done.returncode == OK, done.stderr[-2000:]
     result = json.loads(done.stdout)  # nothing else: logs go to standard error
     assert (result["rows_ok"], result["embeddings"]) == (4, 160)
+    noise = ("resolving dependencies", "log4j", "log level", "NativeCodeLoader", "FutureWarning")
+    assert [text for text in noise if text in done.stderr] == []
     assert " INFO " in done.stderr

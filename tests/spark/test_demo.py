@@ -8,6 +8,7 @@ import pytest
 from scgpt_batch.cli.demo import write_demo_checkpoint
 from scgpt_batch.cli.summary import summarize
 from scgpt_batch.inference.engine import Embedder
+from scgpt_batch.io.locations import delta_path
 from scgpt_batch.io.rows import to_row
 from scgpt_batch.models.scgpt import load_checkpoint
 from scgpt_batch.parameters import Parameters
@@ -81,7 +82,7 @@ def result(spark, tmp_path_factory):
         (["a"], "static", "2", "ok", [0.1, 1.0], 5),
     ]
     write_table(spark, table, runs)
-    return summarize(spark, SummarySettings(output_table=table, genes=("A", "B"), neighbours=1))
+    return summarize(SummarySettings(output_table=table, genes=("A", "B"), neighbours=1))
 
 
 def test_summary_counts_each_row_once_over_modes_and_versions(result):
@@ -95,3 +96,10 @@ def test_summary_counts_rows_and_cells_of_each_mode_and_version(result):
 
 def test_summary_takes_neighbours_from_the_newest_static_vectors(result):
     assert result.to_dict()["nearest_genes"] == {"A": ["B"], "B": ["C"]}
+
+
+def test_summary_of_a_named_table_equals_that_of_its_path(spark, result):
+    spark.sql(f"CREATE TABLE summarized USING delta LOCATION '{delta_path(result.output_table)}'")
+    spark.sql(f"CREATE TABLE summarized_ledger USING delta LOCATION '{delta_path(result.ledger_table)}'")
+    named = summarize(SummarySettings(output_table="summarized", genes=("A", "B"), neighbours=1))
+    assert named.to_dict() == result.to_dict() | {"output_table": "summarized"}

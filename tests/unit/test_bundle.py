@@ -16,6 +16,7 @@ from databricks.bundles.schemas import Schema
 from databricks.bundles.volumes import Volume
 
 from scgpt_batch.cli.main import parse, read_settings
+from scgpt_batch.cli.options import COMMON_OPTIONS
 from scgpt_batch.databricks import bundle as generator
 from tests import databricks_bundle as bundles
 from tests.paths import REPO
@@ -105,7 +106,7 @@ def test_task_parameters_are_valid_for_its_command(job, task):
     assert task["job_cluster_key"] in {cluster["job_cluster_key"] for cluster in found["job_clusters"]}
     given = vars(parse(bundles.task_words(found, task)))
     name = given.pop("command")
-    flags = {key: value for key, value in given.items() if key not in ("config", "debug", "json")}
+    flags = {key: value for key, value in given.items() if key not in COMMON_OPTIONS}
     settings, *_ = read_settings(name, flags, None)
     tables = {value for key, value in settings if key.endswith(("table", "view")) and value}
     assert tables and all(table.startswith("main.scgpt.") for table in tables)

@@ -1,20 +1,24 @@
 """The command line by itself: its options and help, where settings come from, and what a wrong call says."""
 
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from typing import Literal, get_args, get_origin
 
+import pyarrow as pa
 import pytest
+from deltalake import write_deltalake
 
 import scgpt_batch
 from scgpt_batch.cli.commands import COMMANDS
 from scgpt_batch.cli.load_settings import is_list
 from scgpt_batch.cli.main import FAILED, OK, WRONG_USAGE, main, parse, read_settings
-from scgpt_batch.cli.options import GROUPS
+from scgpt_batch.cli.options import COMMON_OPTIONS, GROUPS
 from scgpt_batch.command_result import CommandResult
 from scgpt_batch.errors import ConfigError
 from scgpt_batch.parameters import PRESETS, Parameters
@@ -27,7 +31,7 @@ EMBED = ["embed", "--model-uri", "models:/m/1", "--input-table", "a", "--output-
 def settings_of(*argv, config=None):
     """Settings (and parameters) of a command line."""
     given = vars(parse(argv))
-    flags = {key: value for key, value in given.items() if key not in ("command", "config", "json", "debug")}
+    flags = {key: value for key, value in given.items() if key not in ("command", *COMMON_OPTIONS)}
     return read_settings(given["command"], flags, config or given["config"])
 
 
@@ -365,6 +369,21 @@ def test_a_java_error_is_shown_with_its_first_cause(capfd, monkeypatch):
     monkeypatch.setitem(COMMANDS, "summary", replace(COMMANDS["summary"], run=fail))
     assert main(["summary", "--output-table", "t"]) == FAILED
     assert "SparkException: Task failed: No space left (--debug" in capfd.readouterr().err
+
+
+def test_summary_of_a_path_needs_no_java(tmp_path):
+    stamps = {name: pa.array(["x"]) for name in ("model_name", "model_version", "params_hash", "adata_id")}
+    at = pa.array([datetime(2026, 1, 1, tzinfo=UTC)])
+    vectors = {"mode": ["static"], "gene": ["CD3D"], "embedding": pa.array([[1.0]]), "embedded_at": at}
+    write_deltalake(str(tmp_path / "t"), pa.table(stamps | vectors))
+    report = {"mode": ["static"], "status": ["ok"], "cells": [7], "at": at}
+    write_deltalake(str(tmp_path / "t_ledger"), pa.table(stamps | report))
+    command = [sys.executable, "-c", "from scgpt_batch.cli import entry_point; entry_point()"]
+    command += ["summary", "--output-table", f"delta.`{tmp_path}/t`", "--json"]
+    environment = os.environ | {"JAVA_HOME": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (OK, "")
+    assert json.loads(done.stdout)["cells"] == 7
 
 
 def test_without_java_the_one_command_to_run_is_named(tmp_path):
