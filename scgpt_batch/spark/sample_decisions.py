@@ -124,12 +124,13 @@ def _remembered(batches: Batches, rows: deque[dict[str, Any]]) -> Iterator[dict[
 def _statistics(work: WorkerTask, rows: Iterator[dict[str, Any]]) -> Iterator[Statistics]:
     """Yield each row's statistics; empty ones for rows that killed their process or timed out."""
     if not (work.isolated or isolates()):
-        return watched(map(_statistics_of_row(work), rows), work.row_timeout)
-    results = results_alone(rows, partial(_statistics_of_row, work), work.row_timeout)
+        return watched(map(statistics_of_row(work), rows), work.row_timeout)
+    results = results_alone(rows, partial(statistics_of_row, work), work.row_timeout)
     return (Statistics(left_out=1) if isinstance(result, RowError) else result for result in results)
 
 
-def _statistics_of_row(work: WorkerTask) -> Callable[[dict[str, Any]], Statistics]:
+def statistics_of_row(work: WorkerTask) -> Callable[[dict[str, Any]], Statistics]:
+    """Return a function that computes a row's statistics, in the process that has loaded the model."""
     reader = work.model.load().reader
 
     def of_row(row: dict[str, Any]) -> Statistics:

@@ -1,8 +1,11 @@
 """The commands on real Spark, Delta and MLflow: files in, tables out."""
 
+import io
 import json
 import subprocess
 import sys
+from contextlib import redirect_stdout
+from functools import cache
 
 import anndata as ad
 import h5py
@@ -16,9 +19,10 @@ import scipy.sparse as sp
 from pyspark.sql import functions as F
 
 from scgpt_batch.cli.main import OK, TOO_MANY_FAILED_ROWS, WRONG_USAGE, main
-from scgpt_batch.inference.engine import load_embedder, loads_in_this_process
+from scgpt_batch.inference.engine import load_embedder
 from scgpt_batch.io.rows import from_row, to_row
 from scgpt_batch.parameters import Parameters
+from scgpt_batch.spark import tables
 from scgpt_batch.spark.worker import ModelRef
 from tests.helpers import assert_close, random_adata, small_rows, write_rows
 
@@ -50,18 +54,31 @@ def embeddings(spark, table, key):
     return lines, np.stack(lines["embedding"].to_list())
 
 
+@pytest.fixture(scope="module")
+def embedded(home, model, rows_table):
+    """A function that embeds the 60 cells in a mode, once: exit code, summary and output table."""
+
+    @cache
+    def embed(mode):
+        words = ["--model-uri", model, "--input-table", rows_table, "--output-table", f"delta.`{home}/{mode}`"]
+        output = io.StringIO()
+        with redirect_stdout(output):
+            code = main(["embed", *words, "--mode", mode, *BINS_ONLY])
+        return code, json.loads(output.getvalue().splitlines()[-1]), f"delta.`{home}/{mode}`"
+
+    return embed
+
+
 @pytest.mark.parametrize("mode", ["static", "contextual", "cell"])
-def test_tables_match_the_model(spark, run, home, model, rows_table, golden, mode):
-    out = f"delta.`{home}/{mode}`"
-    code, told, _ = run("embed", "--model-uri", model, "--input-table", rows_table, "--output-table", out,
-                        "--mode", mode, *BINS_ONLY)  # fmt: skip
-    assert (code, told["rows_ok"], told["rows_failed"], told["cells"]) == (OK, 4, 0, 60)
+def test_tables_match_the_model(spark, embedded, rows_table, golden, mode):
+    code, summary, out = embedded(mode)
+    assert (code, summary["rows_ok"], summary["rows_failed"], summary["cells"]) == (OK, 4, 0, 60)
 
     embedder = load_embedder(golden / "checkpoint_flash")
     parameters = Parameters(mode=mode, need_preprocess=False, data_is_raw=True)
     key = "cell_id" if mode == "cell" else "gene"
     lines, vectors = embeddings(spark, out, key)
-    assert len(lines) == told["embeddings"]
+    assert len(lines) == summary["embeddings"]
     for row in spark.table(rows_table).toArrow().to_pylist():
         answer = embedder.embed(row, parameters)
         names = np.array(answer.cell_ids if mode == "cell" else answer.genes)
@@ -70,18 +87,17 @@ def test_tables_match_the_model(spark, run, home, model, rows_table, golden, mod
         assert_close(vectors[mine], answer.embeddings[np.argsort(names)], atol=1e-5)
 
 
-def test_lines_are_stamped_and_rows_are_in_the_ledger(spark, run, home, model, rows_table):
-    out = f"delta.`{home}/stamped`"
-    _, told, _ = run("embed", "--model-uri", model, "--input-table", rows_table, "--output-table", out, *BINS_ONLY)
+def test_lines_are_stamped_and_rows_are_in_the_ledger(spark, embedded):
+    _, summary, out = embedded("static")
     stamps = spark.table(out).select("mode", "model_name", "model_version", "run_id").distinct().collect()
-    assert [tuple(s) for s in stamps] == [("static", "scgpt", told["model_version"], told["run_id"])]
-    ledger = spark.table(f"delta.`{home}/stamped_ledger`").toArrow().to_pandas()
+    assert [tuple(s) for s in stamps] == [("static", "scgpt", summary["model_version"], summary["run_id"])]
+    ledger = spark.table(tables.beside(out, "_ledger")).toArrow().to_pandas()
     assert (ledger["status"] == "ok").all() and len(ledger) == 4
     assert (ledger["genes_in"] == 32738).all() and (ledger["genes_matched"] == 2200).all()
     assert ledger["coverage"].between(0.5, 1).all()
-    (a_run,) = spark.table(f"delta.`{home}/stamped_runs`").collect()
-    assert (a_run["run_id"], a_run["status"], a_run["rows_ok"]) == (told["run_id"], "finished", 4)
-    assert mlflow.get_run(told["run_id"]).data.metrics["rows_ok"] == 4
+    (a_run,) = spark.table(tables.beside(out, "_runs")).collect()
+    assert (a_run["run_id"], a_run["status"], a_run["rows_ok"]) == (summary["run_id"], "finished", 4)
+    assert mlflow.get_run(summary["run_id"]).data.metrics["rows_ok"] == 4
 
 
 def test_rerun_skips_embedded_rows(spark, run, home, model, golden):
@@ -99,9 +115,8 @@ def test_rerun_skips_embedded_rows(spark, run, home, model, golden):
     assert spark.table(out).groupBy("adata_id", "gene").count().where("count > 1").count() == 0
     assert spark.table(out).where("adata_id = 'good-000'").select("content_hash").distinct().count() == 1
 
-    assert run(*embed, "--seed", "1")[1]["rows_ok"] == 0  # draws nothing in static mode
-    assert run(*embed, "--mode", "contextual")[1]["rows_ok"] == 3
-    assert run(*embed, "--mode", "contextual", "--seed", "1")[1]["rows_ok"] == 3
+    assert run(*embed, "--plan", "--seed", "1")[1]["rows"] == 0  # static mode draws no random numbers
+    assert run(*embed, "--plan", "--mode", "contextual")[1]["rows"] == 3
 
 
 def damaged_rows(golden):
@@ -137,34 +152,30 @@ def damaged_rows(golden):
 
 def test_bad_row_fails_alone_with_its_reason(spark, run, home, model, golden):
     bad = damaged_rows(golden)
-    template = next(small_rows(1, golden))
-    good = list(small_rows(100, golden))
-    write_rows(spark, good, f"delta.`{home}/all_good`")
-    write_rows(spark, good, f"delta.`{home}/with_bad`")
-    write_rows(spark, [template | damage | {"adata_id": f"bad: {name}"} for name, (damage, _) in bad.items()],
-               f"delta.`{home}/with_bad`")  # fmt: skip
-    found = {}
-    for name in ("all_good", "with_bad"):
-        out = f"delta.`{home}/{name}_out`"
-        code, told, _ = run("embed", "--model-uri", model, "--input-table", f"delta.`{home}/{name}`",
-                            "--output-table", out, "--mode", "cell", *BINS_ONLY)  # fmt: skip
-        found[name] = (code, told, *embeddings(spark, out, "cell_id"))
-    assert found["all_good"][0] == OK
-    code, told, lines, vectors = found["with_bad"]
-    assert (code, told["rows_ok"], told["rows_failed"]) == (TOO_MANY_FAILED_ROWS, 100, len(bad))
-    assert lines["adata_id"].tolist() == found["all_good"][2]["adata_id"].tolist()
-    assert_close(vectors, found["all_good"][3], atol=1e-6)
-    failed = spark.table(f"delta.`{home}/with_bad_out_ledger`").where("status = 'failed'").collect()
+    template, good = next(small_rows(1, golden)), list(small_rows(40, golden))
+    table, out = f"delta.`{home}/with_bad`", f"delta.`{home}/with_bad_out`"
+    damaged = [template | damage | {"adata_id": f"bad: {name}"} for name, (damage, _) in bad.items()]
+    write_rows(spark, [*good, *damaged], table)
+    embed = ["embed", "--model-uri", model, "--input-table", table, "--output-table", out, "--mode", "cell", *BINS_ONLY]
+    code, summary, _ = run(*embed)
+    assert (code, summary["rows_ok"], summary["rows_failed"]) == (TOO_MANY_FAILED_ROWS, len(good), len(bad))
+
+    lines, vectors = embeddings(spark, out, "cell_id")
+    parameters = Parameters(mode="cell", need_preprocess=False, data_is_raw=True)
+    wanted = list(load_embedder(golden / "checkpoint_flash").embed_rows(good, parameters))
+    names = [(row["adata_id"], cell) for row, answer in zip(good, wanted, strict=True) for cell in answer.cell_ids]
+    assert list(zip(lines["adata_id"], lines["cell_id"], strict=True)) == names
+    assert_close(vectors, np.concatenate([answer.cell_embeddings for answer in wanted]), atol=1e-5)
+
+    failed = spark.table(tables.beside(out, "_ledger")).where("status = 'failed'").collect()
     assert len(failed) == len(bad)
     for line in failed:
-        wanted = bad[line["adata_id"].removeprefix("bad: ")][1]
-        assert wanted in line["error_message"] and line["error_class"] in ("PayloadError", "LowCoverage")
+        message = bad[line["adata_id"].removeprefix("bad: ")][1]
+        assert message in line["error_message"] and line["error_class"] in ("PayloadError", "LowCoverage")
 
-    again = ["embed", "--model-uri", model, "--input-table", f"delta.`{home}/with_bad`", "--mode", "cell"]
-    again += ["--output-table", f"delta.`{home}/with_bad_out`", "--max-failed-fraction", "1", *BINS_ONLY]
-    assert run(*again)[1]["rows_skipped"] == 100 + len(bad)
-    code, told, _ = run(*again, "--retry-failed")
-    assert (code, told["rows_failed"]) == (OK, len(bad))
+    assert run(*embed, "--plan")[1]["rows_skipped"] == len(good) + len(bad)
+    code, summary, _ = run(*embed, "--max-failed-fraction", "1", "--retry-failed")
+    assert (code, summary["rows_failed"]) == (OK, len(bad))
 
 
 def test_key_with_several_contents_is_rejected(spark, run, home, model, golden):
@@ -179,8 +190,8 @@ def test_equal_copies_of_a_row_are_embedded_once(spark, run, home, model, golden
     table, out = f"delta.`{home}/copies`", f"delta.`{home}/copies_out`"
     (row,) = small_rows(1, golden)
     write_rows(spark, [row, row], table)
-    _, told, _ = run("embed", "--model-uri", model, "--input-table", table, "--output-table", out, *BINS_ONLY)
-    assert (told["rows_in"], told["rows_ok"], told["rows_skipped"]) == (2, 1, 1)
+    _, summary, _ = run("embed", "--model-uri", model, "--input-table", table, "--output-table", out, *BINS_ONLY)
+    assert (summary["rows_in"], summary["rows_ok"], summary["rows_skipped"]) == (2, 1, 1)
     assert spark.table(out).groupBy("gene").count().where("count > 1").count() == 0
 
 
@@ -220,23 +231,19 @@ def test_equal_static_vectors_compress_well(spark, run, home, model, golden):
 @pytest.mark.parametrize(
     ("argv", "wanted"),
     [
-        (["--mode", "dynamic"], "mode"),
         (["--model-uri", "models:/scgpt/999"], "models:/scgpt/999"),
         (["--model-uri", "models:/nobody@champion"], "nobody"),
         (["--model-uri", "/nowhere"], "/nowhere"),
         (["--input-table", "delta.`/nowhere/rows`"], "/nowhere/rows"),
         (["--output-table", "not a table"], "not a table"),
-        (["--min-coverage", "7"], "min_coverage"),
-        (["--group-by", "cell_type"], "contextual"),
-        (["--config", "/nowhere.yml"], "/nowhere.yml"),
     ],
 )
 def test_wrong_usage_is_one_line(spark, run, home, model, rows_table, argv, wanted):
     base = {"--model-uri": model, "--input-table": rows_table, "--output-table": f"delta.`{home}/never`"}
     base |= dict(zip(argv[::2], argv[1::2], strict=True))
-    code, told, err = run("embed", *(word for pair in base.items() for word in pair))
+    code, summary, err = run("embed", *(word for pair in base.items() for word in pair))
     last = err.strip().splitlines()[-1]
-    assert (code, told) == (WRONG_USAGE, {})
+    assert (code, summary) == (WRONG_USAGE, {})
     assert last.startswith("scgpt-batch: ") and wanted in last and "Traceback" not in err
     assert not (home / "never").exists()
 
@@ -247,8 +254,6 @@ def test_output_table_of_another_kind_is_rejected(spark, run, home, model, rows_
 
 
 def test_named_table_is_found_by_the_next_session(spark, run, model, rows_table):
-    from scgpt_batch.spark import tables
-
     warehouse = spark.conf.get("spark.sql.warehouse.dir").removeprefix("file:")
     # what another process leaves: a folder, and nothing in the catalog of this one
     spark.sql(f"CREATE TABLE delta.`{warehouse}/lab.db/genes` ({tables.GENE_EMBEDDINGS}) USING delta")
@@ -264,22 +269,12 @@ def test_mlflow_spark_udf_answers_every_row(spark, model, rows_table):
     rows = spark.table(rows_table).select(*columns)
     rows = rows.union(rows.limit(1).withColumn("adata_obs", F.lit("{"))).repartition(4)
     answers = rows.select(udf(F.struct(*columns)).alias("a")).select("a.*").collect()
-    *told, failed = sorted(answers, key=lambda row: -len(row["genes"]))
+    *answered, failed = sorted(answers, key=lambda row: -len(row["genes"]))
     # in a batch that also holds errors, MLflow's spark_udf turns a null string into the text "None"
-    assert len(told) == 4 and all(row["error"] in (None, "None") and len(row["genes"]) == 2200 for row in told)
-    assert all(row["coverage"] > 0.5 and "X looks like counts" in row["warnings"][0] for row in told)
+    assert len(answered) == 4 and all(row["error"] in (None, "None") and len(row["genes"]) == 2200 for row in answered)
+    assert all(row["coverage"] > 0.5 and "X looks like counts" in row["warnings"][0] for row in answered)
     assert failed["error"].startswith("PayloadError") and failed["coverage"] is None and failed["warnings"] == []
-    assert len(told[0]["gene_embeddings"]) == 2200 and len(told[0]["gene_embeddings"][0]) == 64
-
-
-def test_a_process_loads_a_model_once_for_all_its_udfs(spark, model):
-    """Whatever the parameters. Spark may ask the workers of both UDFs, or new ones that have loaded nothing."""
-    for params in ({"mode": "static"}, {"mode": "static", "encoding": "float32_base64"}):
-        udf = mlflow.pyfunc.spark_udf(spark, model, params=params | {"on_error": "record"})
-        nothing = spark.range(8, numPartitions=8).selectExpr("cast(null AS string) AS adata_obs")
-        assert len(nothing.select(udf(F.struct("adata_obs"))).collect()) == 8
-    loads = F.udf(lambda _: loads_in_this_process(), "int")
-    assert {row[0] for row in spark.range(8, numPartitions=8).select(loads("id")).collect()} <= {0, 1}
+    assert len(answered[0]["gene_embeddings"]) == 2200 and len(answered[0]["gene_embeddings"][0]) == 64
 
 
 def write_10x(adata, folder):
@@ -298,30 +293,30 @@ def write_10x(adata, folder):
             group.create_dataset(name, data=value)
         group.create_dataset("shape", data=x.shape[::-1])
         group.create_dataset("barcodes", data=adata.obs_names.to_numpy("S"))
-        told = group.create_group("features")
+        columns = group.create_group("features")
         for name, column in {"id": features["id"], "name": features["name"], "feature_type": features["type"]}.items():
-            told.create_dataset(name, data=column.to_numpy("S"))
-        told.create_dataset("genome", data=np.full(len(features), b"hg19"))
+            columns.create_dataset(name, data=column.to_numpy("S"))
+        columns.create_dataset("genome", data=np.full(len(features), b"hg19"))
 
 
-@pytest.mark.parametrize("kind", ["csc h5ad", "10x h5", "10x folder"])
-def test_every_kind_of_file_gives_the_same_rows(spark, run, tmp_path, cells, kind):
+def test_every_kind_of_file_gives_the_same_rows(spark, run, tmp_path, cells):
     adata = ad.read_h5ad(cells)
-    path = {"10x h5": tmp_path / "f.h5", "10x folder": tmp_path / "f"}.get(kind, tmp_path / "f.h5ad")
-    names = adata.var_names.tolist()
-    if kind.startswith("10x"):
-        write_10x(adata, tmp_path / "f")
-        names = adata.var["gene_symbol"].tolist()  # names that repeat stay as they are
-    else:
-        adata.X = adata.X.tocsc()
-        adata.write_h5ad(path)
-    table = f"delta.`{tmp_path}/rows`"
-    code, told, _ = run("ingest", "--input", path, "--table", table, "--cells-per-row", "25")
-    assert (code, told["rows"], told["cells"], told["rows_skipped"]) == (OK, 3, 60, 0)
-    rows = [from_row(r) for r in spark.table(table).orderBy(F.col("n_obs").desc(), "adata_id").toArrow().to_pylist()]
-    assert [name for row in rows for name in row.obs_names] == adata.obs_names.tolist()
-    assert all(row.var_names.tolist() == names for row in rows)
-    assert abs(sp.vstack([row.X for row in rows]) - sp.csr_matrix(adata.X)).max() == 0
+    write_10x(adata, tmp_path / "tenx")
+    columns = adata.copy()
+    columns.X = adata.X.tocsc()
+    columns.write_h5ad(tmp_path / "csc.h5ad")
+    (tmp_path / "tenx").rename(tmp_path / "folder")
+    symbols = adata.var["gene_symbol"].tolist()  # names that repeat stay as they are
+    names = {"csc": adata.var_names.tolist(), "tenx": symbols, "folder": symbols}
+    table, paths = f"delta.`{tmp_path}/rows`", [tmp_path / name for name in ("csc.h5ad", "tenx.h5", "folder")]
+    code, summary, _ = run("ingest", "--input", *paths, "--table", table, "--cells-per-row", "25")
+    assert (code, summary["rows"], summary["cells"], summary["rows_skipped"]) == (OK, 9, 180, 0)
+    lines = spark.table(table).orderBy(F.col("n_obs").desc(), "adata_id").toArrow().to_pylist()
+    for kind, genes in names.items():
+        rows = [from_row(line) for line in lines if line["adata_id"].startswith(f"{kind}:")]
+        assert [name for row in rows for name in row.obs_names] == adata.obs_names.tolist()
+        assert all(row.var_names.tolist() == genes for row in rows)
+        assert abs(sp.vstack([row.X for row in rows]) - sp.csr_matrix(adata.X)).max() == 0
 
 
 def test_only_changed_files_are_ingested_again(spark, run, tmp_path, cells):
@@ -331,8 +326,8 @@ def test_only_changed_files_are_ingested_again(spark, run, tmp_path, cells):
     ingest = ["ingest", "--input", path, "--table", table, "--cells-per-row", "20"]
 
     def counts():
-        told = run(*ingest)[1]
-        return [told[key] for key in ("rows", "cells", "rows_skipped", "rows_removed", "files_unchanged")]
+        summary = run(*ingest)[1]
+        return [summary[key] for key in ("rows", "cells", "rows_skipped", "rows_removed", "files_unchanged")]
 
     assert counts() == [3, 60, 0, 0, 0]
     assert counts() == [0, 60, 3, 0, 1]
@@ -386,11 +381,11 @@ def test_failing_file_does_not_affect_others(spark, run, tmp_path, cells):
         file.write(bytes(64))
     cut.write_bytes(good.read_bytes()[:4000])
     argv = ["ingest", "--input", good, corrupt, cut, "--table", table]
-    code, told, _ = run(*argv)
-    assert (code, told["rows"], told["files"], told["files_failed"]) == (TOO_MANY_FAILED_ROWS, 1, 3, 2)
+    code, summary, _ = run(*argv)
+    assert (code, summary["rows"], summary["files"], summary["files_failed"]) == (TOO_MANY_FAILED_ROWS, 1, 3, 2)
     assert spark.table(table).where("adata_id LIKE 'corrupt:%'").count() == 3  # as they were
     assert run(*argv, "--max-failed-fraction", "0.7")[0] == OK
-    lines = spark.table(told["files_table"]).where("status = 'failed'").orderBy("at", "path").collect()
+    lines = spark.table(summary["files_table"]).where("status = 'failed'").orderBy("at", "path").collect()
     assert [line["error_class"] for line in lines] == ["FileError"] * 4
     assert lines[0]["error_message"].startswith(f"{corrupt}: cannot be read: OSError")
     assert lines[1]["error_message"].startswith(f"{cut}: cannot be opened as HDF5")
@@ -402,8 +397,8 @@ def test_genes_do_not_depend_on_cells_per_row(spark, run, tmp_path, model, golde
     assert run("ingest", "--input", cells, "--table", rows, "--cells-per-row", "20")[1]["rows"] == 3
     chosen = {"data_is_raw": True, "log1p": True, "filter_gene_by_counts": 40, "subset_hvg": 200}
     flags = [word for name, value in chosen.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    told = run("embed", "--model-uri", model, "--input-table", rows, "--output-table", out, *flags)[1]
-    assert told["rows_ok"] == 3
+    summary = run("embed", "--model-uri", model, "--input-table", rows, "--output-table", out, *flags)[1]
+    assert summary["rows_ok"] == 3
     whole = load_embedder(golden / "checkpoint_flash").embed(to_row(ad.read_h5ad(cells)), Parameters(**chosen))
     for row in spark.table(out).groupBy("adata_id").agg(F.collect_set("gene").alias("genes")).collect():
         assert set(row["genes"]) <= set(whole.genes)
@@ -415,9 +410,9 @@ def test_split_by_column_and_gene_symbols(spark, run, tmp_path, cells):
     adata.var_names = adata.var["gene_ids"].astype(str)
     adata.write_h5ad(tmp_path / "ids.h5ad")
     table = f"delta.`{tmp_path}/rows`"
-    _, told, _ = run("ingest", "--input", tmp_path / "ids.h5ad", "--table", table, "--split-by", "cell_type",
+    _, summary, _ = run("ingest", "--input", tmp_path / "ids.h5ad", "--table", table, "--split-by", "cell_type",
                      "--gene-symbols", "gene_symbol")  # fmt: skip
-    assert told["rows"] == 3
+    assert summary["rows"] == 3
     for row in spark.table(table).toArrow().to_pylist():
         found = from_row(row)
         assert found.obs["cell_type"].nunique() == 1 and "CD3D" in found.var_names
@@ -443,12 +438,10 @@ def test_ingest_errors_name_file_or_column(spark, run, tmp_path, cells, argv, wa
 def test_flags_override_environment_and_file(spark, run, tmp_path, cells, monkeypatch):
     config = tmp_path / "c.yml"
     config.write_text(f"ingest:\n  input: ['{cells}']\n  table: delta.`{tmp_path}/file`\n  cells_per_row: 30\n")
-    assert run("ingest", "--config", config)[1]["rows"] == 2
     monkeypatch.setenv("SCGPT_BATCH_TABLE", f"delta.`{tmp_path}/environment`")
     monkeypatch.setenv("SCGPT_BATCH_CELLS_PER_ROW", "20")
-    told = run("ingest", "--config", config)[1]
-    assert told["rows"] == 3 and "environment" in told["table"]
-    assert run("ingest", "--config", config, "--cells-per-row", "10")[1]["rows"] == 6
+    summary = run("ingest", "--config", config, "--cells-per-row", "10")[1]
+    assert summary["rows"] == 6 and "environment" in summary["table"]
 
 
 def test_workers_with_a_loaded_model_search_no_jars(spark, golden):

@@ -5,6 +5,7 @@ import pytest
 
 import scgpt_batch as sb
 from scgpt_batch import api
+from scgpt_batch.cli.main import OK, main
 from tests.helpers import assert_close
 
 COUNTS = {"data_is_raw": True, "log1p": True, "hvg_flavor": "seurat_v3", "subset_hvg": 200}
@@ -12,22 +13,22 @@ FLAGS = [word for name, value in COUNTS.items() for word in (f"--{name.replace('
 
 
 @pytest.fixture(scope="module")
-def file(home, pbmc3k):
-    """400 cells that ingest cuts into three rows of one sample."""
-    path = home / "cells.h5ad"
-    pbmc3k[:400].write_h5ad(path)
-    return path
+def rows(spark, home, pbmc3k):
+    """400 cells in three rows of one sample, as ingest divides a file."""
+    pbmc3k[:400].write_h5ad(home / "cells.h5ad")
+    table = f"delta.`{home}/rows`"
+    assert main(["ingest", "--input", str(home / "cells.h5ad"), "--table", table, "--cells-per-row", "150"]) == OK
+    return table
 
 
 @pytest.mark.parametrize("mode", ["cell", "static", "contextual"])
-def test_the_job_writes_what_sb_embed_gives(spark, home, run, model, file, pbmc3k, mode, monkeypatch):
-    monkeypatch.setattr(api, "BLOCK_CELLS", 150)  # as ingest cuts the file: sums of floats depend on where it is cut
-    rows, table = f"delta.`{home}/rows`", f"delta.`{home}/{mode}`"
-    assert run("ingest", "--input", file, "--table", rows, "--cells-per-row", "150")[0] == 0
+def test_job_writes_the_vectors_of_sb_embed(spark, home, run, model, rows, pbmc3k, mode, monkeypatch):
+    monkeypatch.setattr(api, "BLOCK_CELLS", 150)  # as ingest divides the file: sums of floats depend on the division
+    table = f"delta.`{home}/{mode}`"
     code, summary, _ = run(
         "embed", "--model-uri", model, "--input-table", rows, "--output-table", table, "--mode", mode, *FLAGS
     )
-    assert code == 0 and summary["rows_ok"] == 3
+    assert code == OK and summary["rows_ok"] == 3
     written, direct = pbmc3k[:400].copy(), pbmc3k[:400].copy()
     sb.read_embeddings(table, adata=written, mode=mode)
     sb.embed(direct, model, mode, **COUNTS)

@@ -11,7 +11,7 @@ from scgpt_batch.inference.engine import load_embedder
 from scgpt_batch.io.rows import arrow_rows, to_row
 from scgpt_batch.parameters import Parameters
 from scgpt_batch.preprocessing.sample_statistics import Statistics
-from scgpt_batch.spark.sample_decisions import _statistics_of_row, contributions, decisions, means
+from scgpt_batch.spark.sample_decisions import contributions, decisions, means, statistics_of_row
 from scgpt_batch.spark.worker import (
     ANSWERS,
     ROW_KEY,
@@ -103,12 +103,12 @@ def test_sample_means_match_the_joined_cells(spark, rows, samples, embedder, ref
 
 def dies_with_part_0(work):
     """The work of a process of its own, which the first row of a sample kills."""
-    compute = _statistics_of_row(work)
+    compute = statistics_of_row(work)
     return lambda row: os._exit(1) if row["adata_id"].endswith("-0") else compute(row)
 
 
 def test_crashing_row_is_left_out_of_decisions(ref, rows, monkeypatch):
-    monkeypatch.setattr("scgpt_batch.spark.sample_decisions._statistics_of_row", dies_with_part_0)
+    monkeypatch.setattr("scgpt_batch.spark.sample_decisions.statistics_of_row", dies_with_part_0)
     work = WorkerTask(ref, Parameters(mode="cell"), row_timeout=60, isolated=True)
     given = rows.where("sample_id = 's1'").withColumn("decisions", F.lit(None).cast("binary")).toArrow()
     (part,) = contributions(work)(given.to_batches())

@@ -14,8 +14,8 @@ STAMPS = {"mode": "contextual", "model_name": "scgpt", "model_version": "1", "pa
 
 def rows(spark, *lines):
     """Rows of the input: adata_id, content_hash, sample_id."""
-    told = spark.createDataFrame(list(lines), "adata_id STRING, content_hash STRING, sample_id STRING")
-    return told.withColumns({"n_obs": F.lit(3), "ingested_at": F.lit(None).cast("timestamp")})
+    lines_now = spark.createDataFrame(list(lines), "adata_id STRING, content_hash STRING, sample_id STRING")
+    return lines_now.withColumns({"n_obs": F.lit(3), "ingested_at": F.lit(None).cast("timestamp")})
 
 
 def ledger(spark, *lines):
@@ -136,6 +136,6 @@ def test_removal_keeps_lines_of_other_inputs(spark, written, tmp_path):
         spark.table(written[name]).write.format("delta").saveAsTable(table)
     now = spark.createDataFrame([("a", "s"), ("b", "s")], "adata_id STRING, sample_id STRING")
     vanished(now, "mine", run_id="now", **written).remove(spark, **copies)
-    held = {name: sorted(r[0] for r in spark.table(table).select("adata_id").collect())
+    remaining = {name: sorted(r[0] for r in spark.table(table).select("adata_id").collect())
             for name, table in copies.items()}  # fmt: skip
-    assert held == {"output": ["s", "theirs"], "ledger": ["a", "b", "theirs"]}
+    assert remaining == {"output": ["s", "theirs"], "ledger": ["a", "b", "theirs"]}

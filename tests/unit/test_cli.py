@@ -173,7 +173,7 @@ def test_spark_settings_of_several_sources_are_merged(tmp_path, monkeypatch):
     assert settings.spark_conf == {"a": "1", "b": "2", "c": "3"}
 
 
-def test_common_may_hold_settings_that_only_other_commands_have(tmp_path):
+def test_common_section_can_have_settings_of_other_commands(tmp_path):
     config = tmp_path / "c.yml"
     config.write_text("common: {spark_conf: {a: 1}, tracking_uri: x}")
     settings_of("demo-checkpoint", "--h5ad", "a", "--out", "b", config=str(config))
@@ -196,7 +196,7 @@ WRONG_FORMS = ["[1, {a: b}]", "{a: [1]}", "2026-01-01", "-7", ".nan", "'two word
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_setting_takes_a_file_value_or_names_itself(tmp_path, name):
+def test_every_setting_reads_its_file_value(tmp_path, name):
     config, rejected = tmp_path / "c.yml", 0
     for field in COMMANDS[name].fields:
         given = {key: value for key, value in required(name).items() if key != field}
@@ -211,7 +211,7 @@ def test_every_setting_takes_a_file_value_or_names_itself(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_setting_takes_an_environment_value_or_names_itself(monkeypatch, name):
+def test_every_setting_reads_its_environment_variable(monkeypatch, name):
     for field in COMMANDS[name].fields:
         given = {key: value for key, value in required(name).items() if key != field}
         for value in ("", "foo", "-7", "=x", "nan"):
@@ -229,7 +229,7 @@ def test_a_spark_setting_without_a_value_is_wrong_usage(monkeypatch, capfd):
     assert "SCGPT_BATCH_SPARK_CONF is 'foo': 'foo' must be NAME=VALUE" in capfd.readouterr().err
 
 
-def test_file_values_mean_what_flags_mean(tmp_path):
+def test_file_values_equal_flag_values(tmp_path):
     config = tmp_path / "c.yml"
     config.write_text(
         "common: {spark_conf: {a: 1, b: true, c: x, d: 0.5}}\nsummary: {genes: CD3D, neighbours: null}\ningest:\n"
@@ -308,6 +308,24 @@ def test_what_is_missing_is_named_in_one_line(capfd, argv, wanted):
 
 
 @pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["--mode", "dynamic"], "'mode'"),
+        (["--min-coverage", "7"], "'min_coverage'"),
+        (["--group-by", "cell_type"], "contextual"),
+        (["--trigger", "available-now"], "checkpoint_location"),
+        (["--config", "/nowhere.yml"], "/nowhere.yml"),
+    ],
+)
+def test_invalid_setting_is_reported_before_spark_starts(capfd, monkeypatch, words, wanted):
+    monkeypatch.setattr("scgpt_batch.spark.session.get_spark", lambda conf: pytest.fail("Spark was started"))
+    assert main([*EMBED, *words]) == WRONG_USAGE
+    found = capfd.readouterr()
+    last = found.err.strip().splitlines()[-1]
+    assert last.startswith("scgpt-batch: ") and wanted in last and "Traceback" not in found.err and found.out == ""
+
+
+@pytest.mark.parametrize(
     ("argv", "wanted"),
     [
         (["embd"], "unknown command 'embd': did you mean 'embed'?"),
@@ -316,7 +334,7 @@ def test_what_is_missing_is_named_in_one_line(capfd, argv, wanted):
         (["embed", "--cells_per_rows=1"], "unknown option --cells_per_rows\n"),
     ],
 )
-def test_misspelt_command_or_option_is_answered_with_a_suggestion(capsys, argv, wanted):
+def test_misspelt_command_or_option_gets_a_suggestion(capsys, argv, wanted):
     with pytest.raises(SystemExit) as end:
         main(argv)
     assert end.value.code == WRONG_USAGE and wanted in capsys.readouterr().err
@@ -331,13 +349,13 @@ def test_misspelt_command_or_option_is_answered_with_a_suggestion(capsys, argv, 
         (["--trigger", "availablenow"], "did you mean 'available-now'"),
     ],
 )
-def test_misspelt_value_is_answered_with_a_suggestion(words, wanted):
+def test_misspelt_value_gets_a_suggestion(words, wanted):
     with pytest.raises(ConfigError, match=wanted):
         settings_of(*EMBED, *words)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_misspelt_choice_is_answered_with_a_suggestion(name):
+def test_every_misspelt_choice_gets_a_suggestion(name):
     for field, info in COMMANDS[name].fields.items():
         if get_origin(info.annotation) is Literal:
             choice = get_args(info.annotation)[-1]

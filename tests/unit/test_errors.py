@@ -16,9 +16,10 @@ from scgpt_batch.errors import (
     SafeLogFilter,
     in_one_line,
     masked,
+    printable,
     row_errors,
 )
-from scgpt_batch.inference.results import RowReport
+from scgpt_batch.inference.results import RowReport, warning_kind
 
 SECRET = "s3cr3t"
 
@@ -124,3 +125,20 @@ def test_a_library_error_cannot_forge_a_log_line_in_a_worker(capsys, monkeypatch
         raise ValueError(FORGED)
     lines = capsys.readouterr().err.splitlines()
     assert [line for line in lines if not line.startswith("    ")] == ["a row could not be prepared"]
+
+
+def test_id_cannot_forge_a_log_line():
+    assert printable("row\n2026 ERROR forged\x1b[0m\u2028ü") == "row\\n2026 ERROR forged\\x1b[0m\\u2028ü"
+
+
+@pytest.mark.parametrize(
+    ("warning", "kind"),
+    [
+        ("12 of 1,000 cells carry no gene: what they give is that of <cls>", "N of N cells carry no gene"),
+        ("genes asked for are missing: CD3D, B2M", "genes asked for are missing"),
+        ("'obs.x' has 3.5 nulls", "… has N nulls"),
+        ("CD3D and HLA-A2 are left out (2 columns)", "CD3D and HLA-A2 are left out"),
+    ],
+)
+def test_warning_kind_omits_names_and_numbers(warning, kind):
+    assert warning_kind(warning) == kind
