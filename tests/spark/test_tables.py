@@ -328,8 +328,8 @@ def test_prune_keeps_the_newest_versions(spark, table, tmp_path, versions, kept)
         append(lines.select(*names).limit(1), ledger)
     append(vectors(spark, model="other", version="1", genes=GENES[:3]), table)
     assert prune(spark, table, ledger, 2) == 1
-    for held in (table, ledger):
-        left = spark.table(held).where("model_name = 'scgpt'").select("model_version").distinct().collect()
+    for name in (table, ledger):
+        left = spark.table(name).where("model_name = 'scgpt'").select("model_version").distinct().collect()
         assert {row[0] for row in left} == kept
     assert spark.table(table).where("model_name = 'other'").count() == 3
     assert prune(spark, table, ledger, 2) == 0
@@ -360,7 +360,7 @@ def test_missing_schema_is_created(spark):
     assert spark.catalog.databaseExists("made_by_create")
 
 
-def test_missing_table_is_answered_with_a_similar_one_beside_it(spark, table, tmp_path):
+def test_missing_table_at_a_path_gets_a_suggestion(spark, table, tmp_path):
     tables.create(spark, table, tables.LEDGER)
     with pytest.raises(
         ConfigError, match=rf"no Delta table delta.`{tmp_path}/tabel`: did you mean {re.escape(table)}\?"
@@ -370,7 +370,7 @@ def test_missing_table_is_answered_with_a_similar_one_beside_it(spark, table, tm
         tables.read(spark, f"delta.`{tmp_path}/other`", tables.LEDGER)
 
 
-def test_missing_table_of_a_schema_is_answered_with_a_similar_one(spark):
+def test_missing_table_in_a_schema_gets_a_suggestion(spark):
     spark.sql("CREATE TABLE suggested_rows (adata_id STRING) USING delta")
     with pytest.raises(ConfigError, match=r"no Delta table suggestd_rows: did you mean suggested_rows\?"):
         tables.read(spark, "suggestd_rows", tables.LEDGER)

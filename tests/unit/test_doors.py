@@ -170,7 +170,7 @@ def test_large_whole_numbers_that_change_are_counted(door):
     ],
     ids=["negative", "NaN", "infinity", "too large"],
 )
-def test_values_that_cannot_be_counts_are_errors_with_cell_and_gene(door, value, said):
+def test_impossible_counts_are_reported_with_cell_and_gene(door, value, said):
     x = counts().astype(np.float64)
     x[1, 3] = value
     with pytest.raises((ScgptBatchError, PartsFailed)) as refused:

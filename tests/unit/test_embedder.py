@@ -313,7 +313,7 @@ def test_rows_are_prepared_on_the_callers_share_of_the_cores(embedder):
     assert all_cores == 1 or seen == [1, 1, 1]
 
 
-def test_what_the_rows_raise_reaches_the_caller(embedder):
+def test_error_of_the_rows_iterator_reaches_the_caller(embedder):
     def rows():
         yield to_row(small(2))
         raise OSError("the table is gone")
@@ -324,7 +324,7 @@ def test_what_the_rows_raise_reaches_the_caller(embedder):
         next(answers)
 
 
-def test_several_threads_may_ask_at_once(embedder):
+def test_several_threads_can_embed_at_once(embedder):
     rows, parameters = [to_row(small(20, start)) for start in range(0, 80, 20)], Parameters(mode="cell", subset_hvg=0)
     alone = [embedder.embed(row, parameters).cell_embeddings for row in rows]
     with ThreadPoolExecutor(4) as pool:
@@ -862,7 +862,7 @@ def test_the_demo_checkpoint_has_the_published_layout_and_loads(demo):
     assert len(checkpoint.vocabulary) == pbmc().n_vars + 3
 
 
-def test_the_demo_checkpoint_says_that_it_is_not_the_published_one(demo):
+def test_demo_checkpoint_says_it_is_not_the_published_one(demo):
     assert "NOT the published scGPT weights" in json.loads((demo / "args.json").read_text())["data_source"]
 
 

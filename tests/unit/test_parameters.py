@@ -44,7 +44,7 @@ def test_later_layers_win():
     assert (parameters.seed, parameters.binning) == (2, 9)
 
 
-def test_numpy_values_are_taken_for_pythons():
+def test_numpy_values_are_accepted():
     given = {"seed": np.int64(7), "normalize_total": np.float32(0.5), "log1p": np.bool_(True), "binning": np.array(9)}
     parameters = Parameters.create(given | {"genes": np.array(["CD3D", "LYZ"]), "use_key": np.str_("counts")})
     assert parameters == Parameters(
@@ -69,7 +69,7 @@ def test_call_with_upstreams_booleans_works():
 
 
 @pytest.mark.parametrize("name", ["embsize", "nhead", "d_hid", "nlayers", "n_layers_cls"])
-def test_what_the_checkpoint_says_may_be_stated(name):
+def test_sizes_of_the_checkpoint_can_be_given(name):
     assert getattr(Parameters.create({name: np.int64(12)}), name) == 12
 
 
@@ -187,7 +187,7 @@ def test_row_with_nested_values_is_an_error(wrong):
         RequestParameters({}).of_row(wrong)
 
 
-def test_all_faults_are_told_at_once():
+def test_all_faults_are_reported_at_once():
     with pytest.raises(ConfigError, match=r"^(?=.*'mode')(?=.*'seed')(?=.*unknown parameter 'nlayer').*$"):
         Parameters.create({"mode": "x", "seed": -1, "nlayer": 1})
 
@@ -236,7 +236,7 @@ DECIDING = {
 }
 
 
-def test_every_parameter_has_a_change_that_the_hash_is_tested_with():
+def test_hash_is_tested_with_every_parameter():
     assert set(CHANGES) == set(DEFAULTS) - {"mode", "need_preprocess"}
 
 
@@ -254,11 +254,11 @@ def test_hash_differs_only_where_numbers_can(mode, need_preprocess):
     assert different == set(DECIDING[mode, need_preprocess])
 
 
-def test_hash_tells_modes_apart():
+def test_hash_differs_by_mode():
     assert len({Parameters(mode=mode, need_preprocess=p).params_hash() for mode, p in DECIDING}) == 6
 
 
-def test_hash_tells_log_values_where_variable_genes_are_chosen_by_them():
+def test_hash_covers_log1p_if_variable_genes_depend_on_it():
     for replaced in ({"result_normed_key": ""}, {"normalize_total": 0}):
         plain, logged = (Parameters.create(replaced, {"log1p": log1p}) for log1p in (False, True))
         assert plain.params_hash() != logged.params_hash()

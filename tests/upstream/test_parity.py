@@ -126,7 +126,7 @@ def test_cell_vectors(embedder, pbmc, draw, prepared, drawn, tie_break):
     assert_close(found.cell_embeddings, wanted.obsm["X_scGPT"], atol=1e-5)
 
 
-def test_cell_vectors_with_random_ties_lie_within_upstreams_noise(embedder, pbmc):
+def test_random_ties_stay_within_upstreams_noise(embedder, pbmc):
     adata = pbmc[1000:1060].copy()
     found = answer(embedder, adata, mode="cell", need_preprocess=False).cell_embeddings
     wanted = scgpt.tasks.embed_data(adata, CHECKPOINT, gene_col="index", device="cpu", use_fast_transformer=False)
@@ -146,7 +146,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("batch_key", ["", "batch"])
-def test_preprocessing_keeps_the_same_genes_and_gives_the_same_bins(pbmc, draw, case, batch_key):
+def test_preprocessing_gives_upstreams_genes_and_bins(pbmc, draw, case, batch_key):
     prepared, changed = CASES[case]
     cells = prepared(pbmc[1000 : 1600 if batch_key else 1300])  # fewer, and upstream's seurat_v3 fails
     cells.obs["batch"] = np.where(np.arange(cells.n_obs) % 2, "a", "b")
