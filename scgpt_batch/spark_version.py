@@ -20,7 +20,9 @@ def require_supported_spark() -> None:
     try:
         found = version("pyspark")
     except PackageNotFoundError:  # a runtime may bring it without metadata
-        from pyspark import __version__ as found
+        import pyspark
+
+        found = pyspark.__version__
     if int(found.split(".")[0]) < OLDEST:
         runtime = os.environ.get("DATABRICKS_RUNTIME_VERSION")
         where = f"Databricks runtime {runtime} has" if runtime else "this environment has"
