@@ -152,7 +152,7 @@ def test_readme_fits_on_150_lines():
     assert len(read("README.md").splitlines()) <= 150
 
 
-def test_nothing_is_installed_from_an_index_that_does_not_have_it():
+def test_no_index_is_asked_for_the_package():
     """The package is on no index, and another could take its name there."""
     paths = [*(REPO / name for name in DOCUMENTS), *(REPO / "scgpt_batch").rglob("*.py")]
     bare = re.compile(r"pip install [^`\n]*(?<![/\w-])scgpt_batch(?![/-])")
