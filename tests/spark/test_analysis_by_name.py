@@ -1,12 +1,16 @@
 """`programs`, `annotate`, `evaluate` on tables by name: through Spark, with the results of tables at paths."""
 
+import re
+
 import numpy as np
 import pyarrow as pa
 import pytest
 from deltalake import DeltaTable, write_deltalake
 
+import scgpt_batch as sb
 from scgpt_batch.cli.main import OK, WRONG_USAGE
 from tests.analysis_data import CELLS, cell_lines, cluster_vectors, embedding_lines, gene_lines, labelled_cells
+from tests.paths import REPO
 
 MADE_OF = ["source_table", "source_version", "run_id", "written_at", "reference_table", "reference_version", "labels"]
 
@@ -93,3 +97,25 @@ def test_a_misspelt_table_name_is_suggested(spark, both, run):
     both("s_genes", gene_lines(10))
     code, _, err = run("programs", "--embeddings", "s_gene", "--out", "s_programs")
     assert code == WRONG_USAGE and "did you mean s_genes?" in err
+
+
+def test_nearest_genes_in_sql_equal_those_in_python(spark, both):
+    newer = cluster_vectors(seed=7)
+    lines = [gene_lines(), gene_lines(version="2", hours=1, vectors=newer)]
+    name, path = both("n_genes", pa.concat_tables([*lines, gene_lines(adata_id="s", version="2", vectors=newer)]))
+    query = (REPO / "examples" / "sql" / "similar_genes.sql").read_text()
+    found = spark.sql(query, args={"table": name, "gene": "G5", "k": 10}).toPandas()
+    expected = sb.similar_genes(path, "G5", k=10)
+    assert found["neighbour"].tolist() == expected["neighbour"].tolist()
+    assert np.allclose(found["similarity"], expected["similarity"], atol=1e-6)
+    assert found["rank"].tolist() == list(range(1, 11))
+
+
+def test_the_documented_sql_function_finds_the_nearest_genes(spark, both):
+    name, path = both("f_genes", gene_lines())
+    (block,) = re.findall(r"```sql\n(create .*?)```", (REPO / "docs" / "analysis.md").read_text(), re.DOTALL)
+    for statement in block.replace("main.lab.gene_embeddings", name).split(";"):
+        if statement.strip():
+            spark.sql(statement)
+    found = spark.sql("select * from similar_genes('G5', 4) order by similarity desc").toPandas()
+    assert found["neighbour"].tolist() == sb.similar_genes(path, "G5", k=4)["neighbour"].tolist()
