@@ -40,6 +40,7 @@ from scgpt_batch.settings import EmbedSettings
 from scgpt_batch.spark import tables
 from scgpt_batch.spark.maintain import prune
 from scgpt_batch.spark.pending import PendingRows, key_range_filter, n_tasks, pending_rows, sample_hash, with_tasks
+from scgpt_batch.spark.persistence import require_persist
 from scgpt_batch.spark.sample_decisions import decisions, means
 from scgpt_batch.spark.vanished import Vanished, vanished
 from scgpt_batch.spark.worker import ANSWERS, VECTORS, ModelRef, WorkerTask, embed_rows, static_vectors
@@ -194,6 +195,7 @@ def embed_table(spark: SparkSession, settings: EmbedSettings, parameters: Parame
     job = _job(spark, settings, parameters)
     if settings.plan:
         return _plan(job)
+    require_persist(spark)
     job.package_version = _checked_code(job)
     _create_tables(job)
     if settings.experiment:
@@ -336,8 +338,8 @@ def _embed_stream(job: Job, clock: float) -> None:
 
     if is_remote():
         raise ConfigError(
-            "--trigger needs a classic Spark session, because Spark Connect would run its batches on the server: run "
-            "without --trigger"
+            "--trigger needs a classic dedicated cluster: Spark Connect, which serverless and shared compute use, "
+            "would run its batches on the server. Run without --trigger"
         )
 
     def embed_batch(batch: DataFrame, _: int) -> None:

@@ -16,6 +16,7 @@ _CONFLICTS = ("DELTA_CONCURRENT", "DELTA_METADATA_CHANGED", "DELTA_PROTOCOL_CHAN
 _CONFLICT_TEXTS = (*_CONFLICTS, "FileAlreadyExists")
 _LOST_WORKER = ("PYTHON_EXCEPTION",)
 _LOST_WORKER_TEXTS = (*_LOST_WORKER, "Python worker", "PythonException", "ExecutorLostFailure")
+_NOT_SUPPORTED = ("NOT_SUPPORTED_WITH_SERVERLESS", "CONFIG_NOT_AVAILABLE")  # of Databricks' serverless compute
 _UNBOUND = ("UNBOUND_SQL_PARAMETER", "NOT_A_CONSTANT_STRING.NOT_CONSTANT")
 
 
@@ -37,6 +38,11 @@ def is_folder_refused(exc: BaseException) -> bool:
 def is_location_taken(exc: BaseException) -> bool:
     """Return whether a new table's folder holds other files."""
     return _reports(exc, ("NON_EMPTY_LOCATION",))
+
+
+def is_not_supported(exc: BaseException) -> bool:
+    """Return whether the compute (Databricks serverless) has no such operation or setting."""
+    return _reports(exc, _NOT_SUPPORTED)
 
 
 def is_unbound_parameter(exc: BaseException) -> bool:

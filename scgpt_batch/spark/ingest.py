@@ -15,7 +15,6 @@ from datetime import UTC, datetime
 from hashlib import blake2b
 from typing import Any
 
-from pyspark import StorageLevel
 from pyspark.errors import PySparkException
 from pyspark.sql import Column, DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
@@ -29,6 +28,7 @@ from scgpt_batch.io.locations import candidates, find_sources, name_sources
 from scgpt_batch.io.open_file import source_fingerprint
 from scgpt_batch.settings import IngestSettings
 from scgpt_batch.spark import tables
+from scgpt_batch.spark.persistence import persisted
 from scgpt_batch.spark.workers import worker_setup_error
 
 logger = logging.getLogger(__name__)
@@ -201,8 +201,7 @@ def _ingest_files(
     stamps = {"content_hash": tables.content_hash(), "ingested_at": F.current_timestamp()}
     rows = _read_files(spark, sources, names, options)
     rows = rows.withColumns({"adata_sparsematrix": F.lit(None).cast("array<array<double>>")}).withColumns(stamps)
-    rows = rows.persist(StorageLevel.DISK_ONLY)  # the files are read once
-    try:
+    with persisted(rows) as rows:  # the files are read once
         with _errors_of_the_reader():
             files = _outcomes(rows)
         _report(files)
@@ -215,8 +214,6 @@ def _ingest_files(
             tables.create(spark, table, tables.ADATA_ROWS)
             gone = _vanished(spark, table, new, good)
             result.rows, result.rows_removed = tables.upsert_rows(spark, table, new, gone)
-    finally:
-        rows.unpersist()
     result.cells = sum(file["cells"] or 0 for file in files if file["error_class"] is None)
     found = sum(file["rows"] for file in files if file["error_class"] is None)
     result.rows_skipped = found - result.rows

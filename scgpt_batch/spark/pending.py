@@ -9,11 +9,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import pandas as pd
+from pyspark import StorageLevel
 from pyspark.sql import Column, DataFrame, Observation, SparkSession, Window, WindowSpec
 from pyspark.sql import functions as F
 
 from scgpt_batch.errors import ConfigError
 from scgpt_batch.spark import tables
+from scgpt_batch.spark.persistence import persisted
 
 WAVE_ROWS = 5_000  # maximum per wave: their keys are in the condition of its commit
 TASK_CELLS = 1_000  # per task: even work for every device, independent of the number of CPU cores
@@ -130,9 +132,8 @@ def _sample_hash(members: WindowSpec) -> Column:
 
 def _collect(found: DataFrame, name: str) -> PendingRows | None:
     """Collect the pending rows; None if that depends on content hashes which the table lacks."""
-    found = found.persist()  # read twice if there are samples
     keys = Observation("keys")
-    try:
+    with persisted(found, StorageLevel.MEMORY_AND_DISK_DESER) as found:  # read twice if there are samples
         columns = ("adata_id", "content_hash", "cells", "copies", "known", "sample_id", "sample", "ingested_at")
         pending: pd.DataFrame = found.observe(keys, *_key_checks()).where("NOT done").select(*columns).toPandas()
         checks = keys.get
@@ -147,8 +148,6 @@ def _collect(found: DataFrame, name: str) -> PendingRows | None:
             )
         if checks["in_samples"]:
             _check_clashes(found, name)
-    finally:
-        found.unpersist()
     pending = pending.sort_values(["cells", "adata_id"], ascending=[False, True], ignore_index=True)
     pending = pending.astype({"ingested_at": "Int64"})
     return PendingRows(int(checks["rows"]), pending)

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
+from importlib.util import find_spec
 from threading import Lock, Thread
 from typing import Any
 
@@ -15,6 +16,7 @@ from pyspark.errors import PySparkRuntimeError
 from pyspark.java_gateway import launch_gateway
 from pyspark.sql import SparkSession
 
+from scgpt_batch.errors import ConfigError, in_one_line
 from scgpt_batch.java import require_java
 from scgpt_batch.spark.jars import local_conf
 
@@ -22,7 +24,9 @@ logger = logging.getLogger(__name__)
 
 
 def get_spark(conf: Mapping[str, str] | None = None) -> SparkSession:
-    """Return the session that spark-submit, Databricks or Spark Connect provides, else create a local one.
+    """Return the session that spark-submit, Databricks or Spark Connect provides, else create one.
+
+    It is a session in a Databricks workspace if databricks-connect is installed, else a local one.
 
     If this module's logger has level DEBUG, all that Spark prints is shown.
 
@@ -35,11 +39,13 @@ def get_spark(conf: Mapping[str, str] | None = None) -> SparkSession:
     ------
     ConfigError
         A local session is needed, but there is no Java version that Spark 4 supports, or Delta's jars cannot be
-        resolved.
+        resolved. Or databricks-connect, which has no local Spark, cannot start a session.
     """
     provided = ("PYSPARK_GATEWAY_PORT", "DATABRICKS_RUNTIME_VERSION", "SPARK_REMOTE")
     if SparkSession.getActiveSession() or any(name in os.environ for name in provided):
         return SparkSession.builder.getOrCreate()
+    if _has_databricks_connect():
+        return _databricks_session()
     require_java()
     # otherwise workers run `python3` from the PATH, which may be another installation
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
@@ -51,6 +57,24 @@ def get_spark(conf: Mapping[str, str] | None = None) -> SparkSession:
     if not verbose:
         _start_jvm_quietly(settings)
     return SparkSession.builder.appName("scgpt_batch").config(map={**settings}).getOrCreate()
+
+
+def _has_databricks_connect() -> bool:
+    """Return whether databricks-connect is installed; it takes the place of pyspark."""
+    return find_spec("databricks") is not None and find_spec("databricks.connect") is not None
+
+
+def _databricks_session() -> SparkSession:
+    """Return a session on the cluster or serverless compute that the environment or a profile names."""
+    from databricks.connect import DatabricksSession
+
+    try:
+        return DatabricksSession.builder.getOrCreate()
+    except Exception as exc:  # databricks-connect raises plain exceptions for a missing cluster or login
+        raise ConfigError(
+            f"databricks-connect cannot start a session: {in_one_line(exc)}. Log in (databricks auth login) and set "
+            "DATABRICKS_CLUSTER_ID; for local Spark, use an environment with pyspark instead of databricks-connect"
+        ) from exc
 
 
 def _start_jvm_quietly(settings: Mapping[str, str]) -> None:

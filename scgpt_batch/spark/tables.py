@@ -7,14 +7,14 @@ import logging
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
 from threading import Lock
 from typing import Any, TypeVar
 from uuid import uuid4
 
-from pyspark.errors import AnalysisException
+from pyspark.errors import AnalysisException, PySparkException
 from pyspark.sql import Column, DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.types import (
@@ -34,7 +34,7 @@ from scgpt_batch.io.locations import delta_path, tables_in_folder
 from scgpt_batch.io.locations import table_name as table_name
 from scgpt_batch.io.rows import PAYLOAD_COLUMNS
 from scgpt_batch.near_misses import closest, did_you_mean
-from scgpt_batch.spark.errors import is_conflict, is_folder_refused, is_location_taken
+from scgpt_batch.spark.errors import is_conflict, is_folder_refused, is_location_taken, is_not_supported
 
 logger = logging.getLogger(__name__)
 
@@ -231,10 +231,10 @@ def _lines_unchecked(spark: SparkSession) -> Iterator[None]:
     The check compares each row with every one of a wave's thousands of keys, which takes longer than all other work on
     small rows. Where the setting cannot be changed (Databricks serverless), the check stays on.
     """
-    before = spark.conf.get(_CHECK, None)
     try:
+        before = spark.conf.get(_CHECK, None)
         spark.conf.set(_CHECK, "false")
-    except AnalysisException as exc:
+    except PySparkException as exc:
         logger.info("cannot change %s, waves of many small rows are written more slowly: %s", _CHECK, in_one_line(exc))
         yield
         return
@@ -475,7 +475,7 @@ def _found_in_warehouse(spark: SparkSession, table: str) -> bool:
     Local Spark keeps its catalog in memory, so names are lost when it stops, while the warehouse folder keeps the
     tables. (Databricks and Hive catalogs are persistent.)
     """
-    if delta_path(table) or spark.conf.get("spark.sql.catalogImplementation") != "in-memory":
+    if delta_path(table) or not _forgets_names(spark):
         return False
     *schema, name = table.replace("`", "").split(".")
     if schema[:-1] not in ([], ["spark_catalog"]) or not all(part.isidentifier() for part in (*schema, name)):
@@ -489,6 +489,16 @@ def _found_in_warehouse(spark: SparkSession, table: str) -> bool:
     spark.catalog.createTable(table, path=str(folder), source="delta")
     logger.info("table %s registered again from %s", table, folder)
     return True
+
+
+def _forgets_names(spark: SparkSession) -> bool:
+    """Return whether the session's catalog is in memory; serverless compute, where it is not, hides the setting."""
+    try:
+        return spark.conf.get("spark.sql.catalogImplementation") == "in-memory"
+    except PySparkException as exc:
+        if not is_not_supported(exc):
+            raise
+        return False
 
 
 def delete_older(spark: SparkSession, table: str, column: str, days: int) -> int:
@@ -568,14 +578,27 @@ def vacuum(spark: SparkSession, table: str, hours: int, *, unsafe: bool = False)
     Delta rejects fewer hours than the table's retention (a week) unless `unsafe`: running readers and writers may need
     the files.
     """
-    check = "spark.databricks.delta.retentionDurationCheck.enabled"
-    before = spark.conf.get(check, "true") or "true"
-    try:
-        if unsafe:
-            spark.conf.set(check, "false")
+    with _any_retention(spark) if unsafe else nullcontext():
         spark.sql(f"VACUUM {table} RETAIN {hours} HOURS")
-    finally:
-        if unsafe:
-            spark.conf.set(check, before)
     last = _newest(spark, table)
     return int(last["operationMetrics"]["numDeletedFiles"]) if last["operation"] == "VACUUM END" else None
+
+
+@contextmanager
+def _any_retention(spark: SparkSession) -> Iterator[None]:
+    """Switch off Delta's check that VACUUM keeps a week."""
+    check = "spark.databricks.delta.retentionDurationCheck.enabled"
+    try:
+        before = spark.conf.get(check, "true") or "true"
+        spark.conf.set(check, "false")
+    except PySparkException as exc:
+        if not is_not_supported(exc):
+            raise
+        raise ConfigError(
+            f"--vacuum-hours below a week needs a classic dedicated cluster: this compute does not allow the setting "
+            f"{check} ({in_one_line(exc)}); use --vacuum-hours 168"
+        ) from exc
+    try:
+        yield
+    finally:
+        spark.conf.set(check, before)
