@@ -43,6 +43,7 @@ class Fault:
     message: str = "injected"
     times: int = 1
     after: bool = False
+    retry_after: int = 0  # seconds that the response asks the client to wait
 
 
 @dataclass
@@ -60,6 +61,7 @@ class Workspace:
     predict: RowResult | None = None
     requests: list[tuple[str, str, Any]] = field(default_factory=list)  # method, path, body
     token: str = "secret"
+    expires_after: int | None = None  # requests until the token expires; None: it does not
     url: str = ""
 
     def add_model(self, name: str, *versions: int, **aliases: int) -> None:
@@ -79,6 +81,15 @@ class Workspace:
 
     # Requests
 
+    def log_in(self, header: str | None) -> None:
+        """Reject a request without the token, or with an expired one."""
+        if header != f"Bearer {self.token}":
+            raise Refused(401, "UNAUTHENTICATED", "Credential was not sent or was of an unsupported type")
+        if self.expires_after is not None:
+            if self.expires_after == 0:
+                raise Refused(403, "PERMISSION_DENIED", "Invalid access token.")
+            self.expires_after -= 1
+
     def answer(self, method: str, path: str, body: Any) -> Any:
         self.requests.append((method, path, body))
         fault = next((f for f in self.faults if f.method == method and f.times and re.search(f.path, path)), None)
@@ -86,7 +97,7 @@ class Workspace:
             fault.times -= 1
             if fault.after:
                 self._route(method, path, body)
-            raise Refused(fault.status, fault.code, fault.message, {"Retry-After": "0"})
+            raise Refused(fault.status, fault.code, fault.message, {"Retry-After": str(fault.retry_after)})
         return self._route(method, path, body)
 
     def _route(self, method: str, path: str, body: Any) -> Any:
@@ -346,9 +357,9 @@ def serve(workspace: Workspace) -> ThreadingHTTPServer:
             told, status, headers = self.rfile.read(length), 200, {}
             try:
                 path = self.path.split("?")[0]
-                if self.headers.get("Authorization") != f"Bearer {workspace.token}" and "well-known" not in path:
-                    raise Refused(401, "UNAUTHENTICATED", "Credential was not sent or was of an unsupported type")
                 with lock:
+                    if "well-known" not in path:
+                        workspace.log_in(self.headers.get("Authorization"))
                     answer = workspace.answer(self.command, path, json.loads(told) if told else None)
             except Refused as exc:
                 status, headers = exc.status, exc.headers

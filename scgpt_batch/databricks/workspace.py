@@ -63,6 +63,8 @@ def explained(action: str, *, permission: str = "") -> Iterator[None]:
     except Unauthenticated as exc:
         raise ConfigError(f"cannot {action}: the workspace rejects these credentials ({exc}); {LOG_IN}") from exc
     except PermissionDenied as exc:
+        if "access token" in str(exc).lower():  # expired or revoked; only some login methods get 401
+            raise ConfigError(f"cannot {action}: the workspace rejects the access token ({exc}); {LOG_IN}") from exc
         needs = f"; it needs {permission}" if permission else ""
         raise ConfigError(f"cannot {action}: permission denied ({_line(exc)}){needs}") from exc
     except DatabricksError as exc:

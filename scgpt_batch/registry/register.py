@@ -131,6 +131,8 @@ def register(
             client.set_registered_model_alias(name, alias, version.version)
     except (MlflowException, ImportError) as exc:
         why = _explained(exc)
+        if getattr(exc, "error_code", "") == "PERMISSION_DENIED":
+            why += ". It needs CREATE MODEL and USE SCHEMA on the schema; an existing model needs MANAGE, or its owner"
         raise ConfigError(f"MLflow did not register {name!r} at {mlflow.get_registry_uri()}: {why}") from exc
     return resolve(f"models:/{name}/{version.version}")
 

@@ -17,6 +17,7 @@ _CONFLICT_TEXTS = (*_CONFLICTS, "FileAlreadyExists")
 _LOST_WORKER = ("PYTHON_EXCEPTION",)
 _LOST_WORKER_TEXTS = (*_LOST_WORKER, "Python worker", "PythonException", "ExecutorLostFailure")
 _NOT_SUPPORTED = ("NOT_SUPPORTED_WITH_SERVERLESS", "CONFIG_NOT_AVAILABLE")  # of Databricks' serverless compute
+_DENIED = ("INSUFFICIENT_PERMISSIONS", "PERMISSION_DENIED")  # of Unity Catalog
 _UNBOUND = ("UNBOUND_SQL_PARAMETER", "NOT_A_CONSTANT_STRING.NOT_CONSTANT")
 
 
@@ -43,6 +44,11 @@ def is_location_taken(exc: BaseException) -> bool:
 def is_not_supported(exc: BaseException) -> bool:
     """Return whether the compute (Databricks serverless) has no such operation or setting."""
     return _reports(exc, _NOT_SUPPORTED)
+
+
+def is_denied(exc: BaseException) -> bool:
+    """Return whether Unity Catalog denied a permission."""
+    return _reports(exc, _DENIED)
 
 
 def is_unbound_parameter(exc: BaseException) -> bool:

@@ -34,7 +34,7 @@ from scgpt_batch.io.locations import delta_path, tables_in_folder
 from scgpt_batch.io.locations import table_name as table_name
 from scgpt_batch.io.rows import PAYLOAD_COLUMNS
 from scgpt_batch.near_misses import closest, did_you_mean
-from scgpt_batch.spark.errors import is_conflict, is_folder_refused, is_location_taken, is_not_supported
+from scgpt_batch.spark.errors import is_conflict, is_denied, is_folder_refused, is_location_taken, is_not_supported
 
 logger = logging.getLogger(__name__)
 
@@ -175,8 +175,8 @@ def create(spark: SparkSession, table: str, columns: str, *, vector_length: int 
     Raises
     ------
     ConfigError
-        A table of this name is not ours or has vectors of another length, or its folder has other files; nothing was
-        changed.
+        A table of this name is not ours or has vectors of another length, its folder has other files, or a permission
+        is missing; nothing was changed.
     ScgptBatchError
         The file system is not writable.
     """
@@ -186,10 +186,26 @@ def create(spark: SparkSession, table: str, columns: str, *, vector_length: int 
     schema = table.rsplit(".", 1)[0] if not delta_path(table) and "." in table else None
     # Unity Catalog checks the permission to create schemas even if the schema exists
     if schema and not spark.catalog.databaseExists(schema):
-        spark.sql(f"CREATE SCHEMA IF NOT EXISTS {schema}")
+        with _explained_denial(f"create schema {schema}", "CREATE SCHEMA and USE CATALOG on its catalog"):
+            spark.sql(f"CREATE SCHEMA IF NOT EXISTS {schema}")
     properties = "" if vector_length is None else f"TBLPROPERTIES ({_properties(vector_length)})"
     statement = f"CREATE TABLE IF NOT EXISTS {table} ({columns}) USING delta {properties}"
-    _retried(table, lambda: _create(spark, table, statement), tries=CREATE_TRIES)
+    with _explained_denial(f"create table {table}", "CREATE TABLE and USE SCHEMA on its schema"):
+        _retried(table, lambda: _create(spark, table, statement), tries=CREATE_TRIES)
+
+
+@contextmanager
+def _explained_denial(action: str, needed: str) -> Iterator[None]:
+    """Raise a denied permission as a ConfigError that names the one needed."""
+    try:
+        yield
+    except Exception as exc:  # py4j and Connect raise different types
+        if not is_denied(exc):
+            raise
+        raise ConfigError(
+            f"cannot {action}: permission denied ({in_one_line(exc)}). It needs {needed}: ask its owner for that, "
+            "or to create it for you"
+        ) from exc
 
 
 def _create(spark: SparkSession, table: str, statement: str) -> None:

@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import subprocess
+import time
 from copy import deepcopy
 from datetime import UTC, datetime, timedelta
 
@@ -360,6 +361,22 @@ def test_unready_version_is_rejected(deploy, workspace):
     workspace.models[MODEL]["versions"]["3"] = "FAILED_REGISTRATION"
     code, _, err = deploy()
     assert code == WRONG_USAGE and "FAILED_REGISTRATION" in err
+
+
+def test_token_that_expires_during_an_update_is_reported(deploy, deployed, workspace):
+    workspace.polls, workspace.expires_after = 50, 12
+    code, _, err = deploy("@challenger")
+    assert code == WRONG_USAGE and "rejects the access token (Invalid access token.)" in err and "auth login" in err
+    workspace.polls, workspace.expires_after = 1, None  # after a new login, the same command completes the update
+    deployed["left"] = 1
+    assert deploy("@challenger")[0] == OK and serving(workspace) == {"4": 100}
+
+
+def test_throttled_request_waits_as_long_as_the_workspace_asks(deploy, workspace):
+    workspace.faults = [Fault("POST", f"{ENDPOINTS}$", 429, "RESOURCE_EXHAUSTED", retry_after=2)]
+    began = time.monotonic()
+    assert deploy()[0] == OK
+    assert time.monotonic() - began >= 2
 
 
 # Status
