@@ -43,7 +43,7 @@ def connect(retry_seconds: int) -> WorkspaceClient:
         )
         return WorkspaceClient(config=config)
     except (ValueError, requests.RequestException) as exc:
-        first = str(exc).splitlines()[0].split(". Config:")[0]
+        first = _without_config(exc)
         raise ConfigError(f"cannot log in to a Databricks workspace: {first}; {LOG_IN}") from exc
 
 
@@ -64,7 +64,8 @@ def explained(action: str, *, permission: str = "") -> Iterator[None]:
         raise ConfigError(f"cannot {action}: the workspace rejects these credentials ({exc}); {LOG_IN}") from exc
     except PermissionDenied as exc:
         if "access token" in str(exc).lower():  # expired or revoked; only some login methods get 401
-            raise ConfigError(f"cannot {action}: the workspace rejects the access token ({exc}); {LOG_IN}") from exc
+            said = _without_config(exc)
+            raise ConfigError(f"cannot {action}: the workspace rejects the access token ({said}); {LOG_IN}") from exc
         needs = f"; it needs {permission}" if permission else ""
         raise ConfigError(f"cannot {action}: permission denied ({_line(exc)}){needs}") from exc
     except DatabricksError as exc:
@@ -216,6 +217,11 @@ def log_lines(workspace: WorkspaceClient, name: str, served_entity: str, *, buil
         logger.info("no log of %s: %s", served_entity, _line(exc))
         return []
     return [line.strip() for line in (log or "").splitlines() if line.strip()]
+
+
+def _without_config(exc: Exception) -> str:
+    """Return the first line of an error of the SDK, without the configuration that it appends."""
+    return str(exc).splitlines()[0].split(". Config:")[0]
 
 
 def _line(exc: BaseException) -> str:

@@ -366,7 +366,7 @@ def test_unready_version_is_rejected(deploy, workspace):
 def test_token_that_expires_during_an_update_is_reported(deploy, deployed, workspace):
     workspace.polls, workspace.expires_after = 50, 12
     code, _, err = deploy("@challenger")
-    assert code == WRONG_USAGE and "rejects the access token (Invalid access token.)" in err and "auth login" in err
+    assert code == WRONG_USAGE and "rejects the access token (Invalid access token)" in err and "auth login" in err
     workspace.polls, workspace.expires_after = 1, None  # after a new login, the same command completes the update
     deployed["left"] = 1
     assert deploy("@challenger")[0] == OK and serving(workspace) == {"4": 100}
