@@ -10,7 +10,6 @@ results of rows and samples that are no longer in the input.
 """
 
 import logging
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from importlib.metadata import version as installed_version
 
 import mlflow
 import pandas as pd
+from pyspark.accumulators import Accumulator
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
@@ -41,6 +41,7 @@ from scgpt_batch.spark import tables
 from scgpt_batch.spark.maintain import prune
 from scgpt_batch.spark.pending import PendingRows, key_range_filter, n_tasks, pending_rows, sample_hash, with_tasks
 from scgpt_batch.spark.persistence import require_persist
+from scgpt_batch.spark.progress import CellProgress
 from scgpt_batch.spark.sample_decisions import decisions, means
 from scgpt_batch.spark.vanished import Vanished, vanished
 from scgpt_batch.spark.worker import ANSWERS, VECTORS, ModelRef, WorkerTask, embed_rows, static_vectors
@@ -266,9 +267,9 @@ def _run(job: Job) -> EmbedResult:
         _remove_vanished(job)
         # a stream may have only some rows of a sample and never deleted ones, so samples are read from the table
         if job.settings.trigger and not job.samples:
-            _embed_stream(job, clock)
+            _embed_stream(job)
         else:
-            _embed_pending(job, job.rows, clock)
+            _embed_pending(job, job.rows)
         if job.settings.prune:
             prune(job.spark, job.output, job.ledger, job.settings.prune)
     except BaseException:  # Ctrl-C too
@@ -330,7 +331,7 @@ def _end_failed_run(job: Job, clock: float) -> None:
         logger.warning("cannot mark the run as failed, its line in %s stays 'running': %s", job.runs, in_one_line(exc))
 
 
-def _embed_stream(job: Job, clock: float) -> None:
+def _embed_stream(job: Job) -> None:
     """Embed the rows that a stream over the input finds new since its checkpoint.
 
     The stream repeats files that an update of the table has rewritten; their rows with a result are skipped.
@@ -343,22 +344,22 @@ def _embed_stream(job: Job, clock: float) -> None:
         )
 
     def embed_batch(batch: DataFrame, _: int) -> None:
-        _embed_pending(replace(job, spark=batch.sparkSession), batch, clock)
+        _embed_pending(replace(job, spark=batch.sparkSession), batch)
 
     stream = tables.read_stream(job.spark, job.input, tables.ADATA_ROWS)
     writer = stream.writeStream.foreachBatch(embed_batch).option("checkpointLocation", job.settings.checkpoint_location)
     writer.trigger(availableNow=True).start().awaitTermination()
 
 
-def _embed_pending(job: Job, rows: DataFrame, clock: float) -> None:
+def _embed_pending(job: Job, rows: DataFrame) -> None:
     work = _pending(job, rows)
     job.counts["rows_in"] += work.rows_in
     job.counts["rows_skipped"] += work.rows_in - len(work.pending)
-    cells, done = int(work.pending["cells"].sum()), 0
-    for number, wave in enumerate(work.waves(job.settings.wave_cells)):
-        _embed_wave(job, rows, _still_pending(job, wave) if number else wave)
-        done += int(wave["cells"].sum())
-        _show_progress(job, len(work.pending), done, cells, time.monotonic() - clock)
+    progress = CellProgress(job.spark, int(work.pending["cells"].sum()))
+    with progress.shown():
+        for number, wave in enumerate(work.waves(job.settings.wave_cells)):
+            with progress.wave(int(wave["cells"].sum())):
+                _embed_wave(job, rows, _still_pending(job, wave) if number else wave, progress.counter)
 
 
 def _pending(job: Job, rows: DataFrame, ledger: DataFrame | None = None) -> PendingRows:
@@ -406,14 +407,18 @@ def _vanished(job: Job) -> Vanished:
 # --- a wave ---------------------------------------------------------------------------------------
 
 
-def _embed_wave(job: Job, rows: DataFrame, wave: pd.DataFrame) -> None:
-    """Compute and commit a wave."""
+def _embed_wave(job: Job, rows: DataFrame, wave: pd.DataFrame, counter: Accumulator | None) -> None:
+    """Compute and commit a wave; `counter` gets the cells of finished rows."""
     if wave.empty:
         return
     work, payload = replace(job.work, sums=_summed(job, wave)), _payload(job, rows, wave)
+
+    def answers(isolated: bool) -> DataFrame:
+        return payload.mapInArrow(embed_rows(replace(work, isolated=isolated), counter), from_arrow_schema(ANSWERS))
+
     ledger = computed(
         job.spark,
-        lambda isolated: payload.mapInArrow(embed_rows(replace(work, isolated=isolated)), from_arrow_schema(ANSWERS)),
+        answers,
         lambda answers: _commit(job, answers, wave),
         f"a wave of {len(wave)} rows",
     )
@@ -594,7 +599,7 @@ def _stamps(job: Job) -> dict[str, Column]:
     return {name: F.lit(value) for name, value in {**job.stamps, "run_id": job.run_id}.items()}
 
 
-# --- plan and progress ----------------------------------------------------------------------------
+# --- plan ----------------------------------------------------------------------------
 
 
 def _plan(job: Job) -> EmbedPlan:
@@ -636,13 +641,3 @@ def _worker_memory(job: Job, work: PendingRows) -> int:
     weights = sum(file.stat().st_size for file in job.model.checkpoint.iterdir()) / 1e6
     largest = int(work.pending["cells"].max()) if len(work.pending) else 0
     return round(LIBRARIES_MB + 2 * weights + ROW_MB_PER_1000_CELLS * largest / 1000)
-
-
-def _show_progress(job: Job, rows: int, cells_done: int, cells: int, seconds: float) -> None:
-    if not sys.stderr.isatty():
-        return
-    done = job.counts["rows_ok"] + job.counts["rows_failed"]
-    rate = cells_done / seconds
-    remaining = (cells - cells_done) / rate if rate else 0
-    line = f"{done} of {rows} rows, {rate:,.0f} cells/s, about {remaining:,.0f} s left"
-    print(f"\r{line:<70}", end="" if done < rows else "\n", file=sys.stderr, flush=True)

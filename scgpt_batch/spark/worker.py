@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from pyspark import TaskContext
+from pyspark.accumulators import Accumulator
 
 from scgpt_batch.inference.engine import Embedder, load_embedder, opened_embedder
 from scgpt_batch.inference.results import RowReport, RowResult
@@ -152,8 +153,8 @@ def _remove_jars_from_path() -> None:
         del sys.path_importer_cache[jar]
 
 
-def embed_rows(work: WorkerTask) -> Callable[[Batches], Batches]:
-    """Return a function for `mapInArrow` that embeds each row.
+def embed_rows(work: WorkerTask, counter: Accumulator | None = None) -> Callable[[Batches], Batches]:
+    """Return a function for `mapInArrow` that embeds each row, and adds the cells of finished rows to `counter`.
 
     If a row takes longer than `row_timeout`, the process exits with a traceback in the worker's log. Spark then
     repeats the task, with each row in its own process.
@@ -174,6 +175,8 @@ def embed_rows(work: WorkerTask) -> Callable[[Batches], Batches]:
             )
         for answer in answers:
             yield from answer_batches(keys.popleft(), answer)
+            if counter is not None:
+                counter.add(answer.report.cells)
 
     return run
 

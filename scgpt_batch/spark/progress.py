@@ -1,0 +1,96 @@
+"""A progress bar for work that Spark's tasks do: cells done, rate and time left, in terminals and notebooks.
+
+The figures are for the eye only. Nothing that is written depends on them.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from threading import Event, Thread
+from typing import Any
+
+import tqdm.auto
+from py4j.protocol import Py4JError
+from pyspark.accumulators import Accumulator
+from pyspark.sql import SparkSession
+from pyspark.sql.utils import is_remote
+
+SECONDS = 0.5  # between two looks at the figures
+
+
+class CellProgress:
+    """The cells of a run, which it embeds wave by wave.
+
+    Attributes
+    ----------
+    counter
+        Tasks add the cells of each finished row to it; the driver sees them when the task ends. None if no bar is
+        shown, or under Spark Connect, where the bar moves between waves only.
+    """
+
+    def __init__(self, spark: SparkSession, cells: int) -> None:
+        self._cells, self._finished = cells, 0
+        self._base, self._wave = 0, 0
+        self.counter: Accumulator | None = None
+        if _is_watched() and not is_remote():
+            self.counter = spark.sparkContext.accumulator(0)
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Show the bar until the block ends; none if there is nothing to do."""
+        with shown(self._done, self._cells, " cells") if self._cells else nullcontext():
+            yield
+
+    @contextmanager
+    def wave(self, cells: int) -> Iterator[None]:
+        """Count the cells that tasks report within the block, and at its end all cells of the wave."""
+        self._base, self._wave = self._counted(), cells
+        try:
+            yield
+        finally:
+            self._wave = 0
+        self._finished += cells
+
+    def _counted(self) -> int:
+        return 0 if self.counter is None else self.counter.value
+
+    def _done(self) -> int:
+        # a task that Spark repeats counts its cells twice
+        return self._finished + min(self._counted() - self._base, self._wave)
+
+
+@contextmanager
+def shown(done: Callable[[], int], total: int, unit: str) -> Iterator[None]:
+    """Show a bar that follows `done`, which returns what is done; it ends with the block."""
+    if not _is_watched():
+        yield
+        return
+    bar, ended = tqdm.auto.tqdm(total=total, unit=unit), Event()
+
+    def show() -> None:
+        bar.update(done() - bar.n)
+
+    def follow() -> None:
+        while not ended.wait(SECONDS):
+            try:
+                show()
+            except (Py4JError, OSError):  # the JVM has gone; the block reports why
+                return
+
+    thread, complete = Thread(target=follow, name="progress", daemon=True), False
+    thread.start()
+    try:
+        yield
+        complete = True
+    finally:
+        ended.set()
+        thread.join()
+        if complete:
+            show()
+        bar.close()
+
+
+def _is_watched() -> bool:
+    """Return whether a person sees the bar, in a terminal or a notebook."""
+    is_notebook: Any = any("notebook" in parent.__module__ for parent in tqdm.auto.tqdm.__mro__)
+    return is_notebook or sys.stderr.isatty()
