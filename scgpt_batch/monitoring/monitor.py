@@ -9,14 +9,16 @@ from typing import Any
 import pandas as pd
 import requests
 from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
 
 from scgpt_batch.command_result import ALERTS, OK, CommandResult
 from scgpt_batch.errors import ConfigError
 from scgpt_batch.monitoring import page, queries, rules
 from scgpt_batch.monitoring.queries import readable, requests_view
-from scgpt_batch.monitoring.rules import Alert
+from scgpt_batch.monitoring.rules import Alert, Outcome
 from scgpt_batch.settings import MonitorSettings
 from scgpt_batch.spark import tables
+from scgpt_batch.webpage import page as webpage
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +88,7 @@ class HealthCheck:
     now: datetime
     results: dict[str, DataFrame] = field(default_factory=dict)  # by query, for the rules
     shown: dict[str, pd.DataFrame] = field(default_factory=dict)  # the same, for the page
+    outcomes: list[Outcome] = field(default_factory=list)
     alerts: list[Alert] = field(default_factory=list)
 
     @property
@@ -97,6 +100,11 @@ class HealthCheck:
     def history(self) -> datetime:
         """Start of the time that is compared and shown."""
         return self.now - timedelta(days=self.settings.days)
+
+    @property
+    def arrived(self) -> datetime:
+        """Time up to which the inference table has all requests: they arrive late."""
+        return self.now - timedelta(minutes=self.settings.delay_minutes)
 
     def run(self, name: str, **parameters: Any) -> list[dict[str, Any]]:
         """Run a query, keep its result, and return its rows."""
@@ -118,7 +126,7 @@ def monitor(spark: SparkSession, settings: MonitorSettings, *, now: datetime | N
     """
     if not (settings.inference_table or settings.output_table or settings.runs_table):
         raise ConfigError("monitor needs --inference-table, --output-table or --runs-table")
-    page.check(settings.report)
+    webpage.check(settings.report)
     health = HealthCheck(spark, settings, now or datetime.now(UTC))
     result = check(health)
     if rules.status(health.alerts) != "ok" and (url := os.environ.get(WEBHOOK)):
@@ -127,7 +135,7 @@ def monitor(spark: SparkSession, settings: MonitorSettings, *, now: datetime | N
         level = logging.INFO if alert.severity == "info" else logging.WARNING
         logger.log(level, "%s %s: %s", alert.severity, alert.rule, alert.message)
     if settings.report:
-        page.write(settings, health.shown, health.alerts, health.now)
+        page.write(settings, health.shown, health.outcomes, health.alerts, health.now)
     return replace(_verdict(health), endpoint=result.endpoint, batch=result.batch, report=settings.report)
 
 
@@ -136,7 +144,8 @@ def check(health: HealthCheck) -> MonitorResult:
     settings = health.settings
     endpoint = _query_endpoint(health) if settings.inference_table else None
     batch = _query_batch(health) if settings.output_table or settings.runs_table else None
-    health.alerts += rules.check(health.results, settings, health.now)
+    health.outcomes = rules.outcomes(health.results, settings, health.now)
+    health.alerts += [alert for outcome in health.outcomes for alert in outcome.alerts]
     return replace(_verdict(health), endpoint=endpoint, batch=batch)
 
 
@@ -150,9 +159,10 @@ def _query_endpoint(health: HealthCheck) -> EndpointFigures:
     settings = health.settings
     view = requests_view(health.spark, settings.inference_table, settings.requests_view)
     (window,) = health.run("endpoint_health", requests=view, since=health.window)
-    # rows arrive late: an hour is compared once the table can hold all of its requests
-    arrived = health.now - timedelta(minutes=settings.delay_minutes)
-    health.run("traffic", requests=view, since=health.history, until=arrived)
+    health.run("traffic", requests=view, since=health.history, until=health.now + timedelta(hours=1))
+    # the page shows the current hour too; an hour is compared once the table can hold all of its requests
+    full_hours = F.col("hour") < F.date_trunc("hour", F.lit(health.arrived))
+    health.results["traffic"] = health.results["traffic"].where(full_hours)
     health.run("version_days", requests=view, since=health.history)
     if settings.report:
         shown = {"requests": view, "since": health.history}

@@ -1,29 +1,29 @@
-"""The page of `monitor --report`: one HTML file that works offline, with a keyboard and with a screen reader.
+"""The page of `monitor --report`: a card for each rule, then a section for each query.
 
-Each chart is followed by a table of its numbers. Every value from a table is escaped, because clients choose the
-requester, error messages and ids.
+Each chart is followed by a table of its numbers. Of a chart with one point, the numbers are shown instead.
 """
 
-import html
 from collections.abc import Mapping, Sequence
-from datetime import datetime
-from importlib import resources
-from importlib.util import find_spec
+from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
 import pandas as pd
 
-from scgpt_batch.errors import ConfigError, install
-from scgpt_batch.io.locations import local_path
 from scgpt_batch.monitoring import queries
-from scgpt_batch.monitoring.rules import Alert, status
+from scgpt_batch.monitoring.rules import Alert, Outcome, status
 from scgpt_batch.settings import MonitorSettings
-
-# Readable on white and on near-black, and distinct for colour-blind readers (Okabe and Ito).
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
+from scgpt_batch.webpage import page as webpage
+from scgpt_batch.webpage.charts import bar_chart, line_chart
+from scgpt_batch.webpage.page import readable
 
 # Query -> heading, and the columns of its chart (x first), if it has one.
 SECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "last_runs": ("Batch runs", ()),
+    "cells_per_second": ("Cells per second by run", ("started_at", "cells_per_second")),
+    "failed_rows": ("Failed rows", ()),
+    "coverage": ("Vocabulary coverage by sample", ()),
+    "collapse_cells": ("Cell embedding collapse", ()),
+    "collapse_genes": ("Gene embedding collapse", ()),
     "traffic": ("Traffic by hour", ("hour", "requests", "usual", "errors")),
     "daily_performance": ("Latency by day, ms", ("day", "p50_ms", "p95_ms", "p99_ms")),
     "errors": ("Errors by status", ("status_code", "errors")),
@@ -32,71 +32,81 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "requesters": ("Requesters", ()),
     "payloads": ("Payload sizes by day", ()),
     "recent_requests": ("Latest requests", ()),
-    "last_runs": ("Batch runs", ()),
-    "cells_per_second": ("Cells per second by run", ("started_at", "cells_per_second")),
-    "failed_rows": ("Failed rows", ()),
-    "coverage": ("Vocabulary coverage by sample", ()),
-    "collapse_cells": ("Cell embedding collapse", ()),
-    "collapse_genes": ("Gene embedding collapse", ()),
 }
 CATEGORIES = ("errors", "versions")  # drawn as bars; other charts are lines over time
 
+BATCH_QUERIES = {"last_runs", "collapse_genes", "collapse_cells"}  # whose rules are of the batch job
 
-def check(report: str) -> None:
-    """Raise ConfigError if a page is requested and cannot be written."""
-    if not report:
-        return
-    lacking = [name for name in ("jinja2", "plotly") if find_spec(name) is None]
-    if lacking:
-        raise ConfigError(f"--report needs {' and '.join(lacking)}: run {install('report')}")
-    folder = local_path(report, "report").absolute().parent
-    if not folder.is_dir():
-        raise ConfigError(f"cannot write --report {report}: folder {folder} does not exist; create it")
+VERDICTS = {"ok": "OK.", "info": "Note.", "warning": "Warning.", "critical": "Critical.", "": ""}
+BOUNDS = {
+    "GREATER_THAN": "Alert above {}.",
+    "LESS_THAN": "Alert below {}.",
+    "EQUAL": "Alert at {}.",
+    "NOT_EQUAL": "Alert unless {}.",
+}
 
 
 def write(
-    settings: MonitorSettings, results: Mapping[str, pd.DataFrame], alerts: Sequence[Alert], at: datetime
+    settings: MonitorSettings,
+    results: Mapping[str, pd.DataFrame],
+    outcomes: Sequence[Outcome],
+    alerts: Sequence[Alert],
+    at: datetime,
 ) -> None:
     """Write the page, with a section for each query that has a result."""
-    local_path(settings.report, "report").write_text(render(settings, results, alerts, at), encoding="utf-8")
+    webpage.write(settings.report, render(settings, results, outcomes, alerts, at))
 
 
 def render(
-    settings: MonitorSettings, results: Mapping[str, pd.DataFrame], alerts: Sequence[Alert], at: datetime
+    settings: MonitorSettings,
+    results: Mapping[str, pd.DataFrame],
+    outcomes: Sequence[Outcome],
+    alerts: Sequence[Alert],
+    at: datetime,
 ) -> str:
     """Return the page as text."""
-    from jinja2 import Environment, StrictUndefined
-    from markupsafe import Markup
-    from plotly.offline import get_plotlyjs
-
-    template = resources.files("scgpt_batch.monitoring").joinpath("page.html.j2").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["readable"] = readable
-    return environment.from_string(template).render(
+    return webpage.render(
+        "scgpt_batch.monitoring",
+        "page.html.j2",
         settings=settings,
         status=status(alerts),
         alerts=alerts,
         at=at,
-        health=results["endpoint_health"].iloc[0].to_dict() if "endpoint_health" in results else None,
-        sections=[_section(name, results[name]) for name in SECTIONS if name in results],
-        plotly=Markup(get_plotlyjs()),
+        groups=_cards(outcomes, settings),
+        sections=[_section(name, results[name], settings, at) for name in SECTIONS if name in results],
     )
 
 
-def readable(value: Any) -> str:
-    """Return a table's value as text for people: short numbers, times in UTC, nothing for null."""
-    if value is None or value is pd.NaT or (isinstance(value, float) and pd.isna(value)):
-        return ""
-    if isinstance(value, datetime):
-        return f"{value:%Y-%m-%d %H:%M:%S}"
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.4g}"
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+def _cards(outcomes: Sequence[Outcome], settings: MonitorSettings) -> list[tuple[str, list[dict[str, str]]]]:
+    """Return a card for each rule, those of the batch job and those of the endpoint."""
+    of_batch = [card(each, settings) for each in outcomes if set(each.rule.queries) & BATCH_QUERIES]
+    of_endpoint = [card(each, settings) for each in outcomes if not set(each.rule.queries) & BATCH_QUERIES]
+    window = f"Endpoint, last {settings.hours:g} h"
+    return [(title, cards) for title, cards in (("Batch job", of_batch), (window, of_endpoint)) if cards]
 
 
-def _section(name: str, result: pd.DataFrame) -> dict[str, Any]:
+def card(outcome: Outcome, settings: MonitorSettings) -> dict[str, str]:
+    """Return the card of a rule: the value, whether it passed, and the threshold."""
+    rule = outcome.rule
+    state = outcome.alerts[0].severity if outcome.alerts else "ok" if outcome.is_checked else ""
+    bound = BOUNDS[rule.operator].format(with_unit(rule.limit(settings), rule.unit))
+    note = f"{outcome.note[:1].upper()}{outcome.note[1:]}. {bound}" if outcome.note else bound
+    value = with_unit(outcome.value, rule.unit) if outcome.value is not None else "–"
+    return {"label": rule.measures, "value": value, "state": state, "verdict": VERDICTS[state], "note": note}
+
+
+def with_unit(value: Any, unit: str) -> str:
+    """Return a value of a rule for people: fractions as percentages, times with their unit."""
+    if isinstance(value, str):
+        return value
+    if unit == "%":
+        return f"{100 * float(value):.3g} %"
+    if unit:
+        return f"{float(value):,.0f} {unit}"
+    return f"{float(value):,.5g}"
+
+
+def _section(name: str, result: pd.DataFrame, settings: MonitorSettings, at: datetime) -> dict[str, Any]:
     heading, charted = SECTIONS[name]
     return {
         "id": name,
@@ -104,31 +114,36 @@ def _section(name: str, result: pd.DataFrame) -> dict[str, Any]:
         "question": queries.question(name),
         "columns": list(result.columns),
         "rows": result.to_numpy(dtype=object).tolist(),
-        "chart": _chart(name, result[list(charted)]) if charted and len(result) else None,
-        "charted": ", ".join(charted[1:]),
+        "chart": _chart(name, heading, result[list(charted)]) if charted and len(result) else None,
+        "note": _late_hours(settings, at) if name == "traffic" else "",
     }
 
 
-def _chart(name: str, data: pd.DataFrame) -> Any:
-    """Plot the columns over the first one; return HTML that needs plotly.js on the page."""
-    import plotly.graph_objects as go
-    from markupsafe import Markup
+def _late_hours(settings: MonitorSettings, at: datetime) -> str:
+    """Say which hours of the traffic can still grow."""
+    arrived = at - timedelta(minutes=settings.delay_minutes)
+    return (
+        f"The hours from {arrived.replace(minute=0):%H:%M} on are not complete: requests can arrive in the table "
+        f"{settings.delay_minutes} minutes late. The rule checks the last full hour before."
+    )
 
-    # plotly interprets tags in labels: values that clients chose must not become links
-    x = [html.escape(readable(value)) for value in data.iloc[:, 0]]
-    figure = go.Figure()
-    for column, colour in zip(data.columns[1:], COLOURS, strict=False):
-        y = [None if pd.isna(value) else float(value) for value in data[column]]
-        if name in CATEGORIES:
-            figure.add_bar(x=x, y=y, name=column, marker_color=colour)
-        else:
-            figure.add_scatter(x=x, y=y, name=column, mode="lines+markers", line_color=colour, marker_size=4)
-    figure.update_layout(
-        height=320, margin={"l": 60, "r": 20, "t": 20, "b": 40}, paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)", legend={"orientation": "h"}, template="none", showlegend=True,
-    )  # fmt: skip
-    figure.update_xaxes(type="category" if name in CATEGORIES else "date", showgrid=False)
-    figure.update_yaxes(rangemode="tozero")
-    config = {"displayModeBar": False, "responsive": True}
-    drawn = figure.to_html(full_html=False, include_plotlyjs=False, div_id=f"chart-{name}", config=config)
-    return Markup(drawn)
+
+def _chart(name: str, heading: str, data: pd.DataFrame) -> dict[str, Any]:
+    """Return the chart's kind and numbers: bars, lines over time, or the numbers alone where there is one time."""
+    label = f"Chart: {heading}. The table below has the same numbers."
+    x, columns = data.iloc[:, 0].tolist(), list(data.columns[1:])
+    values = {column: [None if pd.isna(y) else float(y) for y in data[column]] for column in columns}
+    if name in CATEGORIES:
+        names = [readable(value) if value is not None else "not known" for value in x]
+        return {"kind": "bars"} | bar_chart(f"Chart: {heading}", names, [y or 0 for y in values[columns[0]]])
+    if len(set(x)) == 1:
+        unit = "run" if name == "cells_per_second" else data.columns[0]
+        items = [{"name": column, "text": readable(values[column][-1]) or "–"} for column in columns]
+        return {"kind": "numbers", "at": f"One {unit}: {readable(x[0])}", "items": items}
+    return {"kind": "lines"} | line_chart(label, [_time(value) for value in x], values)
+
+
+def _time(value: date) -> datetime:
+    if isinstance(value, datetime):
+        return value
+    return datetime(value.year, value.month, value.day, tzinfo=UTC)

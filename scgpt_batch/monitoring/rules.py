@@ -56,6 +56,10 @@ class Rule:
         Template of the message when `sql` returns no row; without it, the rule does not fire then.
     implied_by
         `monitor` leaves this rule out when the rule of that name has fired with the same severity or a worse one.
+    measures, unit
+        What `value` is, for people: "95th percentile of the duration" and "ms". The unit "%" is of a fraction.
+    absent
+        Template of what the page says when `sql` returns no row and the rule does not fire: settings.
     """
 
     name: RuleName
@@ -68,6 +72,9 @@ class Rule:
     message: str
     missing: str = ""
     implied_by: str = ""
+    measures: str = ""
+    unit: str = ""
+    absent: str = ""
 
     def severity_in(self, settings: MonitorSettings) -> Severity:
         """Return the severity under these settings."""
@@ -79,14 +86,17 @@ class Rule:
             return getattr(settings, self.threshold)
         return self.threshold
 
-    def alerts(self, result: DataFrame, settings: MonitorSettings, now: datetime) -> list[Alert]:
-        """Check a query's result; return an alert for each row beyond the threshold."""
+    def outcome(self, result: DataFrame, settings: MonitorSettings, now: datetime) -> "Outcome":
+        """Check a query's result: an alert for each row beyond the threshold."""
         values = settings.model_dump() | {"now": now, "overdue_since": overdue_since(settings, now)}
         rows = queries.collect(queries.run_over(result, self.sql, values))
         if not rows and self.missing:
-            return [self._alert(settings, self.missing, {"value": None})]
+            return Outcome(self, (self._alert(settings, self.missing, {"value": None}),))
+        if not rows:
+            return Outcome(self, note=self.absent.format_map(settings.model_dump()))
         fires, limit = OPERATORS[self.operator], self.limit(settings)
-        return [self._alert(settings, self.message, row) for row in rows if fires(row["value"], limit)]
+        alerts = [self._alert(settings, self.message, row) for row in rows if fires(row["value"], limit)]
+        return Outcome(self, tuple(alerts), rows[0]["value"], is_checked=True)
 
     def _alert(self, settings: MonitorSettings, template: str, row: Mapping[str, Any]) -> Alert:
         limit = self.limit(settings)
@@ -94,6 +104,27 @@ class Rule:
         is_bound = self.operator in ("GREATER_THAN", "LESS_THAN")
         bound = limit if is_bound and not isinstance(limit, str) else None
         return Alert(self.name, self.severity_in(settings), message, row["value"], bound)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a rule found.
+
+    Attributes
+    ----------
+    value
+        The worst value; None if there was none to check.
+    is_checked
+        Whether there was a value.
+    note
+        Why there was none, where that is not an alert.
+    """
+
+    rule: Rule
+    alerts: tuple[Alert, ...] = ()
+    value: Any = None
+    is_checked: bool = False
+    note: str = ""
 
 
 def overdue_since(settings: MonitorSettings, now: datetime) -> datetime:
@@ -112,20 +143,24 @@ RULES = (
         # no incident by itself: an endpoint that scales to zero may be idle
         "no_requests", "info", "no requests", ("endpoint_health",), "select requests as value from result",
         "EQUAL", 0, message=_NO_REQUESTS, missing=_NO_REQUESTS,
+        measures="Requests",
     ),
     Rule(
         "error_rate", "critical", "server errors", ("endpoint_health",), _ERROR_SHARE.format("server"),
         "GREATER_THAN", "max_error_rate", message=_ERRORS.format("server"),
+        measures="Requests with a server error", unit="%", absent="fewer than {min_errors} server errors",
     ),
     Rule(
         "client_error_rate", "warning", "client errors", ("endpoint_health",), _ERROR_SHARE.format("client"),
         "GREATER_THAN", "max_client_error_rate", message=_ERRORS.format("client"),
+        measures="Requests with a client error", unit="%", absent="fewer than {min_errors} client errors",
     ),
     Rule(
         "p95", "warning", "slow requests", ("endpoint_health",),
         "select p95_ms as value from result where p95_ms is not null",
         "GREATER_THAN", "max_p95_ms",
         message="95th percentile of the duration is {value:,.0f} ms in the last {hours:g} h, above {threshold:,.0f} ms",
+        measures="95th percentile of the duration", unit="ms", absent="no durations in the last {hours:g} h",
     ),
     Rule(
         "versions", "warning", "a canary that nobody ended", ("version_days",),
@@ -136,6 +171,7 @@ RULES = (
         "GREATER_THAN", "max_canary_days",
         message="several versions ({names}) answered on {value} of the last {days} days, more than {threshold}: end "
         "the canary with `scgpt-batch deploy`",
+        measures="Days on which several versions answered", absent="one version, or none, since yesterday",
     ),
     Rule(
         "volume", "warning", "request volume below baseline", ("traffic",),
@@ -148,6 +184,8 @@ RULES = (
         "LESS_THAN", "min_volume",
         message="{requests:.0f} requests in the hour from {hour:%Y-%m-%d %H:%M}, {value:.0%} of the usual {usual:.0f}",
         implied_by="no_requests",
+        measures="Requests in the last full hour, of the usual number", unit="%",
+        absent="no hour with a baseline of {min_usual_requests:g} requests",
     ),
     Rule(
         "run_late", "warning", "no run finished in time", ("last_runs",),
@@ -156,6 +194,7 @@ RULES = (
         "GREATER_THAN", "max_run_age_hours",
         message="the last finished run ended {value:.0f} h ago, more than {threshold:g} h",
         missing="no run of the batch job has finished",
+        measures="Time since the last finished run", unit="h",
     ),
     Rule(
         # a run that still says 'running' after this time was killed
@@ -165,6 +204,7 @@ RULES = (
         "order by started_at desc limit 1",
         "NOT_EQUAL", "finished",
         message="the last run, {run_id}, ended with status {value!r}",
+        measures="Status of the last run", absent="no run has ended",
     ),
     Rule(
         # the newest run of each mode that had rows to embed: a later run without any mended nothing
@@ -177,6 +217,8 @@ RULES = (
         "order by value desc",
         "GREATER_THAN", "max_failed_fraction",
         message="run {run_id} ({mode}): {value:.0%} of its rows failed ({rows_failed})",
+        measures="Failed rows of the newest run", unit="%",
+        absent="no run in the last {max_run_age_hours:g} h had rows",
     ),
     Rule(
         "collapse", "critical", "all vectors of a run are alike", ("collapse_genes", "collapse_cells"),
@@ -186,18 +228,31 @@ RULES = (
         "GREATER_THAN", "max_cosine",
         message="run {run_id}: all its vectors are alike ({distinct_vectors} distinct of {sampled} compared, mean "
         "cosine {mean_cosine:.5f})",
+        measures="Mean cosine between vectors of a run", absent="no vectors to compare",
     ),
 )  # fmt: skip
 
 
-def check(results: Mapping[str, DataFrame], settings: MonitorSettings, now: datetime) -> list[Alert]:
-    """Check the rules whose query has a result; return the alerts."""
-    found: list[Alert] = []
+def outcomes(results: Mapping[str, DataFrame], settings: MonitorSettings, now: datetime) -> list[Outcome]:
+    """Check the rules whose query has a result, and say of the ignored ones that they are."""
+    found: list[Outcome] = []
     for rule in RULES:
         result = next((results[name] for name in rule.queries if name in results), None)
-        if result is not None and rule.name not in settings.ignore and not _is_implied(rule, found, settings):
-            found += rule.alerts(result, settings, now)
+        if result is None:
+            continue
+        alerts = [alert for outcome in found for alert in outcome.alerts]
+        if rule.name in settings.ignore:
+            found.append(Outcome(rule, note="ignored"))
+        elif _is_implied(rule, alerts, settings):
+            found.append(Outcome(rule, note=f"not checked: {rule.implied_by} fired"))
+        else:
+            found.append(rule.outcome(result, settings, now))
     return found
+
+
+def check(results: Mapping[str, DataFrame], settings: MonitorSettings, now: datetime) -> list[Alert]:
+    """Check the rules whose query has a result; return the alerts."""
+    return [alert for outcome in outcomes(results, settings, now) for alert in outcome.alerts]
 
 
 def _is_implied(rule: Rule, found: Iterable[Alert], settings: MonitorSettings) -> bool:
