@@ -79,6 +79,8 @@ demo: setup .demo/registered .demo/ingested
 	@$(DEMO) programs $(CONF) 2>>.demo/log | sed '$$d'
 	@echo; echo '--- evaluate: gene families among the nearest genes'
 	@$(DEMO) evaluate $(CONF) 2>>.demo/log | sed '$$d'
+	@echo; echo '--- report: a page to open in a browser'
+	@$(DEMO) report $(CONF) 2>>.demo/log | sed '$$d'
 	@echo; echo 'The demo checkpoint is made from these cells; it is NOT the published scGPT weights (see README.md).'
 
 .demo/checkpoint/best_model.pt: $(VENV)/.ready

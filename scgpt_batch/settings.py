@@ -225,6 +225,31 @@ class EvaluateSettings(SparkSettings):
         return self
 
 
+class ReportSettings(SparkSettings):
+    """Write a self-contained HTML page about embeddings: what ran, maps of cells and genes, programs, evaluation."""
+
+    embeddings: tuple[str, ...] = Field(
+        description="tables to show, recognised by their columns: cell and gene embeddings, gene programs, program "
+        "scores, annotations, evaluations",
+        min_length=1,
+    )
+    report: str = Field(description="HTML page to write")
+    obs: str = Field(
+        "",
+        description="cells with columns to colour by: .h5ad, .csv or .parquet file, the table that ingest wrote, or a "
+        "table with the column cell_id",
+    )
+    label_column: str = Field("", description="column of --obs with the cell type: groups of programs, evaluation")
+    format: Literal["html", "png", "svg"] = Field("html", description="png, svg: write static figures beside the page")
+    model_version: str = Field("", description="model version to show; default: the one that wrote last")
+
+    @model_validator(mode="after")
+    def _works(self) -> Self:
+        if self.label_column and not self.obs:
+            raise ValueError("label_column needs obs, the table or file that has it")
+        return self
+
+
 class DoctorSettings(MlflowSettings):
     """Check that this environment can run the commands, and say what mends what cannot."""
 

@@ -28,6 +28,7 @@ from scgpt_batch.settings import (
     ProgramsSettings,
     PromoteSettings,
     RegisterSettings,
+    ReportSettings,
     ServeSettings,
     Settings,
     SparkSettings,
@@ -171,6 +172,12 @@ def _evaluate(settings: EvaluateSettings) -> CommandResult:
     return evaluate(settings)
 
 
+def _report(settings: ReportSettings) -> CommandResult:
+    from scgpt_batch.cli.report import report
+
+    return report(settings)
+
+
 def _doctor(settings: DoctorSettings) -> CommandResult:
     from scgpt_batch.cli.doctor import doctor
 
@@ -264,6 +271,13 @@ COMMANDS = {
         EvaluateSettings,
         _evaluate,
         "--embeddings 'delta.`/data/cell_embeddings`' --obs cells.h5ad --label-column cell_type",
+        always_readable=True,
+    ),
+    "report": Command(
+        ReportSettings,
+        _report,
+        "--embeddings 'delta.`/data/cell_embeddings`' 'delta.`/data/gene_embeddings`' \\\n"
+        "      --obs cells.h5ad --label-column cell_type --report embeddings.html",
         always_readable=True,
     ),
     "doctor": Command(DoctorSettings, _doctor, "--model-uri models:/scgpt@champion", always_readable=True),

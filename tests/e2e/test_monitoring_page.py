@@ -1,11 +1,9 @@
 """The page of `monitor --report` in headless Chromium, with values that hostile clients chose."""
 
-import shutil
 from datetime import UTC, datetime
 
 import pandas as pd
 import pytest
-from playwright.sync_api import sync_playwright
 
 from scgpt_batch.cli.main import ALERTS, main
 from scgpt_batch.monitoring import page as pages
@@ -35,18 +33,6 @@ def page_file(spark, tmp_path_factory):
     code = main(["monitor", "--inference-table", "hostile_payload", "--report", str(path), "--slow-ms", "100"])
     assert code == ALERTS
     return path
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    """The system's Chromium, without its background requests."""
-    found = shutil.which("chromium")
-    assert found, "chromium is not on the PATH: run `make chromium`"
-    with sync_playwright() as playwright:
-        arguments = ["--no-sandbox", "--disable-background-networking"]
-        browser = playwright.chromium.launch(executable_path=found, args=arguments)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(params=["light", "dark"])
