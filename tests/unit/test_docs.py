@@ -148,6 +148,11 @@ def test_documented_flags_exist(command, flags, capsys):
     assert set(flags) <= known
 
 
+def test_changelog_of_a_version_has_at_most_25_lines():
+    versions = re.split(r"^## ", read("CHANGELOG.md"), flags=re.MULTILINE)[1:]
+    assert versions and all(len(version.splitlines()) <= 25 for version in versions)
+
+
 def test_readme_fits_on_150_lines():
     assert len(read("README.md").splitlines()) <= 150
 
