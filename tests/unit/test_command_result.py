@@ -95,9 +95,11 @@ RESULTS = {
     ),
     "status": (
         StatusResult(endpoint="e", state="READY", served=[SERVED], pending=[], build_log={"scgpt-3": "done"},
-                     server_log={"scgpt-3": ""}, gpu_problem={"scgpt-3": "no driver"}, metrics={}, inference_table=None),
+                     server_log={"scgpt-3": ""}, gpu_problem={"scgpt-3": "no driver"}, metrics={},
+                     inference_table=None),
         "endpoint state served pending build_log server_log gpu_problem metrics inference_table",
-        ["endpoint e: READY", "scgpt-3: 100 % of the traffic, CPU Small, ready", "build log of scgpt-3: done",
+        ["endpoint e: READY", "scgpt-3: 100 % of the traffic, CPU Small, ready",
+         "build log of scgpt-3: done",
          "GPU of scgpt-3 is not used: no driver"],
     ),
 }  # fmt: skip

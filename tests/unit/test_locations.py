@@ -10,10 +10,10 @@ from scgpt_batch.cli.main import WRONG_USAGE
 from scgpt_batch.errors import ConfigError, PayloadError
 from scgpt_batch.inference.row_reader import allowed_path
 from scgpt_batch.io.locations import find_sources
-from scgpt_batch.monitoring import page
 from scgpt_batch.promotion import promotion
 from scgpt_batch.serving.inference_log import table_path
 from scgpt_batch.settings import PromoteSettings
+from scgpt_batch.webpage import page
 
 VOLUME = "/Volumes/main/lab/in"
 COMMANDS = {
