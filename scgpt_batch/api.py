@@ -261,7 +261,7 @@ def gene_embeddings(model: "str | Path | LoadedModel | Embedder", genes: Sequenc
 
 
 class _Blocks:
-    """An AnnData as the job's rows: blocks of cells, read when they are asked for.
+    """An AnnData as the job's rows: blocks of cells, read on demand.
 
     Cells are named by their position, so that repeated names in obs do no harm.
     """

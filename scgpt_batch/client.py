@@ -299,7 +299,7 @@ def _frame(prediction: dict[str, Any], parameters: Parameters) -> pd.DataFrame:
 
 
 class _Login(AuthBase):
-    """Sets the headers that log a request in, asked for anew for each request."""
+    """Adds login headers to a request; reads them anew for each request, because tokens expire."""
 
     def __init__(self, headers: Callable[[], Mapping[str, str]]) -> None:
         self._headers = headers

@@ -234,7 +234,7 @@ def nearest(names: pd.Index, vectors: np.ndarray, genes: Sequence[str], k: int) 
         end = did_you_mean(missing[0], names, cutoff=GENE_CUTOFF)
         raise ConfigError(f"no static vector for {', '.join(missing[:20])}: not among the {len(names):,} genes{end}")
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    similarity = unit[place] @ unit.T  # (asked, genes)
+    similarity = unit[place] @ unit.T  # (queried genes, genes)
     similarity[np.arange(len(place)), place] = -np.inf
     k = min(k, len(names) - 1)
     top = np.argpartition(-similarity, k - 1, axis=1)[:, :k] if k else np.zeros((len(place), 0), int)
@@ -304,8 +304,8 @@ def open_lines(
 
 
 def _given(mode: str | None, model_version: str | None, run_id: str | None) -> dict[str, str]:
-    asked = {"mode": mode, "model_version": model_version, "run_id": run_id}
-    return {name: value for name, value in asked.items() if value is not None}
+    chosen = {"mode": mode, "model_version": model_version, "run_id": run_id}
+    return {name: value for name, value in chosen.items() if value is not None}
 
 
 def _keys(columns: Sequence[str]) -> list[str]:

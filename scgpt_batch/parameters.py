@@ -194,7 +194,7 @@ class RequestParameters:
     """The parameters of a request's rows, read once: rows without parameters of their own share one object."""
 
     def __init__(self, params: Mapping[str, Any] | None) -> None:
-        """Keep the request's `params`; what is wrong with them comes up when a row's are asked for."""
+        """Keep the request's `params`. Invalid ones raise when the parameters of a row are read."""
         self._params = dict(params or {})
         self._genes = self._params.pop("genes", None)
         self._shared_genes: tuple[str, ...] | None = None

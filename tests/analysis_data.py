@@ -59,3 +59,10 @@ def labelled_cells(n=CELLS, n_genes=60):
     return ad.AnnData(
         rng.poisson(mean).astype(np.float32), obs=obs, var=pd.DataFrame(index=[f"G{i}" for i in range(n_genes)])
     )
+
+
+def write_labelled_cells(folder):
+    """Write the labelled cells to cells.h5ad, and their obs to cells.csv."""
+    cells = labelled_cells()
+    cells.write_h5ad(folder / "cells.h5ad")
+    cells.obs.to_csv(folder / "cells.csv")

@@ -40,8 +40,8 @@ def free_port() -> int:
 def server(command: list, log: Path, ready: Callable[[], bool], **options) -> Iterator[subprocess.Popen]:
     """Run a process, and what it starts itself, until the block ends; the block starts when it is ready."""
     words = list(map(str, command))
-    with log.open("w") as told:
-        process = subprocess.Popen(words, stdout=told, stderr=told, start_new_session=True, **options)
+    with log.open("w") as output:
+        process = subprocess.Popen(words, stdout=output, stderr=output, start_new_session=True, **options)
     try:
         until = time.monotonic() + 120
         while not ready():

@@ -23,8 +23,8 @@ def surroundings(batches):
 
     for _ in batches:
         gpu = TaskContext.get().resources()["gpu"].addresses
-        told = [str(Path.cwd()), scgpt_batch.__file__, str(udf.task_device()), *gpu]
-        yield pa.RecordBatch.from_pydict({"told": [json.dumps(told)]})
+        facts = [str(Path.cwd()), scgpt_batch.__file__, str(udf.task_device()), *gpu]
+        yield pa.RecordBatch.from_pydict({"facts": [json.dumps(facts)]})
 
 
 def of_this_driver_only(**fields):
@@ -34,7 +34,7 @@ def of_this_driver_only(**fields):
 if __name__ == "__main__":
     spark = SparkSession.builder.getOrCreate()
     # a barrier: both tasks run at once, so each on an executor of its own
-    told = spark.range(0, 2, 1, 2).mapInArrow(surroundings, "told STRING", barrier=True).collect()
-    Path(os.environ["SURROUNDINGS"]).write_text(json.dumps([json.loads(line["told"]) for line in told]))
+    tasks = spark.range(0, 2, 1, 2).mapInArrow(surroundings, "facts STRING", barrier=True).collect()
+    Path(os.environ["SURROUNDINGS"]).write_text(json.dumps([json.loads(line["facts"]) for line in tasks]))
     embed.ModelRef = of_this_driver_only
     job(sys.argv.pop(1))

@@ -183,16 +183,16 @@ class Workspace:
         check(API.update_permissions, body, path={"serving_endpoint_id": endpoint_id})
         if endpoint_id not in {endpoint["id"] for endpoint in self.endpoints.values()}:
             raise Refused(404, "RESOURCE_DOES_NOT_EXIST", f"no endpoint with id {endpoint_id}")
-        held = self.permissions.setdefault(endpoint_id, [])
+        entries = self.permissions.setdefault(endpoint_id, [])
         for line in body["access_control_list"]:
             level = {"permission_level": line.pop("permission_level"), "inherited": False}
-            held.append(line | {"all_permissions": [level]})
+            entries.append(line | {"all_permissions": [level]})
         return self.get_permissions(endpoint_id)
 
     def build_logs(self, name: str, entity: str) -> dict:
         endpoint = self._endpoint(name)
         configs = [endpoint[key] for key in ("config", "pending_config") if key in endpoint]
-        if entity not in [held["name"] for config in configs for held in config["served_entities"]]:
+        if entity not in [served["name"] for config in configs for served in config["served_entities"]]:
             raise Refused(404, "RESOURCE_DOES_NOT_EXIST", f"no served model {entity}")
         failed = entity.rsplit("-", 1)[-1] in self.failing
         ends = "ERROR: no matching distribution for torch==0.0" if failed else "#2 done"
@@ -354,13 +354,13 @@ def serve(workspace: Workspace) -> ThreadingHTTPServer:
 
         def do(self) -> None:
             length = int(self.headers.get("Content-Length") or 0)
-            told, status, headers = self.rfile.read(length), 200, {}
+            body, status, headers = self.rfile.read(length), 200, {}
             try:
                 path = self.path.split("?")[0]
                 with lock:
                     if "well-known" not in path:
                         workspace.log_in(self.headers.get("Authorization"))
-                    answer = workspace.answer(self.command, path, json.loads(told) if told else None)
+                    answer = workspace.answer(self.command, path, json.loads(body) if body else None)
             except Refused as exc:
                 status, headers = exc.status, exc.headers
                 answer = {"error_code": exc.code, "message": str(exc)}

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import anndata as ad
 import numpy as np
@@ -14,7 +13,7 @@ import scipy.sparse as sp
 from scgpt_batch.cli.analysis_tables import AnalysisTables, check_column
 from scgpt_batch.errors import ConfigError, listed
 from scgpt_batch.io.layers import AUTO
-from scgpt_batch.io.locations import find_sources, is_remote
+from scgpt_batch.io.locations import find_sources
 from scgpt_batch.io.open_file import named_errors, open_counts, read_obs
 from scgpt_batch.io.rows import PAYLOAD_COLUMNS, arrow_rows, from_row, string_labels, table_from_json, unique_cell_names
 
@@ -181,13 +180,12 @@ def read_cells(source: str, tables: AnalysisTables) -> Cells:
 
 
 def _from_text(source: str, lower: str) -> Cells:
-    if not is_remote(source) and not Path(source).is_file():
-        raise ConfigError(f"there is no file {source}")
+    (path,) = _one_file(source)
     try:
         if lower.endswith(".parquet"):
-            frame = pd.read_parquet(source)
+            frame = pd.read_parquet(path)
         else:
-            frame = pd.read_csv(source, sep="\t" if ".tsv" in lower else ",", dtype=str)
+            frame = pd.read_csv(path, sep="\t" if ".tsv" in lower else ",", dtype=str)
     except (OSError, ValueError, pa.ArrowException) as exc:
         raise ConfigError(f"cannot read {source}: {str(exc).splitlines()[0]}") from exc
     if "cell_id" not in frame:

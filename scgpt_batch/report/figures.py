@@ -13,7 +13,7 @@ from scgpt_batch.report.page import Report
 OKABE_ITO = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#b8a800")
 MARKERS = "os^DP"
 GREY = "#c4c7cc"
-COLOURED = len(OKABE_ITO) * len(MARKERS)  # categories that are told apart; the smaller ones are grey
+COLOURED = len(OKABE_ITO) * len(MARKERS)  # categories with a colour and marker of their own; smaller ones are grey
 
 
 def write(report: Report, page: Path, format: Literal["png", "svg"]) -> list[Path]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-EXACT = 12_000  # all pairs of so many genes take about two seconds
+EXACT = 12_000  # up to this many genes are compared with all others; takes about two seconds
 CELLS_SEARCHED = 24
 CHECKED = 200  # genes whose neighbours are also searched exactly
 BLOCK = 1_024

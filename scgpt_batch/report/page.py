@@ -97,7 +97,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Contents:
-    """What the report shows; None, or empty, what there is no table of.
+    """What the report shows. Parts without a table are None or empty.
 
     Attributes
     ----------

@@ -285,17 +285,17 @@ def _vanished(spark: SparkSession, table: str, new: DataFrame, sources: Sequence
     RowOfAnotherSource
         A new row has the id of another file's row.
     """
-    held = tables.read(spark, table, tables.ADATA_ROWS).select("adata_id", F.col("source").alias("held"))
+    stored = tables.read(spark, table, tables.ADATA_ROWS).select("adata_id", F.col("source").alias("stored"))
     ids = new.select("adata_id", "source")
-    both = held.join(ids, "adata_id", "left").where(
-        (F.col("source").isNull() & F.col("held").isin(list(sources))) | (F.col("source") != F.col("held"))
+    both = stored.join(ids, "adata_id", "left").where(
+        (F.col("source").isNull() & F.col("stored").isin(list(sources))) | (F.col("source") != F.col("stored"))
     )
     found = both.collect()
     for row in found:
         if row["source"] is not None:
             raise tables.RowOfAnotherSource(
-                f"{table}: row {row['adata_id']!r} comes from {row['held']}, and {row['source']} would replace it: use "
-                "--id-from path"
+                f"{table}: row {row['adata_id']!r} comes from {row['stored']}, and {row['source']} would replace it: "
+                "use --id-from path"
             )
     gone = [(row["adata_id"],) for row in found]
     return spark.createDataFrame(gone, "adata_id STRING") if gone else None

@@ -88,11 +88,11 @@ def _start_jvm_quietly(settings: Mapping[str, str]) -> None:
     try:
         gateway = launch_gateway(conf, {"stdout": writer, "stderr": writer})  # our standard output is for results
     except PySparkRuntimeError:
-        output.show(held=True)
+        output.show(buffered=True)
         raise
     finally:
         os.close(writer)
-    output.show(held=False)
+    output.show(buffered=False)
     SparkContext._ensure_initialized(gateway=gateway)
 
 
@@ -112,11 +112,11 @@ class _JvmOutput(Thread):
                     self._held += data
         os.close(self._reader)
 
-    def show(self, *, held: bool) -> None:
-        """Pass on all further output, and what was held back if `held`."""
+    def show(self, *, buffered: bool) -> None:
+        """Pass on all further output, and what was buffered if `buffered`."""
         with self._lock:
             self._shown = True
-            if held:
+            if buffered:
                 self._write(self._held)
 
     @staticmethod

@@ -7,7 +7,7 @@ from typing import Any
 
 from scgpt_batch.webpage.page import readable, words
 
-SERIES = 4  # the style has colours and dashes for so many lines
+SERIES = 4  # maximum number of lines in a chart; the style sheet has this many colours and dashes
 HOURS = (1, 3, 6, 12, 24, 48, 168, 336, 720)  # distances between times on an axis
 TIMES_ON_AXIS = 9
 DENSE = 60  # points of a line from which the dots are smaller

@@ -78,7 +78,7 @@ def source(package: str, name: str) -> str:
 
 
 def data_block(value: Any) -> str:
-    """Return JSON that can stand in a `<script type="application/json">`: no text of it can end the element."""
+    """Return JSON for a `<script type="application/json">`, escaped so that no value can close the element."""
     from markupsafe import Markup
 
     text = json.dumps(value, ensure_ascii=True, separators=(",", ":"), allow_nan=False)

@@ -22,8 +22,10 @@ def table(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("load")
     one = payload(to_row(random_adata(3, len(GENES), genes=GENES)))
     large = {**one, "adata_obs": one["adata_obs"] + " " * 1_100_000}
-    asked = [(one, "cell"), (one, "static"), (one, "no such mode"), ({}, "cell")] * 10 + [(large, "cell")]
-    bodies = [{"dataframe_records": [row], "params": {"mode": mode, "need_preprocess": False}} for row, mode in asked]
+    requests = [(one, "cell"), (one, "static"), (one, "no such mode"), ({}, "cell")] * 10 + [(large, "cell")]
+    bodies = [
+        {"dataframe_records": [row], "params": {"mode": mode, "need_preprocess": False}} for row, mode in requests
+    ]
     with EndpointProcess(model, folder) as endpoint, ThreadPoolExecutor(8) as clients:
         answers = list(clients.map(endpoint.post, bodies * 4))
         assert {answer.status_code for answer in answers} == {200, 400}

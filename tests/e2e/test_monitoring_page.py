@@ -39,12 +39,12 @@ def page_file(spark, tmp_path_factory):
 def opened(chromium, page_file, request):
     """The page in a browser tab, with its console messages and network requests."""
     tab = chromium.new_page(color_scheme=request.param, viewport={"width": 1200, "height": 900})
-    console, asked = [], []
+    console, requests = [], []
     tab.on("console", lambda message: console.append(message.text))
     tab.on("pageerror", lambda error: console.append(str(error)))
-    tab.on("request", lambda call: asked.append(call.url))
+    tab.on("request", lambda call: requests.append(call.url))
     tab.goto(page_file.as_uri())
-    yield tab, console, asked, request.param
+    yield tab, console, requests, request.param
     tab.close()
 
 
@@ -61,7 +61,7 @@ def contrast(front, back):
 
 
 def test_charts_and_alerts_show_without_network(opened, page_file):
-    tab, console, asked, scheme = opened
+    tab, console, requests, scheme = opened
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     tab.screenshot(path=SCREENSHOTS / f"monitor-{scheme}.png", full_page=True)
     assert (SCREENSHOTS / f"monitor-{scheme}.png").stat().st_size > 20_000
@@ -70,7 +70,7 @@ def test_charts_and_alerts_show_without_network(opened, page_file):
         assert tab.locator(f"#chart-{name} {marks}").first.bounding_box()["width"] > 50, name
     assert tab.locator(".alert.critical", has_text="error_rate").is_visible()
     assert tab.locator(".alert.warning", has_text="versions").is_visible()
-    assert console == [] and asked == [page_file.as_uri()]
+    assert console == [] and requests == [page_file.as_uri()]
     assert tab.evaluate("window.hacked") is None
     assert tab.locator("a[href^=http], img").count() == 0
     assert tab.locator("td", has_text=HOSTILE[0]).count() > 0

@@ -36,14 +36,14 @@ def page_file(tmp_path_factory):
 @pytest.fixture(params=["light", "dark"])
 def opened(chromium, page_file, request):
     tab = chromium.new_page(color_scheme=request.param, viewport={"width": 1280, "height": 900})
-    console, asked = [], []
+    console, requests = [], []
     # Chromium comments on how the test reads the canvas
     tab.on("console", lambda message: "getImageData" in message.text or console.append(message.text))
     tab.on("pageerror", lambda error: console.append(str(error)))
-    tab.on("request", lambda call: asked.append(call.url))
+    tab.on("request", lambda call: requests.append(call.url))
     tab.goto(page_file.as_uri())
     yield tab, request.param
-    assert console == [] and asked == [page_file.as_uri()]
+    assert console == [] and requests == [page_file.as_uri()]
     assert tab.evaluate("window.hacked") is None and tab.locator("img").count() == 0
     tab.close()
 

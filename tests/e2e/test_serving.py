@@ -1,4 +1,4 @@
-"""The endpoint as its users meet it: a process of its own, asked over HTTP by hand and by the client."""
+"""The endpoint as its users meet it: a process of its own, called over HTTP by hand and by the client."""
 
 import base64
 import gzip
@@ -82,12 +82,12 @@ def refusal(answer, status):
 
 @pytest.mark.parametrize("mode", ["static", "contextual", "cell"])
 def test_real_rows_match_the_embedder_in_each_encoding(endpoint, embedder, pbmc3k, mode):
-    asked = {"mode": mode, "data_is_raw": True, "log1p": True, "subset_hvg": 0}
+    parameters = {"mode": mode, "data_is_raw": True, "log1p": True, "subset_hvg": 0}
     for i in range(50):
         one = to_row(pbmc3k[i * 20 : (i + 1) * 20, :2000], layout=("csr", "dense")[i % 2])
-        wanted = embedder.embed(one, Parameters(**asked)).embeddings
+        wanted = embedder.embed(one, Parameters(**parameters)).embeddings
         for encoding, rtol in (("list", 0.0), ("float32_base64", 0.0), ("float16_base64", 1e-3)):
-            (found,) = ask(endpoint, one, packed=True, encoding=encoding, **asked)
+            (found,) = ask(endpoint, one, packed=True, encoding=encoding, **parameters)
             assert_close(vectors(found, encoding), wanted, rtol=rtol, atol=0.0 if rtol == 0 else 1e-6)
 
 
@@ -138,14 +138,14 @@ def test_on_error_record_fails_only_the_bad_row(endpoint):
 def test_concurrent_requests_are_batched(endpoint):
     rows = [row(seed, n_obs=1 + seed % 5) for seed in range(24)]
     alone = [ask(endpoint, one, **CELLS)[0] for one in rows]
-    calls, asked = (endpoint.metric(f"scgpt_batch_device_batch_requests_{name}") for name in ("count", "sum"))
+    calls, requests_before = (endpoint.metric(f"scgpt_batch_device_batch_requests_{name}") for name in ("count", "sum"))
     with ThreadPoolExecutor(12) as pool:
         together = list(pool.map(lambda one: ask(endpoint, one, **CELLS)[0], rows))
     for found, wanted in zip(together, alone, strict=True):
         assert found["cell_ids"] == wanted["cell_ids"]
         assert_close(found["cell_embeddings"], wanted["cell_embeddings"], atol=1e-6)
     calls = endpoint.metric("scgpt_batch_device_batch_requests_count") - calls
-    assert endpoint.metric("scgpt_batch_device_batch_requests_sum") - asked == 24 and calls < 20
+    assert endpoint.metric("scgpt_batch_device_batch_requests_sum") - requests_before == 24 and calls < 20
 
 
 def test_mlflow_routes_respond(endpoint):
@@ -272,9 +272,12 @@ def test_too_large_response_is_rejected_with_advice(guarded):
 @pytest.mark.parametrize("hidden", ["NaN in var", "long labels", "Ensembl ids"])
 def test_response_size_is_not_underestimated(guarded, hidden):
     tokens = Vocabulary.from_file(GOLDEN / "checkpoint_flash" / "vocab.json").tokens[:2000]
-    adata, asked = random_adata(3, 2000, genes=tokens), dict(UNPROCESSED)
+    adata, parameters = random_adata(3, 2000, genes=tokens), dict(UNPROCESSED)
     if hidden == "long labels":
-        adata, asked = adata[:, :1000].copy(), asked | {"mode": "contextual", "group_by": "donor", "genes": tokens[:60]}
+        adata, parameters = (
+            adata[:, :1000].copy(),
+            parameters | {"mode": "contextual", "group_by": "donor", "genes": tokens[:60]},
+        )
         adata.obs["donor"] = "x" * 1_000  # repeated for each gene: more than half of the limit
     sent = payload(to_row(adata))
     if hidden == "NaN in var":  # Python's JSON has it, others do not
@@ -284,7 +287,7 @@ def test_response_size_is_not_underestimated(guarded, hidden):
         adata.var["gene_symbols"] = adata.var_names
         adata.var_names = [tokens[0], *(f"ENSG{i:011}" for i in range(1999))]
         sent = payload(to_row(adata))
-    message = refusal(guarded.post({"dataframe_records": [sent], "params": asked}), 413)
+    message = refusal(guarded.post({"dataframe_records": [sent], "params": parameters}), 413)
     assert "the response would have" in message
 
 
@@ -376,7 +379,7 @@ BODIES = st.one_of(DOCUMENTS.map(lambda document: json.dumps(document).encode())
 
 
 def test_random_bodies_cause_no_server_error(endpoint):
-    held, process = [], psutil.Process(endpoint.process.pid)
+    sizes, process = [], psutil.Process(endpoint.process.pid)
 
     @settings(
         max_examples=int(os.environ.get("SCGPT_BATCH_FUZZ", "300")),
@@ -390,11 +393,11 @@ def test_random_bodies_cause_no_server_error(endpoint):
             assert answer.status_code in REFUSALS
             refusal(answer, answer.status_code)
         json.loads(answer.content, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-        held.append(process.memory_info().rss / 1e6)
+        sizes.append(process.memory_info().rss / 1e6)
 
     ask_anything()
-    third = len(held) // 3  # by then caches are full, and what earlier requests took is given back
-    assert max(held[third:]) < held[third] + 50, f"MB held: {held[:: len(held) // 10]}"
+    third = len(sizes) // 3  # by then caches are full, and what earlier requests took is given back
+    assert max(sizes[third:]) < sizes[third] + 50, f"MB held: {sizes[:: len(sizes) // 10]}"
 
 
 # The client
@@ -411,9 +414,9 @@ def test_client_returns_cells_in_order(endpoint, embedder, monkeypatch):
 
 def test_client_returns_genes_with_groups(endpoint, embedder):
     adata = random_adata(20, len(GENES), genes=GENES)
-    asked = {"mode": "contextual", "need_preprocess": False, "group_by": "donor", "encoding": "list"}
-    found = client.embed(adata, endpoint.url, progress=False, **asked)
-    wanted = embedder.embed(to_row(adata), Parameters(**asked))
+    parameters = {"mode": "contextual", "need_preprocess": False, "group_by": "donor", "encoding": "list"}
+    found = client.embed(adata, endpoint.url, progress=False, **parameters)
+    wanted = embedder.embed(to_row(adata), Parameters(**parameters))
     assert found[["group", "gene", "n_cells"]].values.tolist() == [
         list(each) for each in zip(wanted.groups, wanted.genes, wanted.n_cells, strict=True)
     ]
@@ -525,11 +528,11 @@ def test_client_retries_without_losing_cells(monkeypatch):
 
 def test_graceful_stop_writes_all_records(endpoint):
     with ThreadPoolExecutor(4) as pool:
-        asked = [pool.submit(ask, endpoint, row(n_obs=2000), **CELLS | {"mode": "contextual"}) for _ in range(4)]
+        answers = [pool.submit(ask, endpoint, row(n_obs=2000), **CELLS | {"mode": "contextual"}) for _ in range(4)]
         while endpoint.metric("scgpt_batch_requests_in_flight") < 4:
             time.sleep(0.01)
         code, printed = endpoint.stop()
-        assert all(len(one.result()[0]["genes"]) == 30 for one in asked)
+        assert all(len(one.result()[0]["genes"]) == 30 for one in answers)
     summary = json.loads(printed.splitlines()[-1])
     table = DeltaTable(endpoint.table).to_pandas()
     assert code == 0 and summary["requests"] == summary["logged"] == len(table)

@@ -175,14 +175,14 @@ def test_requester_comes_from_trusted_proxies_only(limited, genes):
         "<script>": "127.0.0.1",
         "": "127.0.0.1",
     }
-    asked = {}
+    sent = {}
     for forwarded in named:
         answer = limited.post(document(genes), **{"X-Forwarded-For": forwarded})
-        asked[answer.headers["x-request-id"]] = named[forwarded]
+        sent[answer.headers["x-request-id"]] = named[forwarded]
     assert limited.stop()[0] == 0
     rows = DeltaTable(limited.table).to_pyarrow_table().to_pylist()
     logged = {row["databricks_request_id"]: row["requester"] for row in rows}
-    assert {name: logged[name] for name in asked} == asked
+    assert {name: logged[name] for name in sent} == sent
 
 
 # Without an endpoint

@@ -28,7 +28,7 @@ CATALOG = "spark_catalog"
 def run_job(job, **parameters):
     """Run a job's wheel tasks in order, each through its entry point; return each task's summary."""
     scripts = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["scripts"]
-    told = {}
+    summaries = {}
     for task in bundles.in_order(job):
         module, _, function = scripts[task["python_wheel_task"]["entry_point"]].partition(":")
         entry_point = getattr(importlib.import_module(module), function)
@@ -37,8 +37,8 @@ def run_job(job, **parameters):
             patch.setattr(sys, "argv", ["scgpt-batch", *bundles.task_words(job, task, **parameters)])
             patch.setattr("builtins.print", lambda text="", said=said, **_: said.append(text))
             entry_point()  # a failure is a SystemExit
-        told[task["task_key"]] = json.loads(said[-1])
-    return told
+        summaries[task["task_key"]] = json.loads(said[-1])
+    return summaries
 
 
 @pytest.fixture(scope="module")
@@ -76,10 +76,15 @@ def week(workspace, night):
 def test_nightly_job_embeds_and_monitors(spark, night):
     assert (night["ingest"]["rows"], night["ingest"]["cells"]) == (2, 400)
     for mode in ("static", "contextual"):
-        told = night[f"embed_{mode}"]
-        assert (told["mode"], told["rows_ok"], told["rows_failed"], told["model_version"]) == (mode, 2, 0, "1")
+        summary = night[f"embed_{mode}"]
+        assert (summary["mode"], summary["rows_ok"], summary["rows_failed"], summary["model_version"]) == (
+            mode,
+            2,
+            0,
+            "1",
+        )
         lines = spark.table("scgpt.gene_embeddings").where(F.col("mode") == mode)
-        assert lines.count() == told["embeddings"] > 500
+        assert lines.count() == summary["embeddings"] > 500
     cells = night["embed_cells"]
     assert (cells["mode"], cells["rows_ok"], cells["embeddings"]) == ("cell", 2, 400)
     assert spark.table("scgpt.cell_embeddings").count() == 400
@@ -144,9 +149,9 @@ def test_widget_shows_the_fields_it_queries(widget):
     """Each field of its encodings is in its query, or is a parameter of the data set."""
     parameters = {one["name"]: {p["keyword"] for p in one["parameters"]} for one in DASHBOARD["datasets"]}
     shown = set(names_of("fieldName", widget["spec"]["encodings"]))
-    asked = [query["query"] for query in widget["queries"]]
-    assert shown == {field["name"] for query in asked for field in query.get("fields", [])}
-    for query in asked:
+    queries = [query["query"] for query in widget["queries"]]
+    assert shown == {field["name"] for query in queries for field in query.get("fields", [])}
+    for query in queries:
         assert {one["keyword"] for one in query.get("parameters", [])} <= parameters[query["datasetName"]]
     assert shown or set(names_of("parameterName", widget["spec"]["encodings"])) == {"since"}
 

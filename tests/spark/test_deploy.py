@@ -30,16 +30,16 @@ ENDPOINTS = "/api/2.0/serving-endpoints"
 @pytest.fixture
 def workspace(monkeypatch, tmp_path):
     """A workspace with versions 2 to 5 of a model (champion 3, challenger 4); the environment has its credentials."""
-    held = Workspace()
-    held.add_model(MODEL, 2, 3, 4, 5, champion=3, challenger=4)
-    server = serve(held)
+    stand_in = Workspace()
+    stand_in.add_model(MODEL, 2, 3, 4, 5, champion=3, challenger=4)
+    server = serve(stand_in)
     for name in list(os.environ):
         if name.startswith("DATABRICKS_"):
             monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))  # no profile of the machine's user
-    monkeypatch.setenv("DATABRICKS_HOST", held.url)
-    monkeypatch.setenv("DATABRICKS_TOKEN", held.token)
-    yield held
+    monkeypatch.setenv("DATABRICKS_HOST", stand_in.url)
+    monkeypatch.setenv("DATABRICKS_TOKEN", stand_in.token)
+    yield stand_in
     server.shutdown()
     server.server_close()
 
@@ -50,11 +50,11 @@ def deploy(run, workspace):
 
     def call(model="@champion", *flags):
         given = ["--model-uri", f"models:/{MODEL}{model}"] if model else []
-        code, told, err = run(
+        code, summary, err = run(
             "deploy", "--endpoint", "scgpt", "--poll-seconds", "0.01", "--retry-seconds", "20", *given, *flags
         )
         assert "Traceback" not in err
-        return code, told, err.strip().splitlines()[-1] if err else ""
+        return code, summary, err.strip().splitlines()[-1] if err else ""
 
     return call
 
@@ -83,10 +83,10 @@ def entity(workspace, version):
 
 
 def test_new_endpoint_serves_the_version_of_the_alias(deploy, workspace):
-    code, told, _ = deploy()
-    assert (code, told["endpoint"], told["state"], told["version"]) == (OK, "scgpt", "READY", "3")
-    assert (told["traffic"], told["inference_table"]) == ({"scgpt-3": 100}, TABLE)
-    assert told["url"] == f"{workspace.url}/serving-endpoints/scgpt/invocations"
+    code, summary, _ = deploy()
+    assert (code, summary["endpoint"], summary["state"], summary["version"]) == (OK, "scgpt", "READY", "3")
+    assert (summary["traffic"], summary["inference_table"]) == ({"scgpt-3": 100}, TABLE)
+    assert summary["url"] == f"{workspace.url}/serving-endpoints/scgpt/invocations"
     assert workspace.last_body("POST", ENDPOINTS) == {
         "name": "scgpt",
         "config": {
@@ -105,28 +105,28 @@ def test_new_endpoint_serves_the_version_of_the_alias(deploy, workspace):
 
 
 def test_second_run_changes_nothing(deploy, deployed, workspace):
-    code, told, _ = deploy()
-    assert (code, told["state"], told["changes"]) == (OK, "READY", [])
+    code, summary, _ = deploy()
+    assert (code, summary["state"], summary["changes"]) == (OK, "READY", [])
     assert workspace.changes == []
 
 
 def test_plan_lists_changes_and_applies_none(deploy, workspace):
-    code, told, _ = deploy("@champion", "--plan")
-    assert (code, told["state"], workspace.endpoints, workspace.changes) == (OK, "NOT_THERE", {}, [])
-    assert "create endpoint scgpt" in told["changes"][0] and TABLE in told["changes"][0]
+    code, summary, _ = deploy("@champion", "--plan")
+    assert (code, summary["state"], workspace.endpoints, workspace.changes) == (OK, "NOT_THERE", {}, [])
+    assert "create endpoint scgpt" in summary["changes"][0] and TABLE in summary["changes"][0]
     deploy()
     workspace.requests.clear()
-    _, told, _ = deploy("@challenger", "--plan", "--workload-type", "CPU")
+    _, summary, _ = deploy("@challenger", "--plan", "--workload-type", "CPU")
     assert workspace.changes == [] and serving(workspace) == {"3": 100}
     for said in ("serve scgpt-4: version 4", "on CPU Small", "stop serving scgpt-3", "traffic scgpt-4 100 %"):
-        assert said in told["changes"][0]
+        assert said in summary["changes"][0]
 
 
 def test_old_version_serves_until_the_new_one_is_ready(deploy, deployed, workspace, caplog):
     workspace.polls = 5
     with caplog.at_level("INFO"):
-        code, told, _ = deploy("@challenger")
-    assert (code, told["traffic"], serving(workspace)) == (OK, {"scgpt-4": 100}, {"4": 100})
+        code, summary, _ = deploy("@challenger")
+    assert (code, summary["traffic"], serving(workspace)) == (OK, {"scgpt-4": 100}, {"4": 100})
     body = workspace.last_body("PUT", "/config")  # one call: the service itself swaps without a gap
     assert [e["entity_version"] for e in body["served_entities"]] == ["4"]
     assert workspace.changes == [("PATCH", f"{ENDPOINTS}/scgpt/tags"), ("PUT", f"{ENDPOINTS}/scgpt/config")]
@@ -156,8 +156,8 @@ def test_canary_gets_its_share_then_all_traffic(deploy, deployed, workspace):
 def test_rollback_restores_version_and_compute(deploy, deployed, workspace, before):
     deploy(*before, "--workload-size", "Medium")
     size = entity(workspace, "3" if "--traffic" in before else "4")["workload_size"]
-    code, told, _ = deploy("", "--rollback")
-    assert (code, told["version"], serving(workspace)) == (OK, "3", {"3": 100})
+    code, summary, _ = deploy("", "--rollback")
+    assert (code, summary["version"], serving(workspace)) == (OK, "3", {"3": 100})
     assert entity(workspace, "3")["workload_size"] == size
     assert deploy("", "--rollback")[1]["changes"] == []
 
@@ -171,10 +171,10 @@ def test_rollback_and_canary_need_an_earlier_version(deploy, deployed, workspace
 
 
 def test_inference_table_can_be_changed_and_disabled(deploy, deployed, workspace):
-    code, told, _ = deploy("@champion", "--inference-table", "main.logs.asked_payload")
-    assert (code, told["inference_table"]) == (OK, "main.logs.asked_payload")
-    assert deployed["ai_gateway"]["inference_table_config"]["table_name_prefix"] == "asked"
-    assert deploy()[1]["inference_table"] == "main.logs.asked_payload"  # kept where none is named
+    code, summary, _ = deploy("@champion", "--inference-table", "main.logs.requested_payload")
+    assert (code, summary["inference_table"]) == (OK, "main.logs.requested_payload")
+    assert deployed["ai_gateway"]["inference_table_config"]["table_name_prefix"] == "requested"
+    assert deploy()[1]["inference_table"] == "main.logs.requested_payload"  # kept where none is named
     assert deploy("@champion", "--inference-table", "none")[1]["inference_table"] is None
     assert deployed["ai_gateway"]["inference_table_config"]["enabled"] is False
     assert deploy("@champion", "--inference-table", "none")[1]["changes"] == []
@@ -197,10 +197,10 @@ def test_legacy_inference_table_is_replaced(deploy, deployed, workspace):
     legacy = {"catalog_name": "main", "schema_name": "lab", "table_name_prefix": "scgpt", "enabled": True}
     deployed["config"]["auto_capture_config"] = legacy
     del deployed["ai_gateway"]
-    _, told, _ = deploy("@champion", "--plan")
-    assert "switch off the legacy inference table main.lab.scgpt_payload" in told["changes"][0]
-    assert "it stays" in told["changes"][0] and told["inference_table"] == "main.lab.scgpt_gateway_payload"
-    code, told, _ = deploy()
+    _, summary, _ = deploy("@champion", "--plan")
+    assert "switch off the legacy inference table main.lab.scgpt_payload" in summary["changes"][0]
+    assert "it stays" in summary["changes"][0] and summary["inference_table"] == "main.lab.scgpt_gateway_payload"
+    code, summary, _ = deploy()
     assert code == OK and deployed["config"]["auto_capture_config"]["enabled"] is False
     assert deployed["ai_gateway"]["inference_table_config"]["table_name_prefix"] == "scgpt_gateway"
     assert serving(workspace) == {"3": 100}
@@ -210,11 +210,11 @@ def test_legacy_inference_table_is_replaced(deploy, deployed, workspace):
 def test_query_permission_is_granted(deploy, workspace):
     who = ("--can-query", "analysts", "ann@lab.org", "01234567-89ab-cdef-0123-456789abcdef")
     assert deploy("@champion", *who)[0] == OK
-    held = workspace.permissions["id-of-scgpt"]
-    assert [next(iter(line.items())) for line in held] == [
+    entries = workspace.permissions["id-of-scgpt"]
+    assert [next(iter(line.items())) for line in entries] == [
         ("group_name", "analysts"), ("user_name", "ann@lab.org"),
         ("service_principal_name", "01234567-89ab-cdef-0123-456789abcdef")]  # fmt: skip
-    assert {level["permission_level"] for line in held for level in line["all_permissions"]} == {"CAN_QUERY"}
+    assert {level["permission_level"] for line in entries for level in line["all_permissions"]} == {"CAN_QUERY"}
     assert deploy("@champion", *who)[1]["changes"] == []
 
 
@@ -242,11 +242,11 @@ def test_busy_workspace_is_retried(deploy, workspace, fault):
 
 
 def test_endpoint_created_concurrently_is_updated(deploy, workspace, monkeypatch):
-    def create_second(held, body):
+    def create_second(workspace, body):
         theirs = deepcopy(body)
         theirs["config"]["served_entities"][0]["entity_version"] = "2"
-        held.create(theirs)
-        return held.create(body)
+        workspace.create(theirs)
+        return workspace.create(body)
 
     routes = [(m, p, create_second if h is Workspace.create else h) for m, p, h in databricks_workspace.ROUTES]
     monkeypatch.setattr(databricks_workspace, "ROUTES", routes)
@@ -271,8 +271,8 @@ def test_failed_deployment_keeps_the_old_version(deploy, deployed, workspace):
                  "version 3 (100 %) keeps serving"):  # fmt: skip
         assert said in err
     assert serving(workspace) == {"3": 100}
-    code, told, _ = deploy("/3")  # back to what is served: the failure is cleared
-    assert (code, told["state"]) == (OK, "READY")
+    code, summary, _ = deploy("/3")  # back to what is served: the failure is cleared
+    assert (code, summary["state"]) == (OK, "READY")
     deploy("@challenger")
     workspace.failing = set()
     assert deploy("@challenger")[0] == OK and serving(workspace) == {"4": 100}
@@ -282,8 +282,8 @@ def test_failed_first_version_is_replaced(deploy, workspace):
     workspace.failing = {"3"}
     code, _, err = deploy()
     assert code == FAILED and "nothing is served" in err
-    code, told, _ = deploy("@challenger")
-    assert (code, serving(workspace), told["inference_table"]) == (OK, {"4": 100}, TABLE)
+    code, summary, _ = deploy("@challenger")
+    assert (code, serving(workspace), summary["inference_table"]) == (OK, {"4": 100}, TABLE)
 
 
 @pytest.mark.parametrize(("path", "method", "wanted"), [
@@ -387,16 +387,18 @@ def test_status_has_state_versions_logs_and_metrics(run, deploy, deployed, works
     workspace.failing = {"5"}
     deploy("/5")
     workspace.requests.clear()
-    code, told, _ = run("status", "--endpoint", "scgpt")
-    assert (code, told["state"], told["inference_table"]) == (OK, "UPDATE_FAILED", TABLE)
-    assert [(line["version"], line["traffic"], line["state"]) for line in told["served"]] == [
+    code, summary, _ = run("status", "--endpoint", "scgpt")
+    assert (code, summary["state"], summary["inference_table"]) == (OK, "UPDATE_FAILED", TABLE)
+    assert [(line["version"], line["traffic"], line["state"]) for line in summary["served"]] == [
         ("3", 90, "ready"), ("4", 10, "ready")]  # fmt: skip
-    assert [(line["version"], line["state"]) for line in told["pending"]] == [("5", "failed (Container build failed)")]
-    assert told["build_log"]["scgpt-5"].startswith("ERROR") and told["build_log"]["scgpt-3"] == "#2 done"
-    assert told["server_log"]["scgpt-3"] == "INFO model opened on cuda"
-    assert told["metrics"]["request_count_total"] == {"scgpt-3": 120}
-    assert told["metrics"]["request_latency_ms_sum"] == {"scgpt-3": 15600}
-    assert not any("bucket" in name for name in told["metrics"])
+    assert [(line["version"], line["state"]) for line in summary["pending"]] == [
+        ("5", "failed (Container build failed)")
+    ]
+    assert summary["build_log"]["scgpt-5"].startswith("ERROR") and summary["build_log"]["scgpt-3"] == "#2 done"
+    assert summary["server_log"]["scgpt-3"] == "INFO model opened on cuda"
+    assert summary["metrics"]["request_count_total"] == {"scgpt-3": 120}
+    assert summary["metrics"]["request_latency_ms_sum"] == {"scgpt-3": 15600}
+    assert not any("bucket" in name for name in summary["metrics"])
     assert workspace.changes == []
 
 
@@ -404,8 +406,8 @@ def test_status_says_if_a_gpu_is_not_used(run, deployed, workspace):
     assert run("status", "--endpoint", "scgpt")[1]["gpu_problem"] == {}
     line = f"{GPU_UNUSABLE} (torch 2.13: no driver): the model runs on the CPU"
     workspace.server_log = f"{line}\nINFO ready"
-    _, told, _ = run("status", "--endpoint", "scgpt")
-    assert told["gpu_problem"] == {"scgpt-3": line} and told["server_log"] == {"scgpt-3": "INFO ready"}
+    _, summary, _ = run("status", "--endpoint", "scgpt")
+    assert summary["gpu_problem"] == {"scgpt-3": line} and summary["server_log"] == {"scgpt-3": "INFO ready"}
 
 
 def test_status_of_a_missing_endpoint(run, workspace):
@@ -416,8 +418,13 @@ def test_status_of_a_missing_endpoint(run, workspace):
 def test_status_works_without_metrics_and_logs(run, deployed, workspace):
     workspace.faults = [Fault("GET", "/metrics$", 404, "RESOURCE_DOES_NOT_EXIST"),
                         Fault("GET", "logs$", 404, "RESOURCE_DOES_NOT_EXIST", times=2)]  # fmt: skip
-    code, told, _ = run("status", "--endpoint", "scgpt")
-    assert (code, told["metrics"], told["build_log"], told["server_log"]) == (OK, {}, {"scgpt-3": ""}, {"scgpt-3": ""})
+    code, summary, _ = run("status", "--endpoint", "scgpt")
+    assert (code, summary["metrics"], summary["build_log"], summary["server_log"]) == (
+        OK,
+        {},
+        {"scgpt-3": ""},
+        {"scgpt-3": ""},
+    )
 
 
 def test_status_includes_health_of_the_tables(run, spark, deployed, tmp_path, monkeypatch):
@@ -431,9 +438,9 @@ def test_status_includes_health_of_the_tables(run, spark, deployed, tmp_path, mo
               f"values ('run-1', now(), now(), 'failed', '')")  # fmt: skip
     monkeypatch.setenv("SCGPT_BATCH_WEBHOOK_URL", "http://127.0.0.1:9/nothing-may-be-posted")
     flags = ("--inference-table", table, "--runs-table", f"delta.`{tmp_path}/runs`")
-    code, told, _ = run("status", "--endpoint", "scgpt", *flags)
-    assert (code, told["health"]["status"], told["health"]["last_run"]) == (OK, "critical", "run-1")
-    rules = {alert["rule"] for alert in told["health"]["alerts"]}
+    code, summary, _ = run("status", "--endpoint", "scgpt", *flags)
+    assert (code, summary["health"]["status"], summary["health"]["last_run"]) == (OK, "critical", "run-1")
+    rules = {alert["rule"] for alert in summary["health"]["alerts"]}
     assert {"error_rate", "run_failed"} <= rules and "webhook" not in rules
 
 
@@ -460,18 +467,18 @@ def test_commands_of_the_documentation_work(run, workspace, monkeypatch):
     monkeypatch.setenv("SCGPT_BATCH_POLL_SECONDS", "0.01")
     blocks = sections("Deploy, swap, canary, roll back", "Status")
     lines = [line for _, text in blocks for line in text.splitlines()]
-    told = [run(*shlex.split(line)[1:]) for line in lines]
-    assert [code for code, _, _ in told] == [OK] * 6
-    assert [list(summary["traffic"].values()) for _, summary, _ in told[:5]] == [[100], [100], [90, 10], [100], [100]]
-    assert told[5][1]["served"][0]["version"] == "3"
+    runs = [run(*shlex.split(line)[1:]) for line in lines]
+    assert [code for code, _, _ in runs] == [OK] * 6
+    assert [list(summary["traffic"].values()) for _, summary, _ in runs[:5]] == [[100], [100], [90, 10], [100], [100]]
+    assert runs[5][1]["served"][0]["version"] == "3"
 
 
 @pytest.mark.parametrize(("language", "text"), sections("Other ways to create an endpoint"), ids=lambda text: text[:20])
 def test_deploy_continues_from_other_tools(deploy, workspace, tmp_path, language, text):
     exec(text, {}) if language == "python" else bash(text, tmp_path)
     workspace.requests.clear()
-    code, told, _ = deploy("/3")
-    assert (code, told["state"], told["changes"], told["inference_table"]) == (OK, "READY", [], TABLE)
+    code, summary, _ = deploy("/3")
+    assert (code, summary["state"], summary["changes"], summary["inference_table"]) == (OK, "READY", [], TABLE)
 
 
 @pytest.mark.parametrize(
@@ -482,8 +489,8 @@ def test_deploy_continues_from_other_tools(deploy, workspace, tmp_path, language
 def test_inference_table_is_switched_on_later(deploy, workspace, tmp_path, language, text):
     assert deploy("/3", "--inference-table", "none")[1]["inference_table"] is None
     exec(text, {}) if language == "python" else bash(text, tmp_path)
-    code, told, _ = deploy("/3")
-    assert (code, told["changes"], told["inference_table"]) == (OK, [], TABLE)
+    code, summary, _ = deploy("/3")
+    assert (code, summary["changes"], summary["inference_table"]) == (OK, [], TABLE)
 
 
 def test_every_client_gets_the_same_embeddings(deploy, deployed, workspace, model, golden, tmp_path, monkeypatch):

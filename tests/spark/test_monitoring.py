@@ -1,6 +1,6 @@
 """The monitoring SQL: each query's result equals a pandas computation.
 
-The view is made of generated tables of all three generations; what reads only the view is asked of one of them, and
+The view is made of generated tables of all three generations; what reads only the view is run on one of them, and
 what counts values that a generation lacks also of the one that lacks most. e2e/test_monitoring_endpoint.py has the view
 of the table that our endpoint writes.
 """
@@ -250,8 +250,8 @@ def test_first_line_is_a_question(name):
 def test_table_path_may_contain_any_characters(spark, run, tmp_path):
     folder = f'{tmp_path}/o\'dd "x" y\\z $w ;-- é'
     table = inference_tables.write(spark, LINES.head(20), f"delta.`{folder}`")
-    code, told, err = run("monitor", "--inference-table", table, "--hours", "100000")
-    assert code in (OK, ALERTS) and told["requests"] > 0, err
+    code, summary, err = run("monitor", "--inference-table", table, "--hours", "100000")
+    assert code in (OK, ALERTS) and summary["requests"] > 0, err
 
 
 @pytest.mark.parametrize(

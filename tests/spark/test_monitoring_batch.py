@@ -166,15 +166,15 @@ def call(capfd, *argv):
 
 def test_monitor_reports_healthy_runs(runs, capfd, tmp_path):
     page = tmp_path / "page.html"
-    code, told = call(capfd, "--output-table", "batch_genes", "--report", str(page))
-    assert (code, told["status"], told["alerts"], told["last_run_status"]) == (OK, "ok", [], "finished")
+    code, summary = call(capfd, "--output-table", "batch_genes", "--report", str(page))
+    assert (code, summary["status"], summary["alerts"], summary["last_run_status"]) == (OK, "ok", [], "finished")
     text = page.read_text()
     for section in ("last_runs", "cells_per_second", "failed_rows", "coverage", "collapse_genes"):
         assert f'<h2 id="{section}">' in text
     assert "LowCoverage" in text and "row-5" in text
     assert call(capfd, "--runs-table", "batch_cells_runs")[1]["alerts"] == []
-    code, told = call(capfd, "--runs-table", "batch_cells_runs", "--max-failed-fraction", "0.2")
-    assert (code, [alert["rule"] for alert in told["alerts"]]) == (ALERTS, ["rows_failed"])
+    code, summary = call(capfd, "--runs-table", "batch_cells_runs", "--max-failed-fraction", "0.2")
+    assert (code, [alert["rule"] for alert in summary["alerts"]]) == (ALERTS, ["rows_failed"])
 
 
 @pytest.mark.parametrize("noise", [0.0, 1e-3], ids=["equal", "all but equal"])
@@ -184,18 +184,18 @@ def test_collapsed_cells_raise_an_alert(spark, runs, capfd, noise):
     collapsed = spark.table("batch_cells").withColumns({"embedding": alike, "run_id": F.lit("collapsed")})
     both = spark.table("batch_cells").union(collapsed)
     both.write.format("delta").mode("overwrite").saveAsTable("collapsed_cells")
-    code, told = call(capfd, "--output-table", "collapsed_cells", "--runs-table", "batch_cells_runs",
+    code, summary = call(capfd, "--output-table", "collapsed_cells", "--runs-table", "batch_cells_runs",
                       "--ledger-table", "batch_cells_ledger")  # fmt: skip
-    assert code == ALERTS and [alert["rule"] for alert in told["alerts"]] == ["collapse"]
-    assert "collapsed" in told["alerts"][0]["message"]
+    assert code == ALERTS and [alert["rule"] for alert in summary["alerts"]] == ["collapse"]
+    assert "collapsed" in summary["alerts"][0]["message"]
 
 
 def test_failed_and_late_runs_raise_alerts(spark, runs, capfd):
     last = spark.table("batch_cells_runs")
     last.withColumn("status", F.lit("failed")).createOrReplaceTempView("failed_runs")
-    code, told = call(capfd, "--runs-table", "failed_runs")
-    assert code == ALERTS and {alert["rule"] for alert in told["alerts"]} == {"run_failed", "run_late"}
+    code, summary = call(capfd, "--runs-table", "failed_runs")
+    assert code == ALERTS and {alert["rule"] for alert in summary["alerts"]} == {"run_failed", "run_late"}
     last.withColumn("finished_at", F.expr("finished_at - interval 3 days")).createOrReplaceTempView("late_runs")
-    code, told = call(capfd, "--runs-table", "late_runs")
-    assert (code, [alert["rule"] for alert in told["alerts"]]) == (OK, ["run_late"])
-    assert pd.Series(told["alerts"][0]["value"]).between(72, 74).all()
+    code, summary = call(capfd, "--runs-table", "late_runs")
+    assert (code, [alert["rule"] for alert in summary["alerts"]]) == (OK, ["run_late"])
+    assert pd.Series(summary["alerts"][0]["value"]).between(72, 74).all()

@@ -185,8 +185,8 @@ def call(capfd):
     def run(*argv):
         capfd.readouterr()
         code = main([str(arg) for arg in argv])
-        told = capfd.readouterr()
-        return code, json.loads(told.out.strip().splitlines()[-1]) if told.out.strip() else {}, told.err
+        summary = capfd.readouterr()
+        return code, json.loads(summary.out.strip().splitlines()[-1]) if summary.out.strip() else {}, summary.err
 
     return run
 
@@ -203,10 +203,10 @@ def call(capfd):
     ],
 )
 def test_exit_code_depends_on_fail_on(call, of_now, table, fail_on, code, status):
-    found, told, _ = call("monitor", "--inference-table", table, "--fail-on", fail_on)
-    assert (found, told["status"]) == (code, status)
-    assert {alert["severity"] for alert in told["alerts"]} <= {"info", "warning", "critical"}
-    assert (told["requests"] > 0) == (table != "idle_payload")
+    found, summary, _ = call("monitor", "--inference-table", table, "--fail-on", fail_on)
+    assert (found, summary["status"]) == (code, status)
+    assert {alert["severity"] for alert in summary["alerts"]} <= {"info", "warning", "critical"}
+    assert (summary["requests"] > 0) == (table != "idle_payload")
 
 
 @pytest.mark.parametrize(
@@ -252,9 +252,9 @@ def webhook():
 def test_alerts_are_posted_in_slack_format(call, of_now, webhook, monkeypatch):
     url, came, _ = webhook
     monkeypatch.setenv("SCGPT_BATCH_WEBHOOK_URL", url)
-    _, told, _ = call("monitor", "--inference-table", "payload_of_two")
-    assert [alert["rule"] for alert in told["alerts"]] == ["versions"]
-    assert list(came[0]) == ["text"] and told["alerts"][0]["message"] in came[0]["text"]
+    _, summary, _ = call("monitor", "--inference-table", "payload_of_two")
+    assert [alert["rule"] for alert in summary["alerts"]] == ["versions"]
+    assert list(came[0]) == ["text"] and summary["alerts"][0]["message"] in came[0]["text"]
     came.clear()
     for quiet in ("payload_of_now", "idle_payload"):
         call("monitor", "--inference-table", quiet)
@@ -270,9 +270,9 @@ def test_failed_post_is_an_alert_without_the_url(call, of_now, webhook, monkeypa
     url, _, state = webhook
     state["status"] = 500
     monkeypatch.setenv("SCGPT_BATCH_WEBHOOK_URL", url if fault == "status" else "http://127.0.0.1:9/secret-path")
-    code, told, err = call("monitor", "--inference-table", "payload_of_two")
-    assert code == ALERTS and [alert["rule"] for alert in told["alerts"]] == ["versions", "webhook"]
-    assert "secret-path" not in json.dumps(told) + err
+    code, summary, err = call("monitor", "--inference-table", "payload_of_two")
+    assert code == ALERTS and [alert["rule"] for alert in summary["alerts"]] == ["versions", "webhook"]
+    assert "secret-path" not in json.dumps(summary) + err
 
 
 # Housekeeping
@@ -289,9 +289,9 @@ def test_maintain_deletes_old_rows_and_their_files(spark, call, tmp_path):
     lines.loc[:2, "request_date"] = [today.date() - timedelta(days=n) for n in (89, 90, 91)]
     inference_tables.write(spark, lines, table)
     kept = [day for day in lines["request_date"] if day >= today.date() - timedelta(days=90)]
-    code, told, _ = call("maintain", "--table", table, "--date-column", "request_date", "--retain-days", 90,
+    code, summary, _ = call("maintain", "--table", table, "--date-column", "request_date", "--retain-days", 90,
                          "--vacuum-hours", 0, "--force")  # fmt: skip
-    assert code == OK and told["rows_deleted"] == 400 - len(kept) and told["files_vacuumed"] > 0
+    assert code == OK and summary["rows_deleted"] == 400 - len(kept) and summary["files_vacuumed"] > 0
     assert sorted(row[0] for row in spark.table(table).select("request_date").collect()) == sorted(kept)
     old = "request_date < date_sub(current_date(), 90)"
     left = spark.read.parquet(*(str(file) for file in folder.glob("*.parquet")))
@@ -303,11 +303,11 @@ def test_maintain_compacts_and_deletes_no_rows(spark, call, tmp_path):
     spark.range(40, numPartitions=8).selectExpr("id", "current_date() as day").write.format("delta").save(
         str(tmp_path / "small")
     )
-    code, told, _ = call("maintain", "--table", table)
-    assert code == OK and (told["rows_deleted"], told["files_compacted"], told["files_written"]) == (0, 8, 1)
-    assert told["files_vacuumed"] == 0 and files(tmp_path) == 9  # the last week's versions can still be read
-    code, told, _ = call("maintain", "--table", table, "--vacuum-hours", 0, "--force")
-    assert (told["files_vacuumed"], files(tmp_path)) == (8, 1)
+    code, summary, _ = call("maintain", "--table", table)
+    assert code == OK and (summary["rows_deleted"], summary["files_compacted"], summary["files_written"]) == (0, 8, 1)
+    assert summary["files_vacuumed"] == 0 and files(tmp_path) == 9  # the last week's versions can still be read
+    code, summary, _ = call("maintain", "--table", table, "--vacuum-hours", 0, "--force")
+    assert (summary["files_vacuumed"], files(tmp_path)) == (8, 1)
     assert spark.table(table).count() == 40
     assert spark.conf.get("spark.databricks.delta.retentionDurationCheck.enabled", "true") == "true"
 
@@ -320,8 +320,8 @@ def test_maintain_deletes_records_of_old_finished_runs(spark, call, tmp_path):
     for name, days, status in (("new", 364, "finished"), ("old", 367, "finished"), ("killed", 400, "running")):
         at = today - timedelta(days=days)
         tables.insert(spark, runs, {"run_id": name, "status": status, "started_at": at, "finished_at": at})
-    code, told, _ = call("maintain", "--table", table, "--runs-days", 365)
-    assert (code, told["rows_deleted"]) == (OK, 1)
+    code, summary, _ = call("maintain", "--table", table, "--runs-days", 365)
+    assert (code, summary["rows_deleted"]) == (OK, 1)
     assert {row["run_id"] for row in spark.table(runs).collect()} == {"new", "killed"}
 
 
@@ -339,9 +339,9 @@ def test_maintain_leaves_vacuum_to_predictive_optimization(spark, call, tmp_path
     spark.range(40, numPartitions=4).write.format("delta").save(str(tmp_path / "t"))
     table = f"delta.`{tmp_path}/t`"
     monkeypatch.setattr(tables, "is_vacuumed_by_databricks", lambda *_: True)
-    code, told, _ = call("maintain", "--table", table)
+    code, summary, _ = call("maintain", "--table", table)
     operations = {row["operation"] for row in spark.sql(f"describe history {table}").collect()}
-    assert (code, told["files_compacted"]) == (OK, 4) and "VACUUM START" not in operations
+    assert (code, summary["files_compacted"]) == (OK, 4) and "VACUUM START" not in operations
 
 
 @pytest.mark.parametrize(

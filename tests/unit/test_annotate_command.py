@@ -14,7 +14,15 @@ from scgpt_batch.analysis.annotate import nearest_cells, transfer_labels
 from scgpt_batch.cli.analysis_tables import ANNOTATIONS
 from scgpt_batch.cli.main import OK, WRONG_USAGE
 from scgpt_batch.io.rows import to_row
-from tests.analysis_data import CELLS, cell_lines, cluster_vectors, embedding_lines, labelled_cells, names_of
+from tests.analysis_data import (
+    CELLS,
+    cell_lines,
+    cluster_vectors,
+    embedding_lines,
+    labelled_cells,
+    names_of,
+    write_labelled_cells,
+)
 
 QUERY = [f"q{i}" for i in range(30)]
 
@@ -25,9 +33,7 @@ def folder(tmp_path):
     write_deltalake(str(tmp_path / "reference"), cell_lines())
     keys = [("new:0-30", name) for name in QUERY]
     write_deltalake(str(tmp_path / "query"), embedding_lines(keys, cluster_vectors(30, seed=3)))
-    cells = labelled_cells()
-    cells.write_h5ad(tmp_path / "cells.h5ad")
-    cells.obs.to_csv(tmp_path / "cells.csv")
+    write_labelled_cells(tmp_path)
     return tmp_path
 
 
@@ -155,8 +161,8 @@ def test_different_models_are_an_error_that_names_what_both_have(annotate, folde
     ("changed", "message"),
     [
         ({"label-column": "celltype"}, "cells.h5ad has no column 'celltype': did you mean 'cell_type'?"),
-        ({"labels": "nothing.csv"}, "there is no file nothing.csv"),
-        ({"labels": "nothing.h5ad"}, "no file matches"),
+        ({"labels": "nothing.csv"}, "no file matches nothing.csv; check the path"),
+        ({"labels": "nothing.h5ad"}, "no file matches nothing.h5ad; check the path"),
         ({"query": "/nothing"}, "no Delta table at /nothing"),
         ({"neighbours": 500}, "90 cells of"),
     ],

@@ -53,15 +53,15 @@ def is_running(pid):
     reason="only Linux ends an orphan (SIGIO on a pipe)",
 )
 def test_a_hanging_process_ends_when_its_parent_is_killed(tmp_path):
-    told = tmp_path / "pid"
+    pid_file = tmp_path / "pid"
     environment = os.environ | {"PYTHONPATH": str(REPO), "TMPDIR": str(tmp_path)}
-    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(told)], env=environment)
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(pid_file)], env=environment)
     try:
-        wait_until(lambda: told.exists() and told.read_text())
+        wait_until(lambda: pid_file.exists() and pid_file.read_text())
     finally:
         parent.kill()
         parent.wait()
-    wait_until(lambda: not is_running(int(told.read_text())))
+    wait_until(lambda: not is_running(int(pid_file.read_text())))
 
 
 def test_a_child_starts_below_a_long_temporary_folder(tmp_path):

@@ -60,11 +60,11 @@ def url(embedder) -> Iterator[str]:
             body = gzip.decompress(self.rfile.read(int(self.headers["Content-Length"])))
             document = orjson.loads(body)
             answer = model.predict(None, pd.DataFrame(document["dataframe_records"]), document.get("params"))
-            told = orjson.dumps({"predictions": answer.to_dict("records")}, option=orjson.OPT_SERIALIZE_NUMPY)
+            body = orjson.dumps({"predictions": answer.to_dict("records")}, option=orjson.OPT_SERIALIZE_NUMPY)
             self.send_response(200)
-            self.send_header("Content-Length", str(len(told)))
+            self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            self.wfile.write(told)
+            self.wfile.write(body)
 
         def log_message(self, *_: object) -> None:
             """Keep quiet."""
@@ -262,8 +262,14 @@ def test_groups_of_any_type_are_strings(door, labels, wanted):
 def test_batches_of_any_type_and_none_choose_genes(door, labels):
     rng = np.random.default_rng(0)
     x = sp.csr_matrix(rng.poisson(rng.gamma(1, 3, 200), (60, 200)).astype(np.float32))
-    asked = {"mode": "cell", "subset_hvg": 60, "hvg_flavor": "seurat_v3", "data_is_raw": True, "batch_key": "batch"}
-    found = door(cells(x, obs={"batch": labels * 30}), **asked)
-    wanted = door(cells(x, obs={"batch": ["x", "y"] * 30}), **asked)
+    parameters = {
+        "mode": "cell",
+        "subset_hvg": 60,
+        "hvg_flavor": "seurat_v3",
+        "data_is_raw": True,
+        "batch_key": "batch",
+    }
+    found = door(cells(x, obs={"batch": labels * 30}), **parameters)
+    wanted = door(cells(x, obs={"batch": ["x", "y"] * 30}), **parameters)
     said = "30 cells have no 'batch': they form the group (missing)" if pd.isna(labels).any() else None
     assert_same(found, wanted, said=said)

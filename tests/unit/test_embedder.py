@@ -412,14 +412,14 @@ def test_contextual_means_are_the_same_bits_from_run_to_run(embed):
 
 def peak_mb_of(call):
     """What a call needs on top of what the process holds, at its peak, in MB."""
-    Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back to what is held now
+    Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back to what is resident now
 
-    def held(name):
+    def resident(name):
         return int(next(line for line in Path("/proc/self/status").open() if line.startswith(name)).split()[1]) / 1000
 
-    before = held("VmRSS")
+    before = resident("VmRSS")
     call()
-    return held("VmHWM") - before
+    return resident("VmHWM") - before
 
 
 @pytest.mark.parametrize("mode", ["contextual", "cell"])
@@ -538,8 +538,12 @@ def test_stated_sizes_that_agree_change_nothing(embed):
 @pytest.mark.parametrize("encoding", ["float32_base64", "float16_base64"])
 def test_base64_holds_the_vectors_little_endian_row_by_row(embed, encoding):
     answer = embed(small(2), **UNPROCESSED)
-    held = np.frombuffer(base64.b64decode(answer.base64(encoding)), "<f4" if encoding.startswith("float32") else "<f2")
-    assert_close(held.reshape(len(answer.genes), -1), answer.gene_embeddings, atol=0 if held.itemsize == 4 else 2e-3)
+    decoded = np.frombuffer(
+        base64.b64decode(answer.base64(encoding)), "<f4" if encoding.startswith("float32") else "<f2"
+    )
+    assert_close(
+        decoded.reshape(len(answer.genes), -1), answer.gene_embeddings, atol=0 if decoded.itemsize == 4 else 2e-3
+    )
 
 
 # What is said about a row, and what is refused
@@ -805,11 +809,11 @@ def test_a_layer_of_a_file_replaces_x_without_preprocessing(tmp_path, embed):
     adata.X = adata.X * -1.0  # scaled values are not looked at
     adata.write_h5ad(tmp_path / "cells.h5ad")
     reader = Embedder(load_checkpoint(GOLDEN / "checkpoint_flash"), device="cpu", roots=[str(tmp_path)])
-    asked = {**CELLS, "input_data_path": str(tmp_path / "cells.h5ad")}
-    found = reader.embed({}, Parameters(**asked, use_key="counts"))
+    parameters = {**CELLS, "input_data_path": str(tmp_path / "cells.h5ad")}
+    found = reader.embed({}, Parameters(**parameters, use_key="counts"))
     assert found.error is None, found.error
     assert np.array_equal(found.cell_embeddings, embed(small(5), **CELLS).cell_embeddings)
-    missing = reader.embed({}, Parameters(**asked, use_key="nowhere")).error
+    missing = reader.embed({}, Parameters(**parameters, use_key="nowhere")).error
     assert isinstance(missing, PayloadError) and "no layer 'nowhere'; its layers: 'counts'" in str(missing)
 
 

@@ -54,7 +54,7 @@ def test_the_filter_masks_arguments_and_tracebacks():
     try:
         raise ValueError(f"no answer from http://ann:{SECRET}@host")
     except ValueError:
-        logger.exception("asked %s", f"http://ann:{SECRET}@host")
+        logger.exception("requested %s", f"http://ann:{SECRET}@host")
     assert SECRET not in stream.getvalue() and stream.getvalue().count("http://***@host") == 3
 
 
@@ -77,9 +77,9 @@ def test_a_tracking_uri_with_a_password_is_not_printed(capfd, caplog, monkeypatc
         mlflow.set_tracking_uri(before)
         mlflow.set_registry_uri(None)  # not what `get_registry_uri` said: that is the tracking URI of the moment
         os.environ.pop("MLFLOW_REGISTRY_URI", None)
-    told = capfd.readouterr()
-    assert SECRET not in told.out + told.err + caplog.text
-    assert told.err.strip()
+    captured = capfd.readouterr()
+    assert SECRET not in captured.out + captured.err + caplog.text
+    assert captured.err.strip()
 
 
 FORGED = "id\n2026-01-01 00:00:00,000 ERROR forged\r\x1b[2K\u2028x"

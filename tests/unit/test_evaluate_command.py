@@ -10,15 +10,21 @@ from deltalake import DeltaTable, write_deltalake
 from scgpt_batch.analysis.evaluate import compare, drift
 from scgpt_batch.cli.analysis_tables import EVALUATIONS
 from scgpt_batch.cli.main import OK, WRONG_USAGE
-from tests.analysis_data import CELLS, cell_lines, cluster_vectors, embedding_lines, gene_lines, labelled_cells
+from tests.analysis_data import (
+    CELLS,
+    cell_lines,
+    cluster_vectors,
+    embedding_lines,
+    gene_lines,
+    labelled_cells,
+    write_labelled_cells,
+)
 
 
 @pytest.fixture
 def folder(tmp_path):
     write_deltalake(str(tmp_path / "vectors"), cell_lines())
-    cells = labelled_cells()
-    cells.write_h5ad(tmp_path / "cells.h5ad")
-    cells.obs.to_csv(tmp_path / "cells.csv")
+    write_labelled_cells(tmp_path)
     return tmp_path
 
 

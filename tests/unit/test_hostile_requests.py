@@ -64,20 +64,20 @@ reader = RequestReader(PyFuncModel(model_meta=meta, model_impl=Embedder), embedd
 reader.read(orjson.dumps({{"dataframe_records": [good]}}))  # imports and caches
 {attack}
 body = orjson.dumps(document)
-held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (held + {cap}, held + {cap}))
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + {cap}, used + {cap}))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
-    for asked in reader.read(body).rows:
-        if asked.error is None:
-            embedder.embed(asked.row, asked.parameters)
-    told = "answered"
+    for request in reader.read(body).rows:
+        if request.error is None:
+            embedder.embed(request.row, request.parameters)
+    outcome = "answered"
 except RequestRefused as exc:
-    told = f"refused {{exc.status}}: {{exc}}"[:200]
+    outcome = f"refused {{exc.status}}: {{exc}}"[:200]
 except MemoryError:
     sys.exit("out of memory")
 grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1000
-print(f"{{grown:.0f}} MB;", told)
+print(f"{{grown:.0f}} MB;", outcome)
 """
 
 

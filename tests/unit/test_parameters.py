@@ -140,16 +140,16 @@ def test_every_parameter_has_an_upper_bound():
     ids=["names", "length", "together"],
 )
 def test_genes_are_bounded_in_number_and_length(genes, message):
-    with pytest.raises(ConfigError, match=message) as told:
+    with pytest.raises(ConfigError, match=message) as caught:
         Parameters.create({"genes": genes})
-    assert len(str(told.value)) < 500
+    assert len(str(caught.value)) < 500
 
 
 def test_error_message_is_short_whatever_is_given():
     for given in ({"mode": "x" * 10**6}, {"x" * 10**6: 1}, {"genes": [1] * 10**5}, {str(i): 1 for i in range(10**5)}):
-        with pytest.raises(ConfigError) as told:
+        with pytest.raises(ConfigError) as caught:
             Parameters.create(given)
-        assert len(str(told.value)) < 1000
+        assert len(str(caught.value)) < 1000
 
 
 def test_unknown_parameter_suggests_the_known_one():
