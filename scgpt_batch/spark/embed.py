@@ -271,7 +271,8 @@ def _run(job: Job) -> EmbedResult:
         else:
             _embed_pending(job, job.rows)
         if job.settings.prune:
-            prune(job.spark, job.output, job.ledger, job.settings.prune)
+            current = (job.model.name, job.model.version)
+            prune(job.spark, job.output, job.ledger, job.settings.prune, current=current)
     except BaseException:  # Ctrl-C too
         _end_failed_run(job, clock)
         raise

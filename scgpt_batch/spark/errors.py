@@ -59,9 +59,7 @@ def is_unbound_parameter(exc: BaseException) -> bool:
 def error_classes(exc: BaseException) -> Iterator[str]:
     """Yield the error classes of an error and of its causes, as far as Spark tells them."""
     if isinstance(exc, PySparkException):
-        # Spark 3.5 has only the older name
-        found = exc.getCondition() if hasattr(exc, "getCondition") else exc.getErrorClass()
-        if found:
+        if found := exc.getCondition():
             yield found
     elif isinstance(exc, Py4JJavaError):
         cause = exc.java_exception

@@ -28,6 +28,7 @@ from scgpt_batch.io.locations import candidates, find_sources, name_sources
 from scgpt_batch.io.open_file import source_fingerprint
 from scgpt_batch.settings import IngestSettings
 from scgpt_batch.spark import tables
+from scgpt_batch.spark.datasource import RECORD, register
 from scgpt_batch.spark.persistence import persisted
 from scgpt_batch.spark.workers import worker_setup_error
 
@@ -210,7 +211,7 @@ def _ingest_files(
         result = _Result()
         if good:
             report = ("layer", "notes", "error_class", "error_message")
-            new = rows.where(F.col("source").isin(good)).drop(*report)
+            new = _rows_of(rows, good).drop(*report)
             tables.create(spark, table, tables.ADATA_ROWS)
             gone = _vanished(spark, table, new, good)
             result.rows, result.rows_removed = tables.upsert_rows(spark, table, new, gone)
@@ -222,13 +223,20 @@ def _ingest_files(
     return result
 
 
+def _rows_of(rows: DataFrame, good: Sequence[str]) -> DataFrame:
+    """Return the rows of files that were read without an error.
+
+    Spark may read a file again: on serverless compute, or if a worker is lost. A file that then fails has a line
+    without adata_id, which must fail the run. Otherwise its rows would count as removed from the file.
+    """
+    failed = F.concat(F.col("source"), F.lit(" was read once and then failed: "), F.col("error_message"))
+    adata_id = F.coalesce("adata_id", F.raise_error(failed))
+    return rows.where(F.col("source").isin(list(good))).withColumn("adata_id", adata_id)
+
+
 def _read_files(
     spark: SparkSession, sources: Sequence[str], names: Mapping[str, str], options: ReadOptions
 ) -> DataFrame:
-    if int(spark.version.split(".")[0]) < 4:
-        raise ConfigError(f"ingest needs Spark 4.0 or newer for its Python data source; this is Spark {spark.version}")
-    from scgpt_batch.spark.datasource import RECORD, register  # not available in Spark 3.5, which can still run embed
-
     register(spark)
     given = {name: str(value) for name, value in options.model_dump().items()}
     named = json.dumps({source: names[source] for source in sources})

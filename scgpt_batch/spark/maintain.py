@@ -94,17 +94,18 @@ def _tidy(spark: SparkSession, table: str, settings: MaintainSettings) -> tuple[
     return removed, added, vacuumed
 
 
-def prune(spark: SparkSession, output: str, ledger: str, keep: int) -> int:
+def prune(spark: SparkSession, output: str, ledger: str, keep: int, *, current: tuple[str, str] | None = None) -> int:
     """Delete all but each model's `keep` newest versions from an output table; return the number of deleted versions.
 
-    Versions are ordered as numbers if all are numbers, else by their last embedding. Their ledger lines are deleted
+    The `current` model and version stay, however old: after a roll-back, the nights embed with an older version. Other
+    versions are ordered as numbers if all are numbers, else by their last embedding. Their ledger lines are deleted
     first, so that a later run with such a version embeds its rows again.
     """
     seen = spark.table(output).groupBy("model_name", "model_version").agg(F.max("embedded_at").alias("last")).collect()
     pruned = 0
     for model in sorted({line["model_name"] for line in seen}):
         versions = [(line["model_version"], line["last"]) for line in seen if line["model_name"] == model]
-        old = _newest_first(versions)[keep:]
+        old = [version for version in _newest_first(versions)[keep:] if (model, version) != current]
         if old:
             logger.info("%s: deleting versions %s of %s", output, ", ".join(old), model)
             for table in (ledger, output):

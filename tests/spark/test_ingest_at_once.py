@@ -1,13 +1,14 @@
-"""Runs of `ingest` into one table at the same time."""
+"""`ingest` beside another run into the same table, and beside files that change while they are read."""
 
 import threading
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 
-from scgpt_batch.cli.main import OK, main
+from scgpt_batch.cli.main import FAILED, OK, main
 from scgpt_batch.io.rows import from_row
-from scgpt_batch.spark import tables
+from scgpt_batch.spark import ingest, tables
 from tests.helpers import random_adata
 
 
@@ -50,3 +51,22 @@ def test_new_files_of_one_name_keep_their_rows(spark, run, tmp_path, merge_toget
     ids = {row[0] for row in spark.table(table).select("adata_id").collect()}
     assert ids in ({"sample:0-10", "one/sample:0-10"}, {"sample:0-10", "two/sample:0-10"})
     assert run("ingest", "--input", *paths, "--table", table)[1]["files_unchanged"] == 2
+
+
+def test_file_that_fails_at_a_second_read_keeps_its_rows(spark, run, tmp_path, monkeypatch):
+    table, path, create = f"delta.`{tmp_path}/rows`", tmp_path / "sample.h5ad", tables.create
+    words = ["ingest", "--input", path, "--table", table]
+    random_adata(10, 20).write_h5ad(path)
+    assert run(*words)[0] == OK
+    random_adata(10, 20, seed=1).write_h5ad(path)
+
+    def damage_and_create(*args, **options):
+        if path.stat().st_size:
+            path.write_bytes(b"")
+        return create(*args, **options)
+
+    monkeypatch.setattr(ingest, "persisted", nullcontext)  # as on compute that cannot keep what was read
+    monkeypatch.setattr(tables, "create", damage_and_create)
+    code, _, err = run(*words)
+    assert code == FAILED and "was read once and then failed" in err, err
+    assert [row["adata_id"] for row in spark.table(table).collect()] == ["sample:0-10"]

@@ -314,15 +314,19 @@ def test_maintain_compacts_and_deletes_no_rows(spark, call, tmp_path):
 
 def test_maintain_deletes_records_of_old_finished_runs(spark, call, tmp_path):
     table, runs = f"delta.`{tmp_path}/e`", f"delta.`{tmp_path}/e_runs`"
-    spark.range(1).write.format("delta").save(str(tmp_path / "e"))
+    tables.create(spark, table, tables.CELL_EMBEDDINGS)
+    tables.insert(spark, table, {"adata_id": "a", "run_id": "in use"})  # embed finds by its run what to remove later
     tables.create(spark, runs, tables.RUNS)
     today = datetime.now(UTC)
-    for name, days, status in (("new", 364, "finished"), ("old", 367, "finished"), ("killed", 400, "running")):
+    for name, days, status in (
+        ("new", 364, "finished"), ("old", 367, "finished"), ("in use", 500, "finished"), ("killed", 400, "running"),
+    ):  # fmt: skip
         at = today - timedelta(days=days)
-        tables.insert(spark, runs, {"run_id": name, "status": status, "started_at": at, "finished_at": at})
+        line = {"run_id": name, "status": status, "started_at": at, "finished_at": at, "output_table": table}
+        tables.insert(spark, runs, line)
     code, summary, _ = call("maintain", "--table", table, "--runs-days", 365)
     assert (code, summary["rows_deleted"]) == (OK, 1)
-    assert {row["run_id"] for row in spark.table(runs).collect()} == {"new", "killed"}
+    assert {row["run_id"] for row in spark.table(runs).collect()} == {"new", "in use", "killed"}
 
 
 @pytest.mark.parametrize(("shown", "on"), [("ENABLE (inherited from METASTORE m)", True), ("DISABLE", False)])

@@ -335,6 +335,16 @@ def test_prune_keeps_the_newest_versions(spark, table, tmp_path, versions, kept)
     assert prune(spark, table, ledger, 2) == 0
 
 
+def test_prune_keeps_the_version_of_the_run(spark, table, tmp_path):
+    ledger = f"delta.`{tmp_path}/table_ledger`"
+    tables.create(spark, table, tables.GENE_EMBEDDINGS, vector_length=4)
+    tables.create(spark, ledger, tables.LEDGER)
+    for version in ("2", "3", "4"):
+        append(vectors(spark, version=version, genes=GENES[:3]), table)
+    assert prune(spark, table, ledger, 1, current=("scgpt", "2")) == 1  # the alias was moved back to 2
+    assert {row[0] for row in spark.table(table).select("model_version").distinct().collect()} == {"2", "4"}
+
+
 class WithoutCreateSchema:
     """The session of a principal without the right: Unity Catalog refuses the statement also where it does nothing."""
 
