@@ -16,6 +16,9 @@
 # make faults          break the nightly run for real, and count lost and duplicated rows
 # make fault-serving   kill the endpoint 50 times under load; 50,000 hostile bodies, 50,000 times random bytes (half an hour)
 
+SHELL := bash
+.SHELLFLAGS := -o pipefail -c  # a command that fails before a pipe fails the step
+
 PYTHON ?= python3
 VENV := .venv
 UPSTREAM := .venv-upstream

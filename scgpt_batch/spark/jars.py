@@ -7,11 +7,13 @@ spark-submit that names the cached jars. Words NAME=VALUE are Spark settings, su
 import logging
 import os
 import re
+import shlex
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from hashlib import blake2b
 from pathlib import Path
 
 import pyspark
@@ -30,7 +32,7 @@ _IVY_NAME = re.compile(r"[^_]+_(?P<artifact>.+?)-\d.*\.jar")  # org_artifact-ver
 _MAVEN_NAME = re.compile(r"(?P<artifact>.+?)-\d.*\.jar")
 
 
-def local_conf(conf: Mapping[str, str], *, verbose: bool = False) -> dict[str, str]:
+def local_conf(conf: Mapping[str, str], *, verbose: bool = False, for_submit: bool = False) -> dict[str, str]:
     """Return the settings of a local session: those of spark-local.conf, overridden by `conf`, with Delta's jars.
 
     Delta's jars come from the cache. If `conf`, Spark's own defaults or PYSPARK_SUBMIT_ARGS name a Delta of their own,
@@ -40,6 +42,9 @@ def local_conf(conf: Mapping[str, str], *, verbose: bool = False) -> dict[str, s
     ----------
     verbose
         Keep Spark's own logging instead of errors only.
+    for_submit
+        The settings are for `spark-submit --properties-file`, which reads neither spark-defaults.conf nor
+        PYSPARK_SUBMIT_ARGS.
 
     Raises
     ------
@@ -48,14 +53,20 @@ def local_conf(conf: Mapping[str, str], *, verbose: bool = False) -> dict[str, s
     """
     ours = read_conf(LOCAL_CONF)
     delta = ours.pop("spark.jars.packages")
-    ours_logs = not verbose and "log4j" not in conf.get(JVM_OPTIONS, "")
+    defaults, arguments = ({}, "") if for_submit else (_spark_defaults(), os.environ.get("PYSPARK_SUBMIT_ARGS", ""))
+    given = defaults | dict(conf)
+    ours_logs = not (verbose or "log4j" in given.get(JVM_OPTIONS, "") or _spark_conf_file("log4j2.properties"))
     if verbose or ours_logs:
         del ours["spark.log.level"]  # Spark prints a line when it sets the level; our logging shows errors only
-    given = _spark_defaults() | dict(conf)
     merged = ours | dict(conf)
+    if JVM_OPTIONS in defaults and JVM_OPTIONS not in conf:
+        merged[JVM_OPTIONS] += f" {defaults[JVM_OPTIONS]}"
     named = [given.get("spark.jars", ""), given.get("spark.jars.packages", "")]
-    if not any("delta-spark" in text for text in (*named, os.environ.get("PYSPARK_SUBMIT_ARGS", ""))):
-        merged["spark.jars"] = ",".join(filter(None, [named[0], *map(str, _delta_jars(delta, merged))]))
+    if not any("delta-spark" in text for text in (*named, arguments)):
+        if "--jars" in shlex.split(arguments):  # it replaces the setting spark.jars
+            merged["spark.jars.packages"] = ",".join(filter(None, [named[1], delta]))
+        else:
+            merged["spark.jars"] = ",".join(filter(None, [named[0], *map(str, _delta_jars(delta, merged))]))
     if not verbose:
         merged.setdefault("spark.executorEnv.PYTHONWARNINGS", "ignore")  # of libraries; ours are in the tables
     if ours_logs:
@@ -72,10 +83,16 @@ def read_conf(path: Path) -> dict[str, str]:
 
 def _spark_defaults() -> dict[str, str]:
     """Return what the user's spark-defaults.conf sets; settings passed to a session would replace these."""
+    path = _spark_conf_file("spark-defaults.conf")
+    return read_conf(path) if path else {}
+
+
+def _spark_conf_file(name: str) -> Path | None:
+    """Return a file of the user's Spark configuration; None if there is none."""
     home = os.environ.get("SPARK_HOME")
     folder = os.environ.get("SPARK_CONF_DIR") or (home and f"{home}/conf")
-    path = Path(folder, "spark-defaults.conf") if folder else None
-    return read_conf(path) if path and path.is_file() else {}
+    path = Path(folder, name) if folder else None
+    return path if path and path.is_file() else None
 
 
 def write_submit_conf(conf: Mapping[str, str]) -> Path:
@@ -86,8 +103,9 @@ def write_submit_conf(conf: Mapping[str, str]) -> Path:
     ConfigError
         The cache folder is not writable, or the jars cannot be resolved.
     """
-    settings, path = local_conf(conf), cache_folder() / "spark-local.conf"
-    text = "".join(f"{name} {value}\n" for name, value in settings.items())
+    text = "".join(f"{name} {value}\n" for name, value in local_conf(conf, for_submit=True).items())
+    # environments and settings that differ have files of their own
+    path = cache_folder() / f"spark-local-{blake2b(text.encode(), digest_size=8).hexdigest()}.conf"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
@@ -108,7 +126,13 @@ def cache_folder() -> Path:
 
 def cached_jars(coordinates: str | None = None) -> list[Path]:
     """Return the cached jars of a Maven package (default: the Delta of spark-local.conf); none if it is not cached."""
-    return sorted(_folder(coordinates or read_conf(LOCAL_CONF)["spark.jars.packages"]).glob("*.jar"))
+    coordinates = coordinates or read_conf(LOCAL_CONF)["spark.jars.packages"]
+    jars = sorted(_folder(coordinates).glob("*.jar"))
+    return jars if _contains(jars, coordinates) else []
+
+
+def _contains(jars: Sequence[Path], coordinates: str) -> bool:
+    return any(coordinates.split(":")[1] in jar.name for jar in jars)
 
 
 def _folder(coordinates: str) -> Path:
@@ -155,6 +179,7 @@ def _fill(folder: Path, coordinates: str, conf: Mapping[str, str]) -> list[Path]
         complete.mkdir()
         for jar in jars:
             shutil.copyfile(jar, complete / jar.name)
+        shutil.rmtree(folder, ignore_errors=True)  # of jars without the package
         complete.rename(folder)
     return cached_jars(coordinates)
 
@@ -173,7 +198,8 @@ def _resolved(coordinates: str, conf: Mapping[str, str]) -> list[Path]:
     spark_conf = SparkConf(loadDefaults=False).setAll(list((settings | {"spark.jars.packages": coordinates}).items()))
     with tempfile.TemporaryFile("w+") as output:
         try:
-            gateway = launch_gateway(spark_conf, {"stdout": output, "stderr": output})
+            with _submit_arguments("--jars", "", "--packages", coordinates):
+                gateway = launch_gateway(spark_conf, {"stdout": output, "stderr": output})
         except PySparkRuntimeError as exc:
             output.seek(0)
             raise _unresolved(coordinates, output.read()) from exc
@@ -185,12 +211,32 @@ def _resolved(coordinates: str, conf: Mapping[str, str]) -> list[Path]:
     provided = {match["artifact"] for jar in Path(home, "jars").glob("*.jar")
                 if (match := _MAVEN_NAME.fullmatch(jar.name))}  # fmt: skip
     jars = [Path(jar.removeprefix("file://").removeprefix("file:")) for jar in named.split(",")]
+    if not _contains(jars, coordinates):
+        raise ConfigError(f"Spark did not resolve {coordinates}, but {masked(named)}: check PYSPARK_SUBMIT_ARGS")
     return [jar for jar in jars if not ((match := _IVY_NAME.fullmatch(jar.name)) and match["artifact"] in provided)]
+
+
+@contextmanager
+def _submit_arguments(*more: str) -> Iterator[None]:
+    """Add arguments after those of PYSPARK_SUBMIT_ARGS; of a repeated argument, spark-submit uses the last one."""
+    given = os.environ.get("PYSPARK_SUBMIT_ARGS")
+    *words, last = shlex.split(given or "pyspark-shell")
+    os.environ["PYSPARK_SUBMIT_ARGS"] = shlex.join([*words, *more, last])
+    try:
+        yield
+    finally:
+        if given is None:
+            del os.environ["PYSPARK_SUBMIT_ARGS"]
+        else:
+            os.environ["PYSPARK_SUBMIT_ARGS"] = given
 
 
 def _unresolved(coordinates: str, output: str) -> ConfigError:
     lines = [printable(line.strip()) for line in output.splitlines() if line.strip()]
-    problem = next((line for line in lines if re.search(r"not found|Exception|[Ee]rror", line)), lines[-1])
+    problem = next(
+        (line for line in lines if re.search(r"not found|Exception|[Ee]rror", line)),
+        lines[-1] if lines else "Spark printed nothing",
+    )
     return ConfigError(
         f"cannot resolve {coordinates} through Maven: {masked(problem)}. Connect to the internet once, or name a "
         "mirror by --spark-conf spark.jars.ivySettings=FILE or spark.jars.repositories=URL"

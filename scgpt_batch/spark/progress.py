@@ -5,12 +5,11 @@ The figures are for the eye only. Nothing that is written depends on them.
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from threading import Event, Thread
 from typing import Any
 
 import tqdm.auto
-from py4j.protocol import Py4JError
 from pyspark.accumulators import Accumulator
 from pyspark.sql import SparkSession
 from pyspark.sql.utils import is_remote
@@ -68,14 +67,12 @@ def shown(done: Callable[[], int], total: int, unit: str) -> Iterator[None]:
     bar, ended = tqdm.auto.tqdm(total=total, unit=unit), Event()
 
     def show() -> None:
-        bar.update(done() - bar.n)
+        with suppress(Exception):  # a terminal or notebook that cannot show the bar must not fail the run
+            bar.update(done() - bar.n)
 
     def follow() -> None:
         while not ended.wait(SECONDS):
-            try:
-                show()
-            except (Py4JError, OSError):  # the JVM has gone; the block reports why
-                return
+            show()
 
     thread, complete = Thread(target=follow, name="progress", daemon=True), False
     thread.start()
@@ -87,7 +84,8 @@ def shown(done: Callable[[], int], total: int, unit: str) -> Iterator[None]:
         thread.join()
         if complete:
             show()
-        bar.close()
+        with suppress(Exception):
+            bar.close()
 
 
 def _is_watched() -> bool:

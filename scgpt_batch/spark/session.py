@@ -88,10 +88,11 @@ def _start_jvm_quietly(settings: Mapping[str, str]) -> None:
     try:
         gateway = launch_gateway(conf, {"stdout": writer, "stderr": writer})  # our standard output is for results
     except PySparkRuntimeError:
+        os.close(writer)
+        output.join(5)  # it ends when all is read; a JVM that hangs keeps the pipe open
         output.show(buffered=True)
         raise
-    finally:
-        os.close(writer)
+    os.close(writer)
     output.show(buffered=False)
     SparkContext._ensure_initialized(gateway=gateway)
 

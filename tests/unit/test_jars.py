@@ -101,6 +101,34 @@ def test_a_delta_of_the_user_is_used_instead(cache, maven, conf):
     assert maven == [] and {name: found.get(name) for name in conf} == conf
 
 
+def test_delta_is_a_package_beside_jars_of_the_arguments(cache, maven, monkeypatch):
+    monkeypatch.setenv("PYSPARK_SUBMIT_ARGS", "--jars /mine.jar pyspark-shell")  # they replace the setting spark.jars
+    found = jars.local_conf({"spark.jars.packages": "a:b:1"})
+    assert "spark.jars" not in found and found["spark.jars.packages"].startswith("a:b:1,io.delta:delta-spark")
+
+
+def test_a_cache_without_the_package_is_filled_again(cache, maven):
+    jars.local_conf({})
+    (jar,) = jars.cached_jars()
+    jar.rename(jar.with_name("org.postgresql_postgresql-42.7.3.jar"))
+    assert jars.cached_jars() == []
+    jars.local_conf({})
+    assert [path.name for path in jars.cached_jars()] == [jar.name] and len(list(jar.parent.iterdir())) == 1
+
+
+def test_jvm_options_and_logging_of_spark_defaults_are_kept(cache, maven, tmp_path, monkeypatch):
+    (tmp_path / "spark-defaults.conf").write_text(f"{jars.JVM_OPTIONS} -Dlog4j2.configurationFile=/mine.properties\n")
+    monkeypatch.setenv("SPARK_CONF_DIR", str(tmp_path))
+    options = jars.local_conf({})[jars.JVM_OPTIONS]
+    assert options.endswith(" -Dlog4j2.configurationFile=/mine.properties") and options.count("log4j2.conf") == 1
+
+
+def test_log4j_file_of_the_user_is_kept(cache, maven, tmp_path, monkeypatch):
+    (tmp_path / "log4j2.properties").write_text("")
+    monkeypatch.setenv("SPARK_CONF_DIR", str(tmp_path))
+    assert "log4j2.configurationFile" not in jars.local_conf({})[jars.JVM_OPTIONS]
+
+
 def test_settings_of_the_user_reach_the_resolution(cache, maven):
     jars.local_conf({"spark.jars.ivySettings": "/etc/ivy.xml"})
     assert maven[0][1]["spark.jars.ivySettings"] == "/etc/ivy.xml"
@@ -116,3 +144,16 @@ def test_properties_file_for_spark_submit_names_the_cached_jars(cache, maven, ca
     assert jars.main([]) == 0
     path = Path(capsys.readouterr().out.strip())
     assert path.is_relative_to(cache) and jars.read_conf(path) == jars.local_conf({})
+
+
+def test_properties_file_has_delta_whatever_the_defaults_name(cache, maven, tmp_path, monkeypatch):
+    """With a properties file, spark-submit reads neither spark-defaults.conf nor PYSPARK_SUBMIT_ARGS."""
+    (tmp_path / "spark-defaults.conf").write_text("spark.jars.packages io.delta:delta-spark_4.1_2.13:5\n")
+    monkeypatch.setenv("SPARK_CONF_DIR", str(tmp_path))
+    monkeypatch.setenv("PYSPARK_SUBMIT_ARGS", "--jars /delta-spark.jar pyspark-shell")
+    assert "delta-spark" in jars.read_conf(jars.write_submit_conf({}))["spark.jars"]
+
+
+def test_other_settings_have_a_properties_file_of_their_own(cache, maven):
+    first, second = jars.write_submit_conf({}), jars.write_submit_conf({"spark.ui.port": "4050"})
+    assert first != second and "spark.ui.port" not in jars.read_conf(first)
