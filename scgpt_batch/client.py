@@ -321,8 +321,8 @@ def _login(url: str, token: str | Callable[[], str] | None, workspace: "Workspac
         return _Login(workspace.config.authenticate)
     if callable(token):
         current = token
-        return _Login(lambda: {"Authorization": f"Bearer {current()}"})
-    fixed = token or os.environ.get("DATABRICKS_TOKEN" if _is_databricks(url) else "SCGPT_BATCH_TOKEN")
+        return _Login(lambda: {"Authorization": f"Bearer {current().strip()}"})
+    fixed = (token or os.environ.get("DATABRICKS_TOKEN" if _is_databricks(url) else "SCGPT_BATCH_TOKEN", "")).strip()
     return _Login(lambda: {"Authorization": f"Bearer {fixed}"}) if fixed else None
 
 

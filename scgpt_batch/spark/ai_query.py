@@ -155,7 +155,10 @@ def _post(endpoint: Endpoint, rows: list[Row]) -> list[Row]:
     body = _body(rows)
     if len(body) > REQUEST_BYTES:
         raise _Refused(f"the request has {len(body):,} bytes; the limit is {REQUEST_BYTES:,}", divisible=True)
-    token = endpoint.token()
+    try:
+        token = endpoint.token().strip()
+    except Exception as exc:  # the caller's function raises anything; its message may contain a secret
+        raise _Refused(f"no token for endpoint {endpoint.name!r}: {type(exc).__name__}", divisible=False) from None
     login = {"Authorization": f"Bearer {token}"} if token else {}
     try:
         reply = _session().post(endpoint.url, data=body, headers=login, timeout=TIMEOUT)

@@ -113,3 +113,9 @@ def test_workspace_client_logs_in_and_locates_the_endpoint(endpoint, workspace, 
 def test_workspace_credentials_are_not_sent_elsewhere(workspace, adata):
     with pytest.raises(ConfigError, match="is not in the workspace"):
         embed(adata, "http://127.0.0.1:9/serving-endpoints/scgpt", workspace=workspace, **CELLS)
+
+
+@pytest.mark.parametrize("token", ["first\n", lambda: "first\n"], ids=["text", "function"])
+def test_token_read_from_a_file_may_end_with_a_line_break(url, token):
+    adata = ad.AnnData(np.ones((2, 3), np.float32))
+    assert len(embed(adata, url, token=token, **CELLS)) == 2
