@@ -281,6 +281,16 @@ def files(conf: Path) -> dict[Path, str]:
     return generated
 
 
+def write(conf: Path) -> None:
+    """Write the generated files, and delete those of alerts that are no longer configured."""
+    generated = files(conf)
+    for path in (conf / "databricks" / "resources").glob("*.alert.yml"):
+        if path not in generated and path.read_text(encoding="utf-8").startswith(GENERATED):
+            path.unlink()
+    for path, content in generated.items():
+        path.write_text(content, encoding="utf-8")
+
+
 class _Blocks(yaml.SafeDumper):
     """Writes text of several lines as a YAML block."""
 
@@ -291,5 +301,4 @@ _Blocks.add_representer(
 )
 
 if __name__ == "__main__":
-    for path, content in files(Path(sys.argv[1])).items():
-        path.write_text(content, encoding="utf-8")
+    write(Path(sys.argv[1]))
