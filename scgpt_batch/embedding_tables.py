@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import cached_property, reduce
 from operator import and_
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -18,7 +18,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from scgpt_batch.errors import ConfigError, EmbeddingWarning, listed
+from scgpt_batch.errors import ConfigError, EmbeddingWarning, in_one_line, listed
 from scgpt_batch.io.locations import canonical, delta_path, tables_in_folder
 from scgpt_batch.io.rows import unique_cell_names
 from scgpt_batch.near_misses import GENE_CUTOFF, closest, did_you_mean
@@ -57,7 +57,7 @@ class Embeddings:
         """Whether the vectors are of cells, not of genes."""
         return "cell_id" in self.table.column_names
 
-    @property
+    @cached_property
     def vectors(self) -> np.ndarray:
         """The embeddings: float32, (lines, d)."""
         column = self.table["embedding"].combine_chunks()
@@ -415,6 +415,7 @@ def _dataset(path: str, given: Mapping[str, str]) -> tuple[Any, Any]:
 def _scan_name(table: str, given: Mapping[str, str]) -> pa.Table:
     """Read a named table through the active Spark session: only its catalog knows the name."""
     try:
+        from pyspark.errors import AnalysisException
         from pyspark.sql import SparkSession
     except ModuleNotFoundError:
         session = None
@@ -422,8 +423,14 @@ def _scan_name(table: str, given: Mapping[str, str]) -> pa.Table:
         session = SparkSession.getActiveSession()
     if session is None:
         raise ConfigError(f"{table!r} is a table's name, which only a Spark session knows: give its path")
-    lines = session.read.table(table)
-    _check_columns(table, lines.columns)
+    try:
+        lines = session.read.table(table)
+        columns = lines.columns
+    except AnalysisException as exc:
+        raise ConfigError(
+            f"the Spark session has no table {table}: check its name, or give its path ({in_one_line(exc)})"
+        ) from exc
+    _check_columns(table, columns)
     for name, value in given.items():
         lines = lines.where(lines[name] == value)
     return lines.toArrow()

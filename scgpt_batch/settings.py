@@ -206,8 +206,8 @@ class EvaluateSettings(SparkSettings):
     label_column: str = Field("", description="column of --obs with the label; required for cell embeddings")
     batch_column: str = Field("", description="column of --obs with the batch: measures how well batches mix too")
     out: str = Field("", description="table to write the figures to; created if it does not exist")
-    mode: Literal["", "static", "contextual", "cell"] = Field(
-        "", description="vectors to measure, if the table has several"
+    mode: Literal["", "static", "contextual"] = Field(
+        "", description="gene vectors to measure, if the table has several"
     )
     model_version: str = Field("", description="model version to use; default: the one that wrote last")
     compare_version: str = Field(

@@ -45,7 +45,7 @@ def nearest_cells(
     query
         float32, (queries, d).
     reference
-        float32, (cells, d), or its blocks one after the other.
+        float32, (cells, d), or its blocks one after the other. Vectors with NaN or infinity are nobody's neighbours.
     k
         Neighbours of each query.
     metric
@@ -73,10 +73,14 @@ def nearest_cells(
     index = np.zeros((len(query), 0), np.int64)
     first = 0
     for raw in blocks:
-        block = _prepared(np.asarray(raw, np.float32), metric)
+        block = np.asarray(raw, np.float32)
+        unusable = np.asarray(~np.isfinite(block).all(axis=1))
+        if unusable.any():
+            block = np.where(unusable[:, None], np.float32(0), block)
+        block = _prepared(block, metric)
         if block.shape[1] != query.shape[1]:
             raise ConfigError(f"query vectors have {query.shape[1]} numbers, reference vectors {block.shape[1]}")
-        best, index = _merged(query, block, first, best, index, k, metric)
+        best, index = _merged(query, block, unusable, first, best, index, k, metric)
         first += len(block)
     if first < k:
         raise ConfigError(f"the reference has {first} cells, fewer than the {k} neighbours asked for")
@@ -167,9 +171,16 @@ def _prepared(x: np.ndarray, metric: Metric) -> np.ndarray:
 
 
 def _merged(
-    query: np.ndarray, block: np.ndarray, first: int, best: np.ndarray, index: np.ndarray, k: int, metric: Metric
+    query: np.ndarray,
+    block: np.ndarray,
+    unusable: np.ndarray,
+    first: int,
+    best: np.ndarray,
+    index: np.ndarray,
+    k: int,
+    metric: Metric,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Merge a block of the reference into the best similarities so far; earlier cells win ties."""
+    """Merge a block of the reference, but its unusable cells, into the best so far; earlier cells win ties."""
     kept_best, kept_index = [], []
     norms = (block * block).sum(axis=1) if metric == "euclidean" else None
     for start in range(0, max(len(query), 1), QUERY_BLOCK):
@@ -179,6 +190,8 @@ def _merged(
             similarity *= 2
             similarity -= norms
             similarity -= (query[part] * query[part]).sum(axis=1)[:, None]
+        if unusable.any():
+            similarity[:, unusable] = -np.inf
         values, places = _best_of_block(similarity, best[part], k)
         places += first
         together = np.concatenate([best[part], values], axis=1)

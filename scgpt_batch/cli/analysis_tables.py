@@ -24,11 +24,13 @@ from scgpt_batch.embedding_tables import (
     described_model,
     load_embeddings,
     newest_embeddings,
+    open_dataset,
     open_lines,
     open_table,
     table_path,
 )
-from scgpt_batch.errors import ConfigError, ScgptBatchError, listed, suggestion
+from scgpt_batch.errors import ConfigError, EmbeddingWarning, ScgptBatchError, install, listed, suggestion
+from scgpt_batch.io.locations import beside, table_name
 
 logger = logging.getLogger(__name__)
 
@@ -82,8 +84,8 @@ class AnalysisTables:
             from scgpt_batch.spark.session import get_spark
         except ModuleNotFoundError as exc:
             raise ConfigError(
-                f"a table given by name needs Spark, and {exc.name} is not installed: pip install "
-                "'scgpt_batch[local]', or give tables as delta.`path`"
+                f"a table given by name needs Spark, and {exc.name} is not installed: {install('local')}; or give "
+                "tables as delta.`path`"
             ) from exc
         return get_spark(self.spark_conf)
 
@@ -91,10 +93,12 @@ class AnalysisTables:
         """Return the table as it is stored in other tables: a local path is made absolute."""
         path = table_path(table)
         if path is None:
-            from scgpt_batch.spark.tables import table_name
-
             return table_name(table)
         return f"delta.`{path if '://' in path else Path(path).absolute()}`"
+
+    def beside(self, table: str, suffix: str) -> str:
+        """Return the full name of a table's companion."""
+        return beside(self.full_name(table), suffix)
 
     def embeddings(self, table: str, **choice: str) -> Embeddings:
         """Load the vectors of the model that wrote last, or of the chosen mode, model version and run."""
@@ -110,7 +114,7 @@ class AnalysisTables:
         for name, value in given.items():
             lines = lines.where(lines[name] == value)
         one = lines.groupBy(*MODEL, "gene").agg(
-            F.first("adata_id").alias("adata_id"), F.first("group").alias("group"),
+            F.lit("").alias("adata_id"), F.lit(None).cast("string").alias("group"),
             F.first("embedding").alias("embedding"), F.max("embedded_at").alias("embedded_at"),
         )  # fmt: skip
         return self._reported(lambda: newest_embeddings(one.toArrow(), table, given))
@@ -123,20 +127,21 @@ class AnalysisTables:
         """Read columns of a table."""
         path = table_path(table)
         if path is not None:
-            return open_table(path).to_pyarrow_dataset().to_table(columns=list(columns))
+            return open_dataset(path).to_table(columns=list(columns))
         return self._require(table).select(*columns).toArrow()
 
     def columns(self, table: str) -> list[str]:
         """Return the names of a table's columns."""
         path = table_path(table)
-        return self._require(table).columns if path is None else open_table(path).to_pyarrow_dataset().schema.names
+        return self._require(table).columns if path is None else open_dataset(path).schema.names
 
     def values(self, table: str, column: str) -> list[Any]:
         """Return the distinct values of a column."""
         path = table_path(table)
         if path is None:
             return [row[0] for row in self._require(table).select(column).distinct().collect()]
-        return pc.unique(self.read(table, [column]).column(0)).to_pylist()
+        batches = open_dataset(path).to_batches(columns=[column])
+        return list(dict.fromkeys(value for batch in batches for value in pc.unique(batch.column(0)).to_pylist()))
 
     def version(self, table: str) -> int | None:
         """Return the version of a Delta table; None for a view."""
@@ -208,7 +213,7 @@ class AnalysisTables:
     def _reported(load: Any) -> Any:
         """Load embeddings; log warnings, what is read, and what else the table holds."""
         with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
+            warnings.simplefilter("always", EmbeddingWarning)
             found = load()
         for warning in caught:
             logger.warning("%s", warning.message)

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from scgpt_batch.analysis.annotate import UNKNOWN, Neighbors, nearest_cells, transfer_labels, without
 from scgpt_batch.cli.analysis_tables import ANNOTATIONS, AnalysisTables
-from scgpt_batch.cli.cell_sources import Cells, read_cells
+from scgpt_batch.cli.cell_sources import Cells, log_left_out, read_cells
 from scgpt_batch.command_result import CommandResult, plural
 from scgpt_batch.embedding_tables import MODEL, EmbeddingLines, Embeddings, described_model, table_path
 from scgpt_batch.errors import ConfigError
@@ -62,11 +62,13 @@ def annotate(settings: AnnotateSettings) -> AnnotateResult:
     labels = _labels(reference, settings, read_cells(settings.labels, tables))
     labelled = np.array([label is not None for label in labels], bool)
     reference_keys = reference.frame()[["adata_id", "cell_id"]][labelled]
-    query_keys = query.frame()[["adata_id", "cell_id"]]
+    finite = np.isfinite(query.vectors).all(axis=1)
+    log_left_out(~finite, "NaN or infinity in the vector")
+    query_keys, query_vectors = query.frame().loc[finite, ["adata_id", "cell_id"]], query.vectors[finite]
     itself = _itself(query_keys, reference_keys, tables, settings)
     k = settings.neighbours
     neighbors = nearest_cells(
-        query.vectors, _selected(reference, labelled), k + (itself is not None), metric=settings.metric
+        query_vectors, _selected(reference, labelled), k + (itself is not None), metric=settings.metric
     )
     if itself is not None:
         neighbors = without(neighbors, itself)
@@ -75,7 +77,7 @@ def annotate(settings: AnnotateSettings) -> AnnotateResult:
         labels[labelled],
         min_confidence=settings.min_confidence,
         correct_frequency=settings.correct_frequency,
-        clusters=_clusters(query.vectors) if settings.vote == "cluster" else None,
+        clusters=_clusters(query_vectors) if settings.vote == "cluster" else None,
     )
     rows = _rows(query_keys, votes, neighbors, _names(reference_keys))
     constants = tables.made_of(settings.query, query.model, _params(settings)) | {

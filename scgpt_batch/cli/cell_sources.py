@@ -11,9 +11,11 @@ import pyarrow as pa
 import scipy.sparse as sp
 
 from scgpt_batch.cli.analysis_tables import AnalysisTables, check_column
-from scgpt_batch.errors import ConfigError, listed
+from scgpt_batch.command_result import plural
+from scgpt_batch.embedding_tables import table_path
+from scgpt_batch.errors import ConfigError, PayloadError, listed
 from scgpt_batch.io.layers import AUTO
-from scgpt_batch.io.locations import find_sources
+from scgpt_batch.io.locations import canonical, find_sources
 from scgpt_batch.io.open_file import named_errors, open_counts, read_obs
 from scgpt_batch.io.rows import PAYLOAD_COLUMNS, arrow_rows, from_row, string_labels, table_from_json, unique_cell_names
 
@@ -149,6 +151,20 @@ class Cells:
             )
 
 
+def log_left_out(cells: np.ndarray, what: str) -> None:
+    """Log how many cells are left out, if any, and what they have."""
+    n = int(cells.sum())
+    if n:
+        have, are = ("has", "is") if n == 1 else ("have", "are")
+        logger.warning("%s %s %s and %s left out", plural(n, "cell"), have, what, are)
+
+
+def are_counts(adata: ad.AnnData) -> bool:
+    """Return whether all values are whole numbers."""
+    values = sp.csr_matrix(adata.X).data
+    return bool((values == np.floor(values)).all())
+
+
 def read_cells(source: str, tables: AnalysisTables) -> Cells:
     """Read the cells of a file or table, without their counts.
 
@@ -163,6 +179,8 @@ def read_cells(source: str, tables: AnalysisTables) -> Cells:
     ConfigError
         There is no such file or table, or it has no column with the cells' names.
     """
+    if table_path(source) is None:
+        source = canonical(source)
     lower = source.lower().rstrip("/")
     if lower.endswith(TEXT_FILES):
         return _from_text(source, lower)
@@ -235,17 +253,26 @@ def _counts_of_file(path: str, obs: pd.DataFrame, positions: np.ndarray) -> ad.A
 
 
 def _from_rows(source: str, tables: AnalysisTables, columns: Sequence[str]) -> Cells:
-    rows = tables.read(source, ["adata_id", "adata_obs"]).to_pylist()
-    frames = [table_from_json(row["adata_obs"], "adata_obs") for row in rows]
+    frames: dict[str, pd.DataFrame] = {}
+    for row in tables.read(source, ["adata_id", "adata_obs"]).to_pylist():
+        if row["adata_id"] in frames:
+            raise ConfigError(f"{source} has several rows {row['adata_id']!r}: give each adata_id once")
+        try:
+            frame = table_from_json(row["adata_obs"], "adata_obs")
+        except PayloadError as exc:
+            logger.warning("row %r of %s is left out: %s", row["adata_id"], source, exc)
+            continue
+        frame.index = unique_cell_names(pd.Index(frame.index, dtype=object))[0]  # as `embed` names repeated cells
+        frames[row["adata_id"]] = frame
     if not frames:
-        raise ConfigError(f"{source} has no rows")
-    sizes = [len(frame) for frame in frames]
-    adata_ids = np.repeat(np.array([row["adata_id"] for row in rows], dtype=object), sizes)
-    firsts = dict(zip((row["adata_id"] for row in rows), np.cumsum([0, *sizes[:-1]]), strict=True))
+        raise ConfigError(f"{source} has no row with a readable adata_obs")
+    sizes = [len(frame) for frame in frames.values()]
+    adata_ids = np.repeat(np.array(list(frames), dtype=object), sizes)
+    firsts = dict(zip(frames, np.cumsum([0, *sizes[:-1]]), strict=True))
     payload = [name for name in ("adata_id", *PAYLOAD_COLUMNS, "x_dtype") if name in columns]
     return Cells(
         source,
-        pd.concat(frames),
+        pd.concat(list(frames.values())),
         adata_ids,
         lambda positions: _counts_of_rows(source, tables, payload, firsts, positions),
     )
@@ -258,6 +285,8 @@ def _counts_of_rows(
     parts = {}
     for batch in tables.read(source, columns).to_batches():
         for row in arrow_rows(batch):
+            if row["adata_id"] not in firsts:  # its cells cannot be read
+                continue
             part, first = from_row(row), firsts[row["adata_id"]]
             chosen = positions[(positions >= first) & (positions < first + part.n_obs)] - first
             part.var_names_make_unique()

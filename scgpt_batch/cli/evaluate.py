@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from scgpt_batch.analysis.evaluate import FOLDS, cell_metrics, compare, drift, gene_family_recall
 from scgpt_batch.cli.analysis_tables import EVALUATIONS, AnalysisTables
-from scgpt_batch.cli.cell_sources import read_cells
+from scgpt_batch.cli.cell_sources import are_counts, log_left_out, read_cells
 from scgpt_batch.cli.gene_vectors import gene_vectors
 from scgpt_batch.command_result import CommandResult, plural
 from scgpt_batch.embedding_tables import MODEL, Embeddings
@@ -80,8 +80,8 @@ def _cells(settings: EvaluateSettings, tables: AnalysisTables) -> tuple[Evaluate
     kept = _kept(labels, batches, found.vectors, settings)
     vectors, places, labels = found.vectors[kept], places[kept], labels[kept]
     of_batch = None if batches is None else batches[kept]
-    if cells.have_counts:
-        adata = cells.counts(places)
+    adata = cells.counts(places) if cells.have_counts else None
+    if adata is not None and are_counts(adata):
         adata.obs = pd.DataFrame({"label": labels}, index=adata.obs_names)
         if of_batch is not None:
             adata.obs["batch"] = of_batch
@@ -111,9 +111,9 @@ def _kept(
     usable = np.array([label is not None for label in labels], bool)
     if batches is not None:
         usable &= np.array([batch is not None for batch in batches], bool)
-    _log_left_out(~usable, "have no label" if batches is None else "have no label or no batch")
+    log_left_out(~usable, "no label" if batches is None else "no label or no batch")
     finite = np.isfinite(vectors).all(axis=1)
-    _log_left_out(usable & ~finite, "have NaN or infinity in their vectors")
+    log_left_out(usable & ~finite, "NaN or infinity in the vector")
     kept = np.flatnonzero(usable & finite)
     if len(kept) > settings.max_cells:
         logger.warning("a random sample of %s of %s cells is measured (--max-cells)",
@@ -131,11 +131,6 @@ def _kept(
             f"least {FOLDS} cells among the embedded cells; two are needed"
         )
     return kept
-
-
-def _log_left_out(cells: np.ndarray, why: str) -> None:
-    if cells.any():
-        logger.warning("%s %s and are left out", plural(int(cells.sum()), "cell"), why)
 
 
 def _vectors_by_cell(found: Embeddings) -> pd.DataFrame:

@@ -15,11 +15,11 @@ import scanpy as sc
 from scgpt_batch.analysis.enrichment import enrich, read_gmt
 from scgpt_batch.analysis.programs import find_programs, score_programs
 from scgpt_batch.cli.analysis_tables import GENE_PROGRAMS, PROGRAM_ENRICHMENT, PROGRAM_SCORES, AnalysisTables
-from scgpt_batch.cli.cell_sources import Cells, read_cells
+from scgpt_batch.cli.cell_sources import Cells, are_counts, read_cells
 from scgpt_batch.cli.gene_vectors import GeneVectors, gene_vectors
 from scgpt_batch.command_result import CommandResult, plural
-from scgpt_batch.embedding_tables import table_path
 from scgpt_batch.errors import ConfigError
+from scgpt_batch.io.locations import local_path
 from scgpt_batch.settings import ProgramsSettings
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def programs(settings: ProgramsSettings) -> ProgramsResult:
         A table, file or column does not exist, or no cluster is large enough.
     """
     tables = AnalysisTables(settings.spark_conf)
-    sets = read_gmt(settings.gmt) if settings.gmt else None
+    sets = read_gmt(local_path(settings.gmt, "gmt")) if settings.gmt else None
     cells = read_cells(settings.cells, tables) if settings.cells else None
     groups = cells.labels(settings.group_by) if cells and settings.group_by else None
     vectors = gene_vectors(tables, settings.embeddings, mode=settings.mode, model_version=settings.model_version)
@@ -84,12 +84,12 @@ def programs(settings: ProgramsSettings) -> ProgramsResult:
     tables.replace(settings.out, GENE_PROGRAMS, pa.Table.from_pandas(found, preserve_index=False), constants)
     scores_table = enrichment_table = None
     if enriched is not None:
-        enrichment_table = _beside(settings.out, "_enrichment")
+        enrichment_table = tables.beside(settings.out, "_enrichment")
         tables.replace(
             enrichment_table, PROGRAM_ENRICHMENT, pa.Table.from_pandas(enriched, preserve_index=False), constants
         )
     if scores is not None:
-        scores_table = settings.scores_table or _beside(settings.out, "_scores")
+        scores_table = settings.scores_table or tables.beside(settings.out, "_scores")
         tables.replace(scores_table, PROGRAM_SCORES, scores, constants)
     return ProgramsResult(
         programs=len(members),
@@ -137,7 +137,7 @@ def _scores(
     settings: ProgramsSettings,
 ) -> pa.Table:
     """Return one line per cell (or group of cells) and program."""
-    adata = _log_normalised(cells.counts())
+    adata = log_normalised(cells.counts())
     clustered = set().union(*(of_group.index for of_group in vectors.groups.values()))
     adata = adata[:, adata.var_names.isin(clustered)].copy()  # control genes are drawn from the clustered ones
     if not adata.n_vars:
@@ -164,9 +164,9 @@ def _scores(
     })  # fmt: skip
 
 
-def _log_normalised(adata: ad.AnnData) -> ad.AnnData:
+def log_normalised(adata: ad.AnnData) -> ad.AnnData:
     """Return log(1 + counts per 10,000); values that are not counts are taken as they are."""
-    if (adata.X.data != np.floor(adata.X.data)).any():
+    if not are_counts(adata):
         logger.warning("the values of the cells to score are not counts; they are taken as logarithms")
         return adata
     sc.pp.normalize_total(adata, target_sum=1e4)
@@ -179,6 +179,8 @@ def _enriched(found: pd.DataFrame, vectors: GeneVectors, sets: dict[str, list[st
     for group, of_group in vectors.groups.items():
         of_these = found[found["group"].isna() if group is None else found["group"] == group]
         members = {name: table["gene"].tolist() for name, table in of_these.groupby("program", sort=False)}
+        if not members:  # too few genes to cluster
+            continue
         parts.append(enrich(members, sets, list(of_group.index)).assign(group=group))
     table = pd.concat(parts, ignore_index=True)
     return table.astype({"term_genes": "int32", "group": object})
@@ -208,9 +210,3 @@ def _shown(
 def _number(program: str) -> str:
     """Return a program's name without its genes: `P1`, or `CD8 T: P1`."""
     return re.sub(r"(P\d+) .*", r"\1", program)
-
-
-def _beside(table: str, suffix: str) -> str:
-    """Return the name or path of a companion table."""
-    path = table_path(table)
-    return f"{table}{suffix}" if path is None else f"delta.`{path.rstrip('/')}{suffix}`"

@@ -7,16 +7,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import scanpy as sc
 
 from scgpt_batch.analysis.programs import find_programs, score_programs
 from scgpt_batch.cli.analysis_tables import AnalysisTables
 from scgpt_batch.cli.cell_sources import Cells, read_cells
 from scgpt_batch.cli.evaluate import evaluate
 from scgpt_batch.cli.gene_vectors import gene_vectors
+from scgpt_batch.cli.programs import log_normalised
 from scgpt_batch.command_result import CommandResult
-from scgpt_batch.embedding_tables import table_path
-from scgpt_batch.errors import ConfigError, listed
+from scgpt_batch.embedding_tables import MODEL
+from scgpt_batch.errors import ConfigError, ScgptBatchError, listed
 from scgpt_batch.io.locations import local_path
 from scgpt_batch.report import figures
 from scgpt_batch.report.movement import mean_vectors
@@ -65,7 +65,7 @@ def report(settings: ReportSettings) -> ReportResult:
         A table, file or column does not exist, a table is of no known kind, or the page cannot be written.
     """
     webpage.check(settings.report)
-    contents = _Reader(settings, AnalysisTables(settings.spark_conf)).contents()
+    contents = read_contents(settings)
     found = compute(contents)
     webpage.write(settings.report, render(found))
     drawn = []
@@ -79,12 +79,24 @@ def report(settings: ReportSettings) -> ReportResult:
     )
 
 
+def read_contents(settings: ReportSettings) -> Contents:
+    """Return what the page shows, from the tables and files that the settings name.
+
+    Raises
+    ------
+    ConfigError
+        A table, file or column does not exist, or a table is of no known kind.
+    """
+    return _Reader(settings, AnalysisTables(settings.spark_conf)).contents()
+
+
 class _Reader:
     """Reads what the settings name, and computes programs, scores and figures that no table has."""
 
     def __init__(self, settings: ReportSettings, tables: AnalysisTables) -> None:
         self.settings, self.tables = settings, tables
         self.notes: list[str] = []
+        self.versions: set[tuple[str, str]] = set()  # model name and version of the page's vectors
         self.named: dict[str, list[str]] = {kind: [] for kind in KINDS}
         for table in settings.embeddings:
             self.named[_kind(table, tables.columns(table))].append(table)
@@ -94,14 +106,15 @@ class _Reader:
     def contents(self) -> Contents:
         """Return what the page shows."""
         genes = [found for table in self.named["gene embeddings"] for found in self._genes(table)]
-        programs, note = self._programs(genes)
         source = read_cells(self.settings.obs, self.tables) if self.settings.obs else None
-        cells, places = self._cells(source)
-        scores, group_scores, scores_note = self._scores(cells, source, places, programs, genes)
+        cells, lines, places = self._cells(source)
+        programs, note = self._programs(genes)
+        scores, group_scores, scores_note = self._scores(cells, lines, source, places, programs, genes)
         if cells is not None and scores is not None:
             cells = replace(cells, scores=scores)
         if not genes and cells is None:
             raise ConfigError("--embeddings has no table of cell or gene embeddings: add one")
+        models = pd.DataFrame([dict(each.of.model) for each in (*genes, *([cells] if cells else ()))])
         return Contents(
             cells=cells,
             genes=genes,
@@ -111,7 +124,7 @@ class _Reader:
             scores_note=scores_note,
             label_column=self.settings.label_column,
             evaluations=self._evaluations(cells),
-            ledger=self._ledger(),
+            ledger=self._ledger(models),
             runs=self._beside("_runs", lambda runs: runs),
             notes=self.notes,
         )
@@ -124,18 +137,27 @@ class _Reader:
     def _genes(self, table: str) -> list[GeneVectors]:
         found = []
         for mode in sorted(self.tables.values(table, "mode"), reverse=True):  # static ones first
-            vectors = gene_vectors(self.tables, table, mode=mode, model_version=self.settings.model_version)
+            try:
+                vectors = gene_vectors(self.tables, table, mode=mode, model_version=self.settings.model_version)
+            except ConfigError as exc:
+                if not self.settings.model_version:
+                    raise
+                self.notes.append(f"No {mode} vectors of {table}: {exc}.")
+                continue
+            self.versions.add((vectors.model["model_name"], vectors.model["model_version"]))
             groups = vectors.groups
             count = len(set().union(*(of_group.index for of_group in groups.values())))
             dimension = next(iter(groups.values())).shape[1]
             found.append(GeneVectors(Vectors(table, vectors.model, count, dimension), groups))
         return found
 
-    def _cells(self, source: Cells | None) -> tuple[CellVectors | None, np.ndarray | None]:
+    def _cells(self, source: Cells | None) -> tuple[CellVectors | None, pd.DataFrame, np.ndarray | None]:
+        """Return the cells, their adata_id and cell_id, and where they are in the source."""
         if not self.named["cell embeddings"]:
-            return None, None
+            return None, pd.DataFrame(), None
         (table,) = self.named["cell embeddings"]
         found = self.tables.embeddings(table, mode="cell", model_version=self.settings.model_version)
+        self.versions.add((found.model["model_name"], found.model["model_version"]))
         lines, vectors = found.frame()[["adata_id", "cell_id"]], found.vectors
         places = source.places(lines, table) if source is not None else None
         finite = np.isfinite(vectors).all(axis=1)
@@ -152,13 +174,16 @@ class _Reader:
                 obs[self.settings.label_column] = source.labels(self.settings.label_column, places)
         for annotations in self.named["annotations"]:
             columns = ["adata_id", "cell_id", "label", "confidence"]
-            labels = self._newest(annotations, columns).drop_duplicates(["adata_id", "cell_id"], keep="last")
+            labels = self._lines(annotations, columns)[columns]
+            labels = labels.drop_duplicates(["adata_id", "cell_id"], keep="last")
             matched = lines.merge(labels, on=["adata_id", "cell_id"], how="left")
-            obs["predicted label"], obs["confidence"] = matched["label"], matched["confidence"]
+            of_table = f" ({annotations})" if len(self.named["annotations"]) > 1 else ""
+            obs[f"predicted label{of_table}"] = matched["label"]
+            obs[f"confidence{of_table}"] = matched["confidence"]
         if "adata_id" in lines and lines["adata_id"].nunique() > 1:
             obs["row (adata_id)"] = lines["adata_id"]
         of = Vectors(table, found.model, len(vectors), vectors.shape[1])
-        return CellVectors(of, vectors, lines["cell_id"].to_numpy(dtype=object), obs, pd.DataFrame()), places
+        return CellVectors(of, vectors, lines["cell_id"].to_numpy(dtype=object), obs, pd.DataFrame()), lines, places
 
     # Programs and scores
 
@@ -187,6 +212,7 @@ class _Reader:
     def _scores(
         self,
         cells: CellVectors | None,
+        lines: pd.DataFrame,
         source: Cells | None,
         places: np.ndarray | None,
         programs: pd.DataFrame | None,
@@ -194,7 +220,7 @@ class _Reader:
     ) -> tuple[pd.DataFrame | None, pd.DataFrame | None, str]:
         """Return scores of cells, mean scores of groups, and where they are from."""
         if self.named["program scores"]:
-            return self._stored_scores(cells)
+            return self._stored_scores(cells, lines)
         if programs is None or not len(programs) or source is None or places is None or not source.have_counts:
             return None, None, ""
         assert cells is not None
@@ -204,9 +230,13 @@ class _Reader:
             chosen = np.sort(np.random.default_rng(0).choice(known, SCORED_CELLS, replace=False))
         adata = source.counts(places[chosen])
         clustered = set().union(*(of_group.index for each in genes for of_group in each.groups.values()))
-        sc.pp.normalize_total(adata, target_sum=1e4)
-        sc.pp.log1p(adata)
-        adata = adata[:, adata.var_names.isin(clustered)].copy()
+        adata = log_normalised(adata)
+        if clustered:  # control genes are drawn from these
+            adata = adata[:, adata.var_names.isin(clustered)].copy()
+        programs = programs[programs["gene"].isin(adata.var_names)]
+        if not len(programs):
+            self.notes.append(f"No gene of the programs is among the genes of {source.source}, so there are no scores.")
+            return None, None, ""
         first = programs["program"].drop_duplicates().head(SCORED_PROGRAMS)
         scores = score_programs(adata, programs[programs["program"].isin(first)])
         all_scores = pd.DataFrame(scores.to_numpy(), index=chosen, columns=scores.columns)
@@ -214,7 +244,9 @@ class _Reader:
         note = f"Scores of {len(chosen):,} of {len(places):,} cells, computed for this page from {source.source}."
         return all_scores, self._group_means(cells, all_scores), note
 
-    def _stored_scores(self, cells: CellVectors | None) -> tuple[pd.DataFrame | None, pd.DataFrame | None, str]:
+    def _stored_scores(
+        self, cells: CellVectors | None, lines: pd.DataFrame
+    ) -> tuple[pd.DataFrame | None, pd.DataFrame | None, str]:
         columns = ["adata_id", "cell_id", "group", "program", "score"]
         found = pd.concat([self._newest(table, columns) for table in self.named["program scores"]])
         note = f"From {self._list('program scores')}."
@@ -225,8 +257,13 @@ class _Reader:
         of_cells = found[found["cell_id"].notna()]
         if not len(of_cells) or cells is None:
             return None, group_scores, note
-        wide = of_cells.pivot_table(index="cell_id", columns="program", values="score", sort=False)
-        scores = wide.reindex(pd.Index(cells.names)).reset_index(drop=True)
+        keys = ["adata_id", "cell_id"] if of_cells["adata_id"].notna().all() else ["cell_id"]
+        if len(keys) == 1 and lines["cell_id"].duplicated().any():
+            self.notes.append("Cell names are repeated, and the scores do not say of which row a cell is: not shown.")
+            return None, group_scores, note
+        wide = of_cells.pivot_table(index=keys, columns="program", values="score", sort=False)
+        wanted = pd.MultiIndex.from_frame(lines) if len(keys) == 2 else pd.Index(lines["cell_id"])
+        scores = wide.reindex(wanted).reset_index(drop=True)
         return scores, group_scores if group_scores is not None else self._group_means(cells, scores), note
 
     def _group_means(self, cells: CellVectors, scores: pd.DataFrame) -> pd.DataFrame | None:
@@ -238,7 +275,7 @@ class _Reader:
     def _evaluations(self, cells: CellVectors | None) -> list[Evaluation]:
         found = []
         for table in self.named["evaluations"]:
-            lines = self._newest(table, ["metric", "value", "baseline", "label_column"])
+            lines = self._newest(table, ["metric", "value", "baseline", "label_column"], by="label_column")
             for column, of_column in lines.groupby("label_column", dropna=False, sort=True):
                 of_genes = column is None or pd.isna(column) or not column
                 baseline = "permuted names" if of_genes else "HVG + PCA"
@@ -246,27 +283,34 @@ class _Reader:
                 found.append(Evaluation(of_column, baseline, "", f"{what}, from {table}."))
         if found or cells is None or not self.settings.label_column:
             return found
-        result = evaluate(EvaluateSettings.model_validate({
-            "embeddings": cells.of.source, "obs": self.settings.obs, "label_column": self.settings.label_column,
-            "model_version": self.settings.model_version, "max_cells": MEASURED_CELLS,
-            "spark_conf": self.settings.spark_conf,
-        }))  # fmt: skip
+        try:
+            result = evaluate(EvaluateSettings.model_validate({
+                "embeddings": cells.of.source, "obs": self.settings.obs, "label_column": self.settings.label_column,
+                "model_version": self.settings.model_version, "max_cells": MEASURED_CELLS,
+                "spark_conf": self.settings.spark_conf,
+            }))  # fmt: skip
+        except ScgptBatchError as exc:  # such as one label only, by which a map can still be coloured
+            self.notes.append(f"The cells are not evaluated: {exc}.")
+            return []
         rows = [(name, values["value"], values["baseline"]) for name, values in result.metrics.items()]
         table_ = pd.DataFrame(rows, columns=["metric", "value", "baseline"])
         baseline = result.baseline if table_["baseline"].notna().any() else ""
         source = f"Column {self.settings.label_column} of {self.settings.obs}, {result.cells:,} cells."
         return [Evaluation(table_, baseline, result.verdict, source)]
 
-    def _ledger(self) -> pd.DataFrame | None:
+    def _ledger(self, models: pd.DataFrame) -> pd.DataFrame | None:
         """Return the last line of each row, for the modes and models that the page shows."""
-        keys = ["adata_id", "mode", "model_name", "model_version", "params_hash"]
-        return self._beside("_ledger", lambda lines: lines.sort_values("at").drop_duplicates(keys, keep="last"))
+        shown = models[[*MODEL]].drop_duplicates()
+
+        def newest(lines: pd.DataFrame) -> pd.DataFrame:
+            return lines.merge(shown, on=[*MODEL]).sort_values("at").drop_duplicates(["adata_id", *MODEL], keep="last")
+
+        return self._beside("_ledger", newest)
 
     def _beside(self, suffix: str, of_table: Callable[[pd.DataFrame], pd.DataFrame]) -> pd.DataFrame | None:
         parts = []
         for table in [*self.named["cell embeddings"], *self.named["gene embeddings"]]:
-            path = table_path(table)
-            name = f"{table}{suffix}" if path is None else f"delta.`{path.rstrip('/')}{suffix}`"
+            name = self.tables.beside(table, suffix)
             try:
                 columns = self.tables.columns(name)
             except ConfigError as exc:  # tables of other writers have none beside them
@@ -275,16 +319,29 @@ class _Reader:
             parts.append(of_table(self.tables.read(name, columns).to_pandas()))
         return pd.concat(parts, ignore_index=True) if parts else None
 
-    def _newest(self, table: str, columns: list[str]) -> pd.DataFrame:
-        """Read the lines of the run that wrote last."""
-        known = self.tables.columns(table)
-        wanted = [name for name in columns if name in known]
-        stamps = [name for name in ("written_at", "run_id") if name in known]
-        lines: pa.Table = self.tables.read(table, [*wanted, *stamps])
-        frame = lines.to_pandas()
-        if stamps == ["written_at", "run_id"] and len(frame):
-            frame = frame[frame["run_id"] == frame.loc[frame["written_at"].idxmax(), "run_id"]]
+    def _newest(self, table: str, columns: list[str], *, by: str = "") -> pd.DataFrame:
+        """Read the lines of the run that wrote last, or of the last run for each value of a column.
+
+        Lines about other versions than those of the page's vectors are left out.
+        """
+        frame = self._lines(table, columns)
+        if "run_id" in frame and len(frame):
+            runs = frame.groupby(frame[by] if by else np.zeros(len(frame)), dropna=False)["run_id"]
+            frame = frame[frame["run_id"] == runs.transform("last")]
         return frame.reindex(columns=columns).reset_index(drop=True)
+
+    def _lines(self, table: str, columns: list[str]) -> pd.DataFrame:
+        """Read the lines about the page's versions, last written last."""
+        known = self.tables.columns(table)
+        stamps = ["model_name", "model_version", "written_at", "run_id"]
+        lines: pa.Table = self.tables.read(table, [name for name in (*columns, *stamps) if name in known])
+        frame = lines.to_pandas()
+        if {"model_name", "model_version"} <= set(known):
+            shown = pd.MultiIndex.from_frame(frame[["model_name", "model_version"]]).isin(list(self.versions))
+            if len(frame) and not shown.any():
+                self.notes.append(f"{table} has no lines about the model version of this page.")
+            frame = frame[shown]
+        return frame.sort_values("written_at", kind="stable") if "written_at" in frame else frame
 
 
 def _kind(table: str, columns: list[str]) -> str:

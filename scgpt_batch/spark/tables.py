@@ -73,7 +73,7 @@ FILES = """
 # Columns that identify a table as ours. Other columns of ours are added to tables that lack them.
 IDENTITY = {
     "adata_id", "group", "gene", "cell_id", "embedding", "mode", "model_name", "model_version", "params_hash", "run_id",
-    "status", "x_data", "adata_obs", "adata_var",
+    "status", "x_data", "adata_obs", "adata_var", "program", "score", "term", "label", "metric", "source_table",
 }  # fmt: skip
 
 _CHECK = "spark.databricks.delta.replaceWhere.constraintCheck.enabled"
@@ -540,9 +540,16 @@ def delete_older(spark: SparkSession, table: str, column: str, days: int) -> int
 def delete_finished_runs(spark: SparkSession, table: str, days: int) -> int:
     """Delete the records of runs that finished more than `days` before today; return their number.
 
-    Runs that failed or were killed stay: they may have left embeddings that later runs replace by their run_id.
+    Runs that failed or were killed stay: they may have left embeddings that later runs replace by their run_id. Runs
+    whose embeddings or ledger lines still exist stay too: by these records, `embed` finds what to remove when a row
+    disappears from the input.
     """
     old = f"status = 'finished' AND finished_at < date_sub(current_date(), {days})"
+    outputs = [row[0] for row in spark.table(table).where(old).select("output_table").distinct().collect() if row[0]]
+    written = [name for output in outputs for name in (output, beside(output, "_ledger")) if exists(spark, name)]
+    needed = {row[0] for name in written for row in spark.table(name).select("run_id").distinct().collect() if row[0]}
+    if needed:
+        old += f" AND run_id NOT IN ({', '.join(map(literal, sorted(needed)))})"
     deleted = _retried(table, lambda: spark.sql(f"DELETE FROM {table} WHERE {old}"))
     return deleted.first()["num_affected_rows"]  # type: ignore[index]
 

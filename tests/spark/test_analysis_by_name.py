@@ -93,6 +93,14 @@ def test_figures_by_name_equal_those_at_paths(spark, both, run, tmp_path):
     assert_same(spark, *outs, ["metric"])
 
 
+def test_a_table_of_another_kind_is_not_changed(spark, both, run):
+    name, _ = both("o_genes", gene_lines(10))
+    columns = spark.table(name).columns
+    code, _, err = run("programs", "--embeddings", name, "--out", name, "--min-genes", 3, "--seeds", 1)
+    assert code != OK and "program" in err
+    assert spark.table(name).columns == columns and spark.table(name).count() == 10
+
+
 def test_a_misspelt_table_name_is_suggested(spark, both, run):
     both("s_genes", gene_lines(10))
     code, _, err = run("programs", "--embeddings", "s_gene", "--out", "s_programs")

@@ -117,6 +117,16 @@ def test_neighbours_are_those_of_an_exact_search(metric, monkeypatch):
     assert np.array_equal(in_blocks.index, index)
 
 
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_vectors_with_nan_are_nobodys_neighbours(metric):
+    reference = np.random.default_rng(0).normal(size=(60, 8)).astype(np.float32)
+    query, expected = reference[40:43].copy(), np.arange(40, 43)
+    reference[[5, 6], [0, 3]] = np.nan, np.inf
+    found = nearest_cells(query, iter([reference[:30], reference[30:]]), 3, metric=metric)
+    assert np.array_equal(found.index[:, 0], expected) and not np.isin(found.index, [5, 6]).any()
+    assert np.isfinite(found.distance).all()
+
+
 def test_too_small_a_reference_is_an_error():
     with pytest.raises(ConfigError, match="the reference has 3 cells, fewer than the 10"):
         nearest_cells(np.ones((2, 4), np.float32), np.ones((3, 4), np.float32))

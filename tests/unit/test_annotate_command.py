@@ -173,6 +173,17 @@ def test_wrong_usage_is_named_and_nothing_written(annotate, folder, changed, mes
     assert not (folder / "out").exists()
 
 
+def test_cells_with_nan_in_their_vectors_are_left_out(annotate, folder, caplog):
+    vectors = cluster_vectors(30, seed=3)
+    vectors[4, 1] = np.nan
+    write_deltalake(
+        str(folder / "query"), embedding_lines([("new:0-30", name) for name in QUERY], vectors), mode="overwrite"
+    )
+    code, result, _ = annotate()
+    assert (code, result["cells"]) == (OK, 29) and QUERY[4] not in set(rows(folder)["cell_id"])
+    assert "1 cell has NaN or infinity in the vector and is left out" in caplog.text
+
+
 def test_an_empty_table_is_an_error(annotate, folder):
     write_deltalake(str(folder / "query"), cell_lines().slice(0, 0), mode="overwrite")
     code, _, err = annotate()

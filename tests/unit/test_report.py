@@ -11,10 +11,12 @@ import pytest
 from deltalake import write_deltalake
 
 from scgpt_batch.cli.main import OK, WRONG_USAGE
+from scgpt_batch.cli.report import read_contents
 from scgpt_batch.report import maps
 from scgpt_batch.report.movement import mean_vectors, movement
 from scgpt_batch.report.neighbours import nearest_genes
 from scgpt_batch.report.projection import PLACED_BY, principal_components, project
+from scgpt_batch.settings import ReportSettings
 from tests.analysis_data import START, cell_lines, cluster_vectors, gene_lines, labelled_cells
 
 HOSTILE = "</script><img src=x onerror='window.hacked=1'>"
@@ -97,6 +99,46 @@ def test_static_figures_are_written_on_request(report, tmp_path):
     names = ["page_cells.svg", "page_genes.svg", "page_programs.svg"]
     assert line["figures"] == [str(tmp_path / name) for name in names]
     assert all((tmp_path / name).stat().st_size > 5_000 for name in names)
+
+
+@pytest.mark.parametrize("tables", [("cells",), ("genes",)])
+def test_cells_or_genes_alone_have_a_page(report, tables):
+    code, _, err, page = report(tables=tables, obs=tables == ("cells",))
+    assert code == OK, err
+    assert [f'id="{kind}-data"' in page for kind in ("cells", "genes")] == [
+        kind in tables for kind in ("cells", "genes")
+    ]
+
+
+def test_programs_are_scored_without_a_table_of_genes(report):
+    code, _, err, page = report(tables=("cells", "programs"))
+    assert code == OK, err
+    (data,) = re.findall(r'id="cells-data">(.*?)</script>', page)
+    assert "score P1 G0 G3" in data
+
+
+def test_scores_of_repeated_cell_names_are_matched_by_row(tmp_path):
+    """Two rows have cells of the same names; each cell keeps the score of its own row."""
+    lines = pa.concat_tables([cell_lines(), cell_lines(adata_id="other:0-90")])
+    write_deltalake(str(tmp_path / "cells"), lines)
+    rows = lines.select(["adata_id", "cell_id"]).to_pandas()
+    scores = rows.assign(
+        group=pd.Series([None] * len(rows), dtype=object), program="P1", score=np.arange(len(rows)) % 7.0
+    )
+    write_deltalake(str(tmp_path / "scores"), pa.Table.from_pandas(scores, preserve_index=False))
+    found = read_contents(
+        ReportSettings(embeddings=(str(tmp_path / "cells"), str(tmp_path / "scores")), report="page.html")
+    )
+    assert found.cells.scores["P1"].tolist() == scores["score"].tolist()
+
+
+def test_page_with_one_label_is_not_evaluated_and_says_so(run, folder, tmp_path):
+    names = cell_lines().column("cell_id").to_pylist()
+    pd.DataFrame({"cell_id": names, "donor": "d1"}).to_csv(tmp_path / "donors.csv", index=False)
+    code, _, err = run("report", "--embeddings", folder / "cells", "--report", tmp_path / "page.html",
+                       "--obs", tmp_path / "donors.csv", "--label-column", "donor")  # fmt: skip
+    assert code == OK, err
+    assert "two are needed" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 def test_table_of_another_kind_is_an_error(report):
