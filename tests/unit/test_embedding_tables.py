@@ -160,6 +160,10 @@ def test_places_without_a_table_are_named(tmp_path):
     write_deltalake(str(tmp_path / "other"), pa.table({"a": [1]}))
     with pytest.raises(ConfigError, match="is not an embedding table: it lacks the columns adata_id"):
         sb.read_embeddings(str(tmp_path / "other"))
+
+
+def test_a_name_without_a_spark_session_is_an_error(monkeypatch):
+    monkeypatch.setattr("pyspark.sql.SparkSession.getActiveSession", lambda: None)
     with pytest.raises(ConfigError, match=r"'main\.lab\.cells' is a table's name"):
         sb.read_embeddings("main.lab.cells")
 
