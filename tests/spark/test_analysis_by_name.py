@@ -9,6 +9,7 @@ from deltalake import DeltaTable, write_deltalake
 
 import scgpt_batch as sb
 from scgpt_batch.cli.main import OK, WRONG_USAGE
+from scgpt_batch.errors import ConfigError
 from tests.analysis_data import CELLS, cell_lines, cluster_vectors, embedding_lines, gene_lines, labelled_cells
 from tests.paths import REPO
 
@@ -94,11 +95,16 @@ def test_figures_by_name_equal_those_at_paths(spark, both, run, tmp_path):
 
 
 def test_a_table_of_another_kind_is_not_changed(spark, both, run):
-    name, _ = both("o_genes", gene_lines(10))
+    name, _ = both("o_genes", gene_lines())
     columns = spark.table(name).columns
-    code, _, err = run("programs", "--embeddings", name, "--out", name, "--min-genes", 3, "--seeds", 1)
+    code, _, err = run("programs", "--embeddings", name, "--out", name, "--resolution", 1, "--seeds", 1)
     assert code != OK and "program" in err
-    assert spark.table(name).columns == columns and spark.table(name).count() == 10
+    assert spark.table(name).columns == columns and spark.table(name).count() == CELLS
+
+
+def test_a_name_that_spark_does_not_know_is_an_error(spark):
+    with pytest.raises(ConfigError, match="the Spark session has no table no_such_table: check its name"):
+        sb.read_embeddings("no_such_table")
 
 
 def test_a_misspelt_table_name_is_suggested(spark, both, run):
