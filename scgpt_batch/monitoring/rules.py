@@ -197,13 +197,16 @@ RULES = (
         measures="Time since the last finished run", unit="h",
     ),
     Rule(
-        # a run that still says 'running' after this time was killed
+        # Of each mode: a run in one mode says nothing of another. A run still 'running' after this time was killed.
         "run_failed", "critical", "the last run failed", ("last_runs",),
-        "select status as value, run_id\n"
-        "from result where status <> 'running' or started_at < :overdue_since\n"
-        "order by started_at desc limit 1",
+        "select status as value, run_id, mode\n"
+        "from (\n"
+        "    select *, row_number() over (partition by mode order by started_at desc) as age\n"
+        "    from result where status <> 'running' or started_at < :overdue_since\n"
+        ") where age = 1\n"
+        "order by status = 'finished', started_at desc",
         "NOT_EQUAL", "finished",
-        message="the last run, {run_id}, ended with status {value!r}",
+        message="the last run in {mode} mode, {run_id}, ended with status {value!r}",
         measures="Status of the last run", absent="no run has ended",
     ),
     Rule(

@@ -142,6 +142,7 @@ VECTORS = "run_id string, sampled bigint, distinct_vectors bigint, mean_cosine d
         ([run(27)], [], ["run_late"]),
         ([run(1, "failed"), run(25)], [], ["run_failed"]),
         ([run(1), run(2, "failed")], [], []),
+        ([run(1, mode="cell"), run(2, "failed")], [], ["run_failed"]),  # tasks of one night in two modes
         ([run(1, "failed"), run(30)], [], ["run_late", "run_failed"]),
         ([run(0, "running"), run(20)], [], []),
         ([run(0, "running"), run(1, "failed"), run(20)], [], ["run_failed"]),
