@@ -39,13 +39,11 @@ def pbmc3k() -> ad.AnnData:
     return ad.read_h5ad(DATA / "pbmc3k.h5ad")
 
 
-# For a few rows Spark and its JVM compile longer than they work: no generated code, only the JVM's first compiler.
-# (Tests of commands in processes of their own compile.)
+# For a few rows Spark compiles longer than it works: no generated code. (Commands in processes of their own compile.)
 SMALL_DATA = {
     "spark.sql.codegen.wholeStage": "false",
     "spark.sql.codegen.factoryMode": "NO_CODEGEN",
-    # without a size for its code, the first compiler alone gets 48 MB, which Spark fills
-    "spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=1 -XX:ReservedCodeCacheSize=240m -XX:+UseSerialGC",
+    "spark.driver.extraJavaOptions": "-XX:+UseSerialGC",
 }
 
 
