@@ -5,7 +5,6 @@ Vectors of different models, versions or parameters are not comparable, so one r
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from operator import and_
@@ -19,19 +18,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from scgpt_batch.errors import ConfigError, EmbeddingWarning, in_one_line, listed
-from scgpt_batch.io.locations import canonical, delta_path, tables_in_folder
+from scgpt_batch.io.delta import SparkNeeded as SparkNeeded
+from scgpt_batch.io.delta import open_dataset as open_dataset
+from scgpt_batch.io.delta import open_table as open_table
+from scgpt_batch.io.delta import table_path as table_path
+from scgpt_batch.io.locations import delta_path, is_table_name
 from scgpt_batch.io.rows import unique_cell_names
-from scgpt_batch.near_misses import GENE_CUTOFF, closest, did_you_mean
+from scgpt_batch.near_misses import GENE_CUTOFF, did_you_mean
 
 MODEL = ("mode", "model_name", "model_version", "params_hash")  # columns that tell one model's vectors from another's
 
 BLOCK_LINES = 16_384  # lines that are read at a time where not all vectors fit into memory: 34 MB of 512 numbers
 
 Form = Literal["anndata", "pandas", "polars", "arrow"]
-
-
-class SparkNeeded(ConfigError):
-    """The table exists, but only Spark can read it."""
 
 
 @dataclass(frozen=True)
@@ -201,7 +200,8 @@ def similar_genes(model_or_table: Any, genes: str | Sequence[str], k: int = 10) 
     Parameters
     ----------
     model_or_table
-        As for `load_model`, or a table of static gene embeddings as for `read_embeddings`.
+        As for `load_model`, or a table of static gene embeddings as for `read_embeddings`. A text that is neither a
+        model's URI nor an existing folder is a table's name.
     genes
         Names of genes.
     k
@@ -347,56 +347,10 @@ def _matrix(column: pa.Array) -> np.ndarray:
     return values.astype(np.float32, copy=False).reshape(len(column), -1)
 
 
-def table_path(table: str) -> str | None:
-    """Return the path or URI of a table that is given by it, alone or as ``delta.`path` ``; None for a table's name."""
-    path = delta_path(table.strip()) or (table if "/" in table or Path(table).is_dir() else None)
-    return path and canonical(path)
-
-
-def open_table(path: str) -> Any:
-    """Return the `deltalake.DeltaTable` at a path.
-
-    Raises
-    ------
-    SparkNeeded
-        deltalake is not installed, or cannot read the table.
-    ConfigError
-        There is no Delta table.
-    """
-    with _delta_errors(path):
-        from deltalake import DeltaTable
-
-        return DeltaTable(path)
-
-
-@contextmanager
-def _delta_errors(path: str) -> Iterator[None]:
-    """Raise what delta-rs cannot read as a ConfigError that names the path."""
-    try:
-        from deltalake.exceptions import DeltaError, TableNotFoundError
-    except ModuleNotFoundError as exc:
-        raise SparkNeeded(f"reading Delta without Spark needs {exc.name}: pip install deltalake") from exc
-    try:
-        yield
-    except TableNotFoundError as exc:
-        folder, _, name = path.rstrip("/").rpartition("/")
-        close = closest(name, tables_in_folder(folder))
-        meant = f": did you mean {folder}/{close}?" if close else ": check the path"
-        raise ConfigError(f"there is no Delta table at {path}{meant}") from exc
-    except (DeltaError, OSError) as exc:
-        raise SparkNeeded(f"{path} cannot be read without Spark: {str(exc).splitlines()[0]}") from exc
-
-
 def _scan(table: str, given: Mapping[str, str]) -> pa.Table:
     """Read the lines whose columns have the given values."""
     path = table_path(table)
     return _scan_name(table, given) if path is None else _scan_path(path, given)
-
-
-def open_dataset(path: str) -> Any:
-    """Return the `pyarrow.dataset.Dataset` of the Delta table at a path; raises as `open_table` does."""
-    with _delta_errors(path):
-        return open_table(path).to_pyarrow_dataset()
 
 
 def _scan_path(path: str, given: Mapping[str, str]) -> pa.Table:
@@ -414,15 +368,11 @@ def _dataset(path: str, given: Mapping[str, str]) -> tuple[Any, Any]:
 
 def _scan_name(table: str, given: Mapping[str, str]) -> pa.Table:
     """Read a named table through the active Spark session: only its catalog knows the name."""
-    try:
-        from pyspark.errors import AnalysisException
-        from pyspark.sql import SparkSession
-    except ModuleNotFoundError:
-        session = None
-    else:
-        session = SparkSession.getActiveSession()
+    session = _active_session()
     if session is None:
         raise ConfigError(f"{table!r} is a table's name, which only a Spark session knows: give its path")
+    from pyspark.errors import AnalysisException
+
     try:
         lines = session.read.table(table)
         columns = lines.columns
@@ -434,6 +384,15 @@ def _scan_name(table: str, given: Mapping[str, str]) -> pa.Table:
     for name, value in given.items():
         lines = lines.where(lines[name] == value)
     return lines.toArrow()
+
+
+def _active_session() -> Any:
+    """Return the process' Spark session; None without one, or without pyspark."""
+    try:
+        from pyspark.sql import SparkSession
+    except ModuleNotFoundError:
+        return None
+    return SparkSession.getActiveSession()
 
 
 def _check_columns(table: str, columns: Sequence[str]) -> None:
@@ -521,14 +480,23 @@ def _one_vector_a_gene(found: Embeddings) -> tuple[pd.Index, np.ndarray]:
 
 
 def _static_vectors(model_or_table: Any) -> tuple[pd.Index, np.ndarray]:
-    if isinstance(model_or_table, str | Path):
-        text = str(model_or_table)
-        if delta_path(text.strip()) or (Path(text) / "_delta_log").is_dir():
-            return _one_vector_a_gene(load_embeddings(text, mode="static"))
+    if isinstance(model_or_table, str | Path) and _is_table(str(model_or_table)):
+        return _one_vector_a_gene(load_embeddings(model_or_table, mode="static"))
     from scgpt_batch.api import gene_embeddings  # torch, which tables are read without
 
     table = gene_embeddings(model_or_table)
     return table.index, table.to_numpy()
+
+
+def _is_table(text: str) -> bool:
+    """Return whether a text is a table rather than a model: by its form, its folder, or the Spark session's catalog."""
+    if delta_path(text.strip()):
+        return True
+    if is_table_name(text) and not Path(text).exists():
+        session = _active_session()
+        return "." in text or (session is not None and session.catalog.tableExists(text))
+    path = table_path(text)
+    return path is not None and (Path(path) / "_delta_log").is_dir()
 
 
 def _polars() -> Any:

@@ -52,9 +52,18 @@ def table_name(given: str) -> str:
         raise ConfigError(f"table {given!r} contains ${{...}}, which Spark replaces in SQL: rename the table or folder")
     if path := delta_path(given.strip()):
         return f"delta.`{path if '://' in path or path.startswith('dbfs:') else Path(path).absolute()}`"
-    if _TABLE_NAME.fullmatch(given.strip()):
+    if is_table_name(given.strip()):
         return given.strip()
     raise ConfigError(f"{given!r} is not a table name: use catalog.schema.table or delta.`path`")
+
+
+def is_table_name(text: str) -> bool:
+    """Return whether a text has the form of a table's name in a catalog: one to three parts.
+
+    >>> is_table_name("main.lab.gene_embeddings"), is_table_name("/data/gene_embeddings")
+    (True, False)
+    """
+    return _TABLE_NAME.fullmatch(text) is not None
 
 
 def beside(table: str, suffix: str) -> str:

@@ -125,6 +125,20 @@ def test_nearest_genes_in_sql_equal_those_in_python(spark, both):
     assert found["rank"].tolist() == list(range(1, 11))
 
 
+def test_nearest_genes_are_found_in_a_table_by_name(spark, both):
+    name, path = both("m_genes", gene_lines())
+    expected = sb.similar_genes(path, ["G5", "G7"], k=3)
+    for given in (name, f"default.{name}", f"spark_catalog.default.{name}"):
+        assert sb.similar_genes(given, ["G5", "G7"], k=3).equals(expected)
+
+
+def test_a_misspelt_name_of_gene_vectors_is_an_error(spark, both):
+    with pytest.raises(ConfigError, match=r"the Spark session has no table default\.no_genes: check its name"):
+        sb.similar_genes("default.no_genes", "G5")
+    with pytest.raises(ConfigError, match="no model at 'no_genes'"):
+        sb.similar_genes("no_genes", "G5")
+
+
 def test_the_documented_sql_function_finds_the_nearest_genes(spark, both):
     name, path = both("f_genes", gene_lines())
     (block,) = re.findall(r"```sql\n(create .*?)```", (REPO / "docs" / "analysis.md").read_text(), re.DOTALL)

@@ -166,6 +166,15 @@ def test_a_name_without_a_spark_session_is_an_error(monkeypatch):
     monkeypatch.setattr("pyspark.sql.SparkSession.getActiveSession", lambda: None)
     with pytest.raises(ConfigError, match=r"'main\.lab\.cells' is a table's name"):
         sb.read_embeddings("main.lab.cells")
+    with pytest.raises(ConfigError, match=r"'main\.lab\.genes' is a table's name"):
+        sb.similar_genes("main.lab.genes", "CD3D")
+
+
+def test_a_folder_named_like_a_table_is_a_model(tmp_path, monkeypatch):
+    (tmp_path / "human.v2").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="the checkpoint folder has no"):
+        sb.similar_genes("human.v2", "CD3D")
 
 
 def test_nearest_genes_are_those_of_largest_cosine():
