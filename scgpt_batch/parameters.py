@@ -10,8 +10,6 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, Self
 
-import numpy as np
-import pandas as pd
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError, model_validator
 
 from scgpt_batch.errors import ConfigError, RowError, shortened
@@ -262,6 +260,9 @@ def _fault(error: Any, what: str, known: Iterable[str]) -> str:
 
 def _plain(value: Any) -> Any:
     """Turn numpy values and pandas' missing markers, as they stand in a column, into Python's."""
+    import numpy as np  # here, because every command imports this module
+    import pandas as pd
+
     if isinstance(value, (np.generic, np.ndarray)):
         value = value.tolist()
     if isinstance(value, list):

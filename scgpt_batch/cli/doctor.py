@@ -9,13 +9,17 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from scgpt_batch.command_result import WRONG_USAGE, CommandResult
 from scgpt_batch.errors import ConfigError, in_one_line, install
+from scgpt_batch.io.delta import open_table, table_path
 from scgpt_batch.java import HINT, OLDEST, find_java
 from scgpt_batch.settings import DoctorSettings
 from scgpt_batch.spark_version import REMEDY, require_supported_spark
@@ -68,7 +72,12 @@ class DoctorResult(CommandResult):
 
 def doctor(settings: DoctorSettings) -> DoctorResult:
     """Run all checks; exit code 2 if one fails."""
-    checks = [_guarded(name, check) for name, check in _checks(settings)]
+    # torch and MLflow take seconds to import, at the same time in two processes; a broken torch may crash its own
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as other_process:
+        torch_checks = other_process.submit(_torch_checks)
+        checks = [_guarded(name, check) for name, check in _checks(settings)]
+        at = next(i for i, check in enumerate(checks) if check.name == "MLflow tracking")
+        checks[at:at] = _result(torch_checks)
     failed = not all(check.ok for check in checks)
     return DoctorResult(exit_code=WRONG_USAGE if failed else 0, status="failed" if failed else "ok", checks=checks)
 
@@ -78,9 +87,6 @@ def _checks(settings: DoctorSettings) -> Iterator[tuple[str, Callable[[], Check]
     yield "Java", _java
     yield "Spark", _spark
     yield "Delta", _delta
-    yield "torch", _torch
-    yield "GPU", _gpu
-    yield "attention", _attention
     yield "MLflow tracking", lambda: _mlflow("MLflow tracking")
     yield "MLflow registry", lambda: _mlflow("MLflow registry")
     if settings.model_uri:
@@ -89,6 +95,19 @@ def _checks(settings: DoctorSettings) -> Iterator[tuple[str, Callable[[], Check]
         yield "table", lambda table=table: _table(table)  # type: ignore[misc]
     yield "disk", _disk
     yield "memory", _memory
+
+
+def _torch_checks() -> list[Check]:
+    """Run the checks that import torch."""
+    return [_guarded(name, check) for name, check in (("torch", _torch), ("GPU", _gpu), ("attention", _attention))]
+
+
+def _result(checks: Future[list[Check]]) -> list[Check]:
+    try:
+        return checks.result()
+    except BrokenProcessPool:
+        remedy = "install torch again, for this machine, from https://pytorch.org/get-started"
+        return [Check("torch", False, "the process that imports it crashed", remedy)]
 
 
 def _guarded(name: str, check: Callable[[], Check]) -> Check:
@@ -220,8 +239,6 @@ def _model(uri: str) -> Check:
 
 def _table(table: str) -> Check:
     """Open a table: one at a path without Spark, a named one through the session that there is."""
-    from scgpt_batch.embedding_tables import open_table, table_path
-
     path = table_path(table)
     if path is None:
         from scgpt_batch.spark import tables

@@ -77,6 +77,13 @@ def test_example_of_the_help_is_a_valid_call(name, capsys):
     settings_of(*words)
 
 
+def test_starting_a_command_imports_no_large_library():
+    large = "{'anndata', 'mlflow', 'numpy', 'pandas', 'pyarrow', 'pyspark', 'scanpy', 'scipy', 'torch'}"
+    code = f"import sys, scgpt_batch.cli, scgpt_batch.cli.doctor; sys.exit(str(set(sys.modules) & {large} or ''))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stderr.strip() == ""
+
+
 def test_version_is_that_of_the_package(capsys):
     with pytest.raises(SystemExit) as end:
         main(["--version"])

@@ -71,9 +71,17 @@ def test_gpu_that_torch_cannot_use_is_a_failure(check, tmp_path, monkeypatch):
     tool.write_text("#!/bin/sh\necho 470.1\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tool.parent}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     gpu = check()[1]["GPU"]
     assert not gpu["ok"] and "driver 470.1" in gpu["detail"] and "torch build for CUDA" in gpu["remedy"]
+
+
+def test_torch_that_crashes_is_a_failure_of_its_line(check, tmp_path, monkeypatch):
+    (tmp_path / "torch.py").write_text("import os; os.abort()")
+    monkeypatch.syspath_prepend(tmp_path)
+    code, checks, _ = check()
+    assert code == WRONG_USAGE and "crashed" in checks["torch"]["detail"]
+    assert [name for name, found in checks.items() if not found["ok"]] == ["torch"]
 
 
 def test_little_disk_and_memory_are_failures(check, monkeypatch):
