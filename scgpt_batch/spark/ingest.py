@@ -30,6 +30,7 @@ from scgpt_batch.settings import IngestSettings
 from scgpt_batch.spark import tables
 from scgpt_batch.spark.datasource import RECORD, register
 from scgpt_batch.spark.persistence import persisted
+from scgpt_batch.spark.progress import tasks_shown
 from scgpt_batch.spark.workers import worker_setup_error
 
 logger = logging.getLogger(__name__)
@@ -203,7 +204,7 @@ def _ingest_files(
     rows = _read_files(spark, sources, names, options)
     rows = rows.withColumns({"adata_sparsematrix": F.lit(None).cast("array<array<double>>")}).withColumns(stamps)
     with persisted(rows) as rows:  # the files are read once
-        with _errors_of_the_reader():
+        with _errors_of_the_reader(), tasks_shown(spark, "reading"):
             files = _outcomes(rows)
         _report(files)
         good = [file["source"] for file in files if file["error_class"] is None]
@@ -214,7 +215,8 @@ def _ingest_files(
             new = _rows_of(rows, good).drop(*report)
             tables.create(spark, table, tables.ADATA_ROWS)
             gone = _vanished(spark, table, new, good)
-            result.rows, result.rows_removed = tables.upsert_rows(spark, table, new, gone)
+            with tasks_shown(spark, "writing"):
+                result.rows, result.rows_removed = tables.upsert_rows(spark, table, new, gone)
     result.cells = sum(file["cells"] or 0 for file in files if file["error_class"] is None)
     found = sum(file["rows"] for file in files if file["error_class"] is None)
     result.rows_skipped = found - result.rows

@@ -1,4 +1,4 @@
-"""A progress bar for work that Spark's tasks do: cells done, rate and time left, in terminals and notebooks.
+"""Progress bars for work that Spark's tasks do: what is done, rate and time left, in terminals and notebooks.
 
 The figures are for the eye only. Nothing that is written depends on them.
 """
@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from threading import Event, Thread
 from typing import Any
+from uuid import uuid4
 
 import tqdm.auto
 from pyspark.accumulators import Accumulator
@@ -15,6 +16,8 @@ from pyspark.sql import SparkSession
 from pyspark.sql.utils import is_remote
 
 SECONDS = 0.5  # between two looks at the figures
+
+_JOB_GROUP = "spark.jobGroup.id"
 
 
 class CellProgress:
@@ -37,7 +40,7 @@ class CellProgress:
     @contextmanager
     def shown(self) -> Iterator[None]:
         """Show the bar until the block ends; none if there is nothing to do."""
-        with shown(self._done, self._cells, " cells") if self._cells else nullcontext():
+        with shown(lambda: (self._done(), self._cells), " cells") if self._cells else nullcontext():
             yield
 
     @contextmanager
@@ -59,16 +62,45 @@ class CellProgress:
 
 
 @contextmanager
-def shown(done: Callable[[], int], total: int, unit: str) -> Iterator[None]:
-    """Show a bar that follows `done`, which returns what is done; it ends with the block."""
+def tasks_shown(spark: SparkSession, what: str) -> Iterator[None]:
+    """Show how many tasks have ended of the jobs that this thread runs in the block; `what` names the work.
+
+    Under Spark Connect, which does not say, nothing is shown.
+    """
+    if not _is_watched() or is_remote():
+        yield
+        return
+    context, group = spark.sparkContext, uuid4().hex
+    before = context.getLocalProperty(_JOB_GROUP)
+    context.setLocalProperty(_JOB_GROUP, group)
+    try:
+        with shown(lambda: _tasks(spark, group), " parts", what):
+            yield
+    finally:
+        context.setLocalProperty(_JOB_GROUP, before)  # type: ignore[arg-type]
+
+
+def _tasks(spark: SparkSession, group: str) -> tuple[int, int]:
+    """Return how many tasks of a job group have ended, and how many there are in the stages that have begun."""
+    tracker = spark.sparkContext.statusTracker()
+    jobs = [job for i in tracker.getJobIdsForGroup(group) if (job := tracker.getJobInfo(i))]
+    stages = [stage for job in jobs for i in job.stageIds if (stage := tracker.getStageInfo(i))]
+    begun = [stage for stage in stages if stage.numActiveTasks or stage.numCompletedTasks]
+    return sum(stage.numCompletedTasks for stage in begun), sum(stage.numTasks for stage in begun)
+
+
+@contextmanager
+def shown(figures: Callable[[], tuple[int, int]], unit: str, what: str = "") -> Iterator[None]:
+    """Show a bar that follows `figures`, which returns what is done, and of how many; it ends with the block."""
     if not _is_watched():
         yield
         return
-    bar, ended = tqdm.auto.tqdm(total=total, unit=unit), Event()
+    bar, ended = tqdm.auto.tqdm(desc=what or None, total=figures()[1], unit=unit), Event()
 
     def show() -> None:
         with suppress(Exception):  # a terminal or notebook that cannot show the bar must not fail the run
-            bar.update(done() - bar.n)
+            done, bar.total = figures()
+            bar.update(done - bar.n)
 
     def follow() -> None:
         while not ended.wait(SECONDS):

@@ -1,11 +1,13 @@
-"""The bar over cells and tasks: what it shows, and that it ends with its block."""
+"""The bars over cells and tasks: what it shows, and that it ends with its block."""
 
 import threading
 
 import pytest
 
+from scgpt_batch.settings import IngestSettings
 from scgpt_batch.spark import progress
-from scgpt_batch.spark.progress import CellProgress, shown
+from scgpt_batch.spark.ingest import ingest
+from scgpt_batch.spark.progress import CellProgress, shown, tasks_shown
 
 
 @pytest.fixture(autouse=True)
@@ -20,16 +22,18 @@ def followers():
 
 
 def test_bar_follows_and_ends_with_its_block(capsys):
-    with shown(lambda: 3, 12, " cells"):
+    with shown(lambda: (3, 12), " cells"):
         assert len(followers()) == 1
     assert followers() == [] and "3/12" in capsys.readouterr().err
 
 
 def test_bar_ends_with_an_error_in_its_block():
-    def done():
-        raise OSError("the JVM has gone")
+    answers = iter([(0, 12)])
 
-    with pytest.raises(ValueError, match="cause"), shown(done, 12, " cells"):
+    def figures():
+        return next(answers)  # then it fails, as if the JVM has gone
+
+    with pytest.raises(ValueError, match="cause"), shown(figures, " cells"):
         raise ValueError("the cause")
     assert followers() == []
 
@@ -37,7 +41,7 @@ def test_bar_ends_with_an_error_in_its_block():
 def test_nothing_is_shown_to_a_log(monkeypatch, capsys, spark):
     monkeypatch.setattr(progress, "_is_watched", lambda: False)
     cells = CellProgress(spark, 12)
-    with cells.shown(), cells.wave(12):
+    with cells.shown(), cells.wave(12), tasks_shown(spark, "reading"):
         assert cells.counter is None and followers() == []
     assert capsys.readouterr().err == ""
 
@@ -57,6 +61,24 @@ def test_tasks_report_cells_within_a_wave(spark):
     assert cells._done() == 10
     with cells.wave(10):
         assert cells._done() == 10
+
+
+def test_bar_counts_the_tasks_of_its_block_alone(spark, capsys):
+    spark.range(8, numPartitions=4).collect()
+    with tasks_shown(spark, "reading"):
+        spark.range(8, numPartitions=3).collect()
+        spark.range(8, numPartitions=2).collect()
+    assert spark.sparkContext.getLocalProperty("spark.jobGroup.id") is None
+    shown = capsys.readouterr().err
+    assert "reading" in shown and "5/5" in shown and followers() == []
+
+
+def test_ingest_shows_its_progress(spark, pbmc3k, tmp_path, capsys):
+    pbmc3k[:20].write_h5ad(tmp_path / "cells.h5ad")
+    settings = IngestSettings(input=(str(tmp_path / "cells.h5ad"),), table=f"delta.`{tmp_path / 'rows'}`")
+    assert ingest(spark, settings).cells == 20
+    shown = capsys.readouterr().err
+    assert "reading" in shown and "writing" in shown and "parts/s" in shown
 
 
 def test_repeated_tasks_do_not_pass_the_waves_end(spark):
