@@ -98,6 +98,9 @@ class EmbedSettings(SparkSettings, MlflowSettings):
     preset: Literal["", "counts"] = Field(
         "", description="counts: data_is_raw true, log1p true, hvg_flavor seurat_v3; an explicit value wins"
     )
+    search_table: str = Field(
+        "", description="table for a vector search index: this model version's vectors alone, of length 1"
+    )
     max_failed_fraction: float = Field(
         0.1, ge=0, le=1, description="exit with code 3 if a larger share of the run's rows fails"
     )

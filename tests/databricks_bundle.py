@@ -19,11 +19,14 @@ GIVEN = {
 WORKSPACE = {"current_user": {"userName": "ann@lab.org", "short_name": "ann"}}
 
 
+OPTIONAL = "search.yml"  # databricks.yml includes it once somebody takes away the comment sign
+
+
 def read() -> dict[str, Any]:
-    """Read databricks.yml and the files that it includes, as they are written."""
+    """Read databricks.yml and the files that it includes, and the optional one, as they are written."""
     bundle = yaml.safe_load((BUNDLE / "databricks.yml").read_text(encoding="utf-8"))
     bundle["resources"] = {}
-    for pattern in bundle["include"]:
+    for pattern in [*bundle["include"], OPTIONAL]:
         for path in sorted(BUNDLE.glob(pattern)):
             for kind, found in yaml.safe_load(path.read_text(encoding="utf-8"))["resources"].items():
                 known = bundle["resources"].setdefault(kind, {})
@@ -75,6 +78,8 @@ IDENTITY = {
     "schemas": ("catalog_name",), "volumes": ("catalog_name", "schema_name", "volume_type"),
     "registered_models": ("catalog_name", "schema_name", "name"), "model_serving_endpoints": ("name",),
     "experiments": ("artifact_location",), "alerts": ("parent_path",),
+    "vector_search_endpoints": ("name", "endpoint_type"),
+    "vector_search_indexes": ("name", "endpoint_name", "primary_key", "index_type", "delta_sync_index_spec"),
 }  # fmt: skip
 
 

@@ -5,22 +5,30 @@ It keeps state, takes its time for updates, and refuses a body that the SDK's ow
 
 import inspect
 import json
+import os
 import re
+import sys
 import threading
 import traceback
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, is_dataclass
 from enum import Enum
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import parse_qsl, unquote
 
-from databricks.sdk.service import serving
+import numpy as np
+import pytest
+from databricks.sdk.service import serving, vectorsearch
+from pyspark.errors import AnalysisException
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
 API = serving.ServingEndpointsAPI
+SEARCH = vectorsearch.VectorSearchIndexesAPI
 RowResult = Callable[[dict[str, Any], tuple[list[str], dict[str, Any]]], dict[str, Any]]
 
 
@@ -50,10 +58,17 @@ class Fault:
 class Workspace:
     """The state of the workspace, which tests read and change."""
 
-    models: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> {"versions": {...}, "aliases": {...}}
+    # name -> {"versions": {...}, "aliases": {...}, "tags": {version: {...}}, "deployment_job_id": ...}
+    models: dict[str, dict[str, Any]] = field(default_factory=dict)
+    query: dict[str, str] = field(default_factory=dict)  # of the request that is being answered
     tables: set[str] = field(default_factory=set)
+    schemas: set[str] = field(default_factory=set)
+    lacking: set[str] = field(default_factory=set)  # rights in Unity Catalog that the principal does not have
     endpoints: dict[str, dict[str, Any]] = field(default_factory=dict)
     permissions: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    indexes: dict[str, int] = field(default_factory=dict)  # name -> polls until it is ready
+    syncs: list[str] = field(default_factory=list)  # indexes whose sync was started
+    indexed: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # name -> rows of an index
     polls: int = 2  # how often an update is seen under way before it is done
     failing: set[str] = field(default_factory=set)  # versions that cannot be deployed
     faults: list[Fault] = field(default_factory=list)
@@ -69,6 +84,10 @@ class Workspace:
         model = self.models.setdefault(name, {"versions": {}, "aliases": {}})
         model["versions"] |= {str(v): "READY" for v in versions}
         model["aliases"] |= aliases
+
+    def sql(self) -> "SqlSession":
+        """Return a Spark session of the principal."""
+        return SqlSession(self)
 
     @property
     def changes(self) -> list[tuple[str, str]]:
@@ -213,6 +232,74 @@ class Workspace:
         assert self.predict is not None
         return self.predict(body)
 
+    # What MLflow sends to its registry "databricks-uc"
+
+    def create_registered_model(self, body: dict) -> dict:
+        self._require("CREATE MODEL", f"Schema '{body['name'].rpartition('.')[0]}'")
+        if body["name"] in self.models:
+            message = f"Registered model '{body['name']}' already exists."
+            raise Refused(409, "RESOURCE_ALREADY_EXISTS", message)
+        self.models[body["name"]] = {"versions": {}, "aliases": {}, "deployment_job_id": body.get("deployment_job_id")}
+        return self._registered_model(body["name"])
+
+    def update_registered_model(self, body: dict) -> dict:
+        found = self._registered_model(body["name"])
+        self.models[body["name"]] |= {"deployment_job_id": body.get("deployment_job_id")}
+        return found | self._registered_model(body["name"])
+
+    def get_registered_model(self) -> dict:
+        return self._registered_model(self.query["name"])
+
+    def get_model_version(self) -> dict:
+        name, version = self.query["name"], self.query["version"]
+        found = self.get_version(name, version)
+        tags = self.models[name].get("tags", {}).get(version, {})
+        shown = [{"key": key, "value": value} for key, value in tags.items()]
+        return {"model_version": {"name": name, "version": version, "status": found["status"], "tags": shown}}
+
+    def create_model_version(self, body: dict) -> dict:
+        self._registered_model(body["name"])
+        self._require("CREATE MODEL VERSION", f"Model '{body['name']}'")
+        raise Refused(501, "NOT_IMPLEMENTED", "this stand-in stores no files")
+
+    def _require(self, right: str, where: str) -> None:
+        """Deny a request that needs a right that the principal lacks."""
+        if right in self.lacking:
+            raise Refused(403, "PERMISSION_DENIED", f"User does not have {right} on {where}.")
+
+    def _registered_model(self, name: str) -> dict:
+        if name not in self.models:
+            raise Refused(404, "RESOURCE_DOES_NOT_EXIST", f"Registered model '{name}' does not exist.")
+        job = self.models[name].get("deployment_job_id")
+        return {"registered_model": {"name": name} | ({"deployment_job_id": job} if job else {})}
+
+    def get_index(self, name: str) -> dict:
+        if name not in self.indexes:
+            raise Refused(404, "RESOURCE_DOES_NOT_EXIST", f"Vector index {name} does not exist.")
+        self.indexes[name] = max(0, self.indexes[name] - 1)
+        ready = not self.indexes[name]
+        status = {"ready": ready, "indexed_row_count": 9, "message": "Index is ready" if ready else "Initializing"}
+        return {"name": name, "primary_key": "embedding_id", "index_type": "DELTA_SYNC", "status": status}
+
+    def sync_index(self, name: str, body: Any) -> dict:
+        if not self.get_index(name)["status"]["ready"]:
+            raise Refused(400, "BAD_REQUEST", f"Index {name} is not ready to sync yet.")
+        self.syncs.append(name)
+        return {}
+
+    def query_index(self, name: str, body: dict) -> dict:
+        check(SEARCH.query_index, body, path={"index_name": name})
+        self.get_index(name)
+        rows, columns = self.indexed[name], body["columns"]
+        squares = [float(np.square(np.subtract(row["embedding"], body["query_vector"])).sum()) for row in rows]
+        nearest = np.argsort(squares, kind="stable")[: body["num_results"]]
+        found = [[*(rows[i][column] for column in columns), 1 / (1 + squares[i])] for i in nearest]
+        names = [{"name": column} for column in [*columns, "score"]]
+        return {
+            "manifest": {"column_count": len(names), "columns": names},
+            "result": {"row_count": len(found), "data_array": found},
+        }
+
     # State
 
     def _endpoint(self, name: str) -> dict[str, Any]:
@@ -303,6 +390,7 @@ request_latency_ms_count{served_model_name="scgpt-3"} 120
 gpu_usage_percentage{served_model_name="scgpt-3"} 41.5
 """
 
+MLFLOW = "/api/2.0/mlflow/unity-catalog"
 E20 = "/api/2.0/serving-endpoints"
 ROUTES = [
     ("GET", r"/\.well-known/databricks-config", Workspace.known),
@@ -320,12 +408,50 @@ ROUTES = [
     ("GET", r"/api/2.0/permissions/serving-endpoints/([^/]+)", Workspace.get_permissions),
     ("PATCH", r"/api/2.0/permissions/serving-endpoints/([^/]+)", Workspace.patch_permissions),
     ("POST", r"/serving-endpoints/([^/]+)/invocations", Workspace.invoke),
+    ("POST", rf"{MLFLOW}/registered-models/create", Workspace.create_registered_model),
+    ("PATCH", rf"{MLFLOW}/registered-models/update", Workspace.update_registered_model),
+    ("GET", rf"{MLFLOW}/registered-models/get", Workspace.get_registered_model),
+    ("POST", rf"{MLFLOW}/model-versions/create", Workspace.create_model_version),
+    ("GET", rf"{MLFLOW}/model-versions/get", Workspace.get_model_version),
+    ("GET", r"/api/2.0/vector-search/indexes/([^/]+)", Workspace.get_index),
+    ("POST", r"/api/2.0/vector-search/indexes/([^/]+)/sync", Workspace.sync_index),
+    ("POST", r"/api/2.0/vector-search/indexes/([^/]+)/query", Workspace.query_index),
 ]
+
+
+class SqlSession:
+    """A Spark session of the workspace's principal, as far as the creation of tables needs one."""
+
+    catalog = property(lambda self: self)
+
+    def __init__(self, workspace: Workspace) -> None:
+        self.workspace, self.statements = workspace, list[str]()
+
+    def tableExists(self, name: str) -> bool:
+        return name in self.workspace.tables
+
+    def databaseExists(self, name: str) -> bool:
+        return name in self.workspace.schemas
+
+    def sql(self, statement: str) -> "SqlSession":
+        """Create a schema or a table if the principal may; Unity Catalog checks that before `IF NOT EXISTS`."""
+        self.statements.append(statement)
+        match = re.match(r"CREATE (SCHEMA|TABLE) IF NOT EXISTS ([\w.]+)", statement)
+        if match is None:
+            raise AnalysisException("[TABLE_OR_VIEW_NOT_FOUND] The table or view cannot be found. SQLSTATE: 42P01")
+        kind, name = match.groups()
+        if f"CREATE {kind}" in self.workspace.lacking:
+            raise AnalysisException(
+                f"[INSUFFICIENT_PERMISSIONS] Insufficient privileges: User does not have CREATE {kind} on "
+                f"'{name.rpartition('.')[0]}'. SQLSTATE: 42501"
+            )
+        (self.workspace.schemas if kind == "SCHEMA" else self.workspace.tables).add(name)
+        return self
 
 
 def check(method: Callable, body: dict[str, Any], path: dict[str, str] | None = None) -> None:
     """Reject a body whose keys are not arguments of the SDK's method, or whose values its classes do not round-trip."""
-    hints = typing.get_type_hints(method, vars(serving))
+    hints = typing.get_type_hints(method, vars(sys.modules[method.__module__]))
     for key, value in body.items():
         if key not in inspect.signature(method).parameters or key == "self" or key in (path or {}):
             raise Refused(400, "MALFORMED_REQUEST", f"unknown field {key!r}")
@@ -345,6 +471,24 @@ def returned(hint: Any, value: Any) -> Any:
     return hint(value).value if issubclass(hint, Enum) else hint(value)
 
 
+@contextmanager
+def served(workspace: Workspace, monkeypatch: pytest.MonkeyPatch, home: Path) -> Iterator[Workspace]:
+    """Serve a workspace whose credentials the environment has; `home` has no profile of the machine's user."""
+    server = serve(workspace)
+    for name in list(os.environ):
+        if name.startswith("DATABRICKS_"):
+            monkeypatch.delenv(name)
+    for name, value in {
+        "HOME": str(home),
+        "DATABRICKS_HOST": workspace.url,
+        "DATABRICKS_TOKEN": workspace.token,
+    }.items():
+        monkeypatch.setenv(name, value)
+    yield workspace
+    server.shutdown()
+    server.server_close()
+
+
 def serve(workspace: Workspace) -> ThreadingHTTPServer:
     """Serve on a free port of 127.0.0.1 until `shutdown`."""
     lock = threading.Lock()
@@ -356,8 +500,9 @@ def serve(workspace: Workspace) -> ThreadingHTTPServer:
             length = int(self.headers.get("Content-Length") or 0)
             body, status, headers = self.rfile.read(length), 200, {}
             try:
-                path = self.path.split("?")[0]
+                path, _, query = self.path.partition("?")
                 with lock:
+                    workspace.query = dict(parse_qsl(query))
                     if "well-known" not in path:
                         workspace.log_in(self.headers.get("Authorization"))
                     answer = workspace.answer(self.command, path, json.loads(body) if body else None)

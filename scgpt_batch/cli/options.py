@@ -15,9 +15,9 @@ PATH, TABLE = "PATH", "TABLE"
 GROUPS: dict[str, dict[str, str]] = {
     "input and output": {
         "h5ad": PATH, "input": PATH, "table": TABLE, "input_table": TABLE, "output_table": TABLE, "ledger_table": TABLE,
-        "runs_table": TABLE, "inference_table": TABLE, "requests_view": "VIEW", "rows": "TABLE|PATH",
-        "out": "TABLE|PATH", "query": TABLE, "reference": TABLE, "labels": "TABLE|PATH", "label_column": "COLUMN",
-        "obs": "TABLE|PATH", "format": "",
+        "runs_table": TABLE, "search_table": TABLE, "inference_table": TABLE, "requests_view": "VIEW",
+        "rows": "TABLE|PATH", "out": "TABLE|PATH", "query": TABLE, "reference": TABLE, "labels": "TABLE|PATH",
+        "label_column": "COLUMN", "obs": "TABLE|PATH", "format": "",
         "batch_column": "COLUMN", "cells": "TABLE|PATH", "scores_table": TABLE, "gmt": PATH,
         "embeddings": TABLE, "tables": TABLE, "report": PATH, "spool": PATH, "key_added": "KEY",
         "layer": "auto|X|raw|LAYER", "split_by": "COLUMN", "gene_symbols": "COLUMN",

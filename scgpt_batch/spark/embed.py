@@ -43,6 +43,7 @@ from scgpt_batch.spark.pending import PendingRows, key_range_filter, n_tasks, pe
 from scgpt_batch.spark.persistence import require_persist
 from scgpt_batch.spark.progress import CellProgress
 from scgpt_batch.spark.sample_decisions import decisions, means
+from scgpt_batch.spark.search_table import create_search_table, update_search_table
 from scgpt_batch.spark.vanished import Vanished, vanished
 from scgpt_batch.spark.worker import ANSWERS, VECTORS, ModelRef, WorkerTask, embed_rows, static_vectors
 from scgpt_batch.spark.workers import computed, worker_setup_error
@@ -163,6 +164,16 @@ class Job:
         return " AND ".join(f"{name} = {tables.literal(value)}" for name, value in self.stamps.items())
 
     @property
+    def columns(self) -> str:
+        """The columns of the output table (DDL)."""
+        return tables.CELL_EMBEDDINGS if self.parameters.mode == "cell" else tables.GENE_EMBEDDINGS
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """The columns that identify a line of the output table."""
+        return tables.CELL_KEY if self.parameters.mode == "cell" else tables.GENE_KEY
+
+    @property
     def samples(self) -> bool:
         """Whether the results of a sample's rows depend on each other."""
         return rows_depend(self.parameters)
@@ -249,8 +260,11 @@ def _checked_code(job: Job) -> str:
 
 
 def _create_tables(job: Job) -> None:
-    columns = tables.CELL_EMBEDDINGS if job.parameters.mode == "cell" else tables.GENE_EMBEDDINGS
-    tables.create(job.spark, job.output, columns, vector_length=job.model.config.embsize)
+    tables.create(job.spark, job.output, job.columns, vector_length=job.model.config.embsize)
+    tables.fill_embedding_ids(job.spark, job.output, job.key)
+    if job.settings.search_table:
+        search = tables.table_name(job.settings.search_table)
+        create_search_table(job.spark, search, job.columns, job.model.config.embsize)
     tables.create(job.spark, job.ledger, tables.LEDGER)
     tables.create(job.spark, job.runs, tables.RUNS)
 
@@ -273,6 +287,8 @@ def _run(job: Job) -> EmbedResult:
         if job.settings.prune:
             current = (job.model.name, job.model.version)
             prune(job.spark, job.output, job.ledger, job.settings.prune, current=current)
+        if job.settings.search_table:
+            _update_search_table(job)
     except BaseException:  # Ctrl-C too
         _end_failed_run(job, clock)
         raise
@@ -560,7 +576,8 @@ def _embeddings(job: Job, lines: DataFrame) -> DataFrame:
     else:
         lines = lines.sortWithinPartitions(*order)
     stamps = _stamps(job) | {"embedded_at": F.current_timestamp(), "package_version": F.lit(job.package_version)}
-    return _as_in_table(job, lines.select(*columns, "content_hash").withColumns(stamps), job.output)
+    lines = lines.select(*columns, "content_hash").withColumns(stamps)
+    return _as_in_table(job, lines.withColumn("embedding_id", F.expr(tables.embedding_id(job.key))), job.output)
 
 
 def _as_in_table(job: Job, lines: DataFrame, table: str) -> DataFrame:
@@ -573,9 +590,15 @@ def _with_static_vectors(job: Job, lines: DataFrame, order: Sequence[str]) -> Da
     Lines are sorted before the join, while they are small. A merge join by gene keeps the order, so equal vectors are
     adjacent and compress to almost nothing.
     """
-    vectors = lines.select("gene").distinct().mapInArrow(static_vectors(job.work.model), from_arrow_schema(VECTORS))
+    vectors = _static_vectors(job, lines)
     ordered = lines.drop("embedding").repartition("gene").sortWithinPartitions(*order)
     return ordered.hint("merge").join(vectors.hint("merge"), "gene")
+
+
+def _static_vectors(job: Job, lines: DataFrame) -> DataFrame:
+    """Return the vector of each gene of `lines`."""
+    genes = lines.select("gene").distinct()
+    return genes.mapInArrow(static_vectors(job.work.model), from_arrow_schema(VECTORS))
 
 
 def _reports(answers: DataFrame) -> DataFrame:
@@ -598,6 +621,35 @@ def _ledger_lines(job: Job, reports: DataFrame, members: pd.DataFrame) -> DataFr
 
 def _stamps(job: Job) -> dict[str, Column]:
     return {name: F.lit(value) for name, value in {**job.stamps, "run_id": job.run_id}.items()}
+
+
+# --- the search table -----------------------------------------------------------------------------
+
+
+def _update_search_table(job: Job) -> None:
+    """Bring the search table to the lines of this model version and these parameters.
+
+    In static mode a gene has the same vector in every row, so it gets one line, without a row.
+    """
+    table = tables.table_name(job.settings.search_table)
+    lines = job.spark.table(job.output).where(job.stamped).select(*job.spark.table(table).columns)
+    if job.parameters.mode == "static":
+        of_no_row = {name: F.lit(None).cast("string") for name in ("adata_id", "group", "content_hash")}
+        stamps = _stamps(job) | {"embedded_at": F.current_timestamp(), "package_version": F.lit(job.package_version)}
+        genes = lines.select("gene").distinct().withColumns(of_no_row | stamps)
+        wanted = genes.withColumn("embedding_id", F.expr(tables.embedding_id(job.key)))
+        update_search_table(
+            job.spark, table, wanted, lambda some: some.join(_static_vectors(job, some), "gene"), same=["embedding_id"]
+        )
+        return
+    of_lines = lines.select("embedding_id", "embedding")
+    update_search_table(
+        job.spark,
+        table,
+        lines.drop("embedding"),
+        lambda some: some.join(of_lines, "embedding_id"),
+        same=["embedding_id", "run_id"],
+    )
 
 
 # --- plan ----------------------------------------------------------------------------

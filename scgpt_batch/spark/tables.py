@@ -48,10 +48,13 @@ ADATA_ROWS = """
 """
 _STAMPS = """
     mode STRING, model_name STRING, model_version STRING, params_hash STRING, content_hash STRING, run_id STRING,
-    embedded_at TIMESTAMP, package_version STRING
+    embedded_at TIMESTAMP, package_version STRING, embedding_id STRING
 """
 GENE_EMBEDDINGS = f"adata_id STRING, `group` STRING, gene STRING, embedding ARRAY<FLOAT>, n_cells INT, {_STAMPS}"
 CELL_EMBEDDINGS = f"adata_id STRING, cell_id STRING, embedding ARRAY<FLOAT>, {_STAMPS}"
+_MODEL_KEY = ("mode", "model_name", "model_version", "params_hash")
+GENE_KEY = ("adata_id", "group", "gene", *_MODEL_KEY)
+CELL_KEY = ("adata_id", "cell_id", *_MODEL_KEY)
 LEDGER = """
     adata_id STRING, content_hash STRING, mode STRING, model_name STRING, model_version STRING, params_hash STRING,
     status STRING, cells BIGINT, embeddings BIGINT, genes_in INT, genes_matched INT, coverage DOUBLE,
@@ -372,6 +375,30 @@ def upsert_rows(spark: SparkSession, table: str, rows: DataFrame, gone: DataFram
     return merged["num_inserted_rows"] + merged["num_updated_rows"], merged["num_deleted_rows"]
 
 
+def merge_lines(spark: SparkSession, table: str, lines: DataFrame, gone: DataFrame) -> tuple[int, int]:
+    """Insert embeddings, replace those with the same `embedding_id`, and delete `gone`, in one commit.
+
+    Parameters
+    ----------
+    gone
+        The `embedding_id` of lines to delete.
+
+    Returns
+    -------
+    Numbers of lines inserted or replaced, and deleted.
+    """
+    names = [_quoted(name) for name in lines.columns]
+    source = lines.withColumn("_gone", F.lit(False))
+    source = source.unionByName(gone.withColumn("_gone", F.lit(True)), allowMissingColumns=True)
+    clauses = f"""t.embedding_id = s.embedding_id
+        WHEN MATCHED AND s._gone THEN DELETE
+        WHEN MATCHED THEN UPDATE SET {", ".join(f"{name} = s.{name}" for name in names)}
+        WHEN NOT MATCHED AND NOT s._gone THEN INSERT ({", ".join(names)})
+        VALUES ({", ".join(f"s.{name}" for name in names)})"""
+    merged = _merge(spark, table, source, clauses)
+    return merged["num_inserted_rows"] + merged["num_updated_rows"], merged["num_deleted_rows"]
+
+
 def append(spark: SparkSession, table: str, columns: str, lines: Sequence[Mapping[str, Any]]) -> None:
     """Append rows to a table, in one commit. Columns not named are null."""
     schema = _fields(spark, columns)
@@ -425,6 +452,31 @@ def content_hash() -> Column:
     payload = [F.col(name) for name in (*PAYLOAD_COLUMNS, "x_dtype", "n_obs", "n_vars")]
     halves = [F.lpad(F.lower(F.hex(F.xxhash64(F.lit(seed), *payload))), 16, "0") for seed in (0, 1)]
     return F.concat(*halves)
+
+
+def embedding_id(key: Sequence[str]) -> str:
+    """Return the SQL expression of a line's `embedding_id`: the first 128 bits of the SHA-256 of its key, in hex.
+
+    Each value of the key is preceded by its length in bytes, and null is written as `-`, so that different keys never
+    have the same text. No function of it depends on the version of Spark.
+
+    Parameters
+    ----------
+    key
+        The key's columns, of type string.
+    """
+    columns = [_quoted(name) for name in key]
+    texts = [f"coalesce(concat(octet_length({column}), ':', {column}), '-')" for column in columns]
+    return f"left(sha2(concat({', '.join(texts)}), 256), 32)"
+
+
+def fill_embedding_ids(spark: SparkSession, table: str, key: Sequence[str]) -> None:
+    """Write the `embedding_id` of lines that have none, because an earlier version of this package wrote them."""
+    if spark.table(table).where("embedding_id IS NULL").isEmpty():
+        return
+    logger.info("%s: writing embedding_id to the lines of an earlier version", table)
+    fill = f"UPDATE {table} SET embedding_id = {embedding_id(key)} WHERE embedding_id IS NULL"
+    _retried(table, lambda: spark.sql(fill))
 
 
 def _fields(spark: SparkSession, columns: str) -> StructType:

@@ -87,7 +87,9 @@ def test_nightly_job_embeds_and_monitors(spark, night):
         assert lines.count() == summary["embeddings"] > 500
     cells = night["embed_cells"]
     assert (cells["mode"], cells["rows_ok"], cells["embeddings"]) == ("cell", 2, 400)
-    assert spark.table("scgpt.cell_embeddings").count() == 400
+    assert spark.table("scgpt.cell_embeddings").count() == spark.table("scgpt.cell_search").count() == 400
+    static = spark.table("scgpt.gene_embeddings").where("mode = 'static'").select("gene")
+    assert spark.table("scgpt.gene_search").count() == static.distinct().count()
     assert spark.table("scgpt.gene_embeddings_runs").count() == 3
     assert night["maintain"]["tables"] == [f"{CATALOG}.scgpt.gene_embeddings{end}" for end in ("", "_ledger", "_runs")]
     assert (night["monitor"]["status"], night["monitor"]["last_run"]) == ("ok", night["embed_contextual"]["run_id"])

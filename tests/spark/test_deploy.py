@@ -1,7 +1,6 @@
 """`deploy` and `status` with the real SDK over HTTP, against a simulated workspace."""
 
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -18,7 +17,7 @@ from scgpt_batch.cli.main import FAILED, OK, WRONG_USAGE
 from scgpt_batch.errors import GPU_UNUSABLE
 from scgpt_batch.io.rows import from_row
 from tests import databricks_workspace, inference_tables
-from tests.databricks_workspace import Fault, Workspace, serve
+from tests.databricks_workspace import Fault, Workspace, served
 from tests.helpers import assert_close, small_rows
 from tests.paths import REPO
 
@@ -32,16 +31,8 @@ def workspace(monkeypatch, tmp_path):
     """A workspace with versions 2 to 5 of a model (champion 3, challenger 4); the environment has its credentials."""
     stand_in = Workspace()
     stand_in.add_model(MODEL, 2, 3, 4, 5, champion=3, challenger=4)
-    server = serve(stand_in)
-    for name in list(os.environ):
-        if name.startswith("DATABRICKS_"):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path))  # no profile of the machine's user
-    monkeypatch.setenv("DATABRICKS_HOST", stand_in.url)
-    monkeypatch.setenv("DATABRICKS_TOKEN", stand_in.token)
-    yield stand_in
-    server.shutdown()
-    server.server_close()
+    with served(stand_in, monkeypatch, tmp_path):
+        yield stand_in
 
 
 @pytest.fixture

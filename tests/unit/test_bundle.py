@@ -13,7 +13,10 @@ from databricks.bundles.jobs import Job
 from databricks.bundles.model_serving_endpoints import ModelServingEndpoint
 from databricks.bundles.registered_models import RegisteredModel
 from databricks.bundles.schemas import Schema
+from databricks.bundles.vector_search_endpoints import VectorSearchEndpoint
+from databricks.bundles.vector_search_indexes import VectorSearchIndex
 from databricks.bundles.volumes import Volume
+from databricks.sdk.service import vectorsearch
 
 from scgpt_batch.cli.main import parse, read_settings
 from scgpt_batch.cli.options import COMMON_OPTIONS
@@ -29,11 +32,16 @@ CLASSES = {
     "model_serving_endpoints": ModelServingEndpoint,
     "registered_models": RegisteredModel,
     "schemas": Schema,
+    "vector_search_endpoints": VectorSearchEndpoint,
+    "vector_search_indexes": VectorSearchIndex,
     "volumes": Volume,
 }
 AS_WRITTEN = bundles.read()
 RESOURCES = [(kind, key) for kind, found in AS_WRITTEN["resources"].items() for key in found]
-TASKS = [(name, task["task_key"]) for name, job in AS_WRITTEN["resources"]["jobs"].items() for task in job["tasks"]]
+TASKS = [(name, task) for name, job in AS_WRITTEN["resources"]["jobs"].items() for task in job["tasks"]]
+WHEEL_TASKS = [(name, task["task_key"]) for name, task in TASKS if "python_wheel_task" in task]
+SCRIPTS = [(name, task["spark_python_task"]["python_file"]) for name, task in TASKS if "spark_python_task" in task]
+FOLDERS = {"search": bundles.BUNDLE, "deployment": bundles.BUNDLE / "resources"}  # of the files with these jobs
 
 
 @pytest.mark.parametrize("form", ["written", "dev", "prod"])
@@ -90,13 +98,14 @@ def test_referenced_files_exist():
     artifact = AS_WRITTEN["artifacts"]["wheel"]
     folder = (bundles.BUNDLE / artifact["path"]).resolve()
     assert folder == REPO and "--wheel-dir dist " in artifact["build"]
-    for job in AS_WRITTEN["resources"]["jobs"].values():
-        for task in job["tasks"]:
+    for _, task in TASKS:
+        if "python_wheel_task" in task:
             (wheel,) = (library["whl"] for library in task["libraries"] if "whl" in library)
             assert (bundles.BUNDLE / "resources" / wheel).parent.resolve() == folder / "dist"
+    assert SCRIPTS and all((FOLDERS[job] / script).is_file() for job, script in SCRIPTS)
 
 
-@pytest.mark.parametrize(("job", "task"), TASKS)
+@pytest.mark.parametrize(("job", "task"), WHEEL_TASKS)
 def test_task_parameters_are_valid_for_its_command(job, task):
     found = bundles.resolved("prod")["jobs"][job]
     (task,) = (one for one in found["tasks"] if one["task_key"] == task)
@@ -108,8 +117,8 @@ def test_task_parameters_are_valid_for_its_command(job, task):
     name = given.pop("command")
     flags = {key: value for key, value in given.items() if key not in COMMON_OPTIONS}
     settings, *_ = read_settings(name, flags, None)
-    tables = {value for key, value in settings if key.endswith(("table", "view")) and value}
-    assert tables and all(table.startswith("main.scgpt.") for table in tables)
+    named = {value for key, value in settings if key.endswith(("table", "view", "rows", "model_uri")) and value}
+    assert named and all(name.removeprefix("models:/").startswith("main.scgpt.") for name in named)
 
 
 def test_nightly_tasks_run_in_order():
@@ -120,9 +129,36 @@ def test_nightly_tasks_run_in_order():
     ]  # fmt: skip
 
 
+def test_deployment_tasks_run_in_order():
+    tasks = bundles.in_order(AS_WRITTEN["resources"]["jobs"]["deployment"])
+    assert [task["task_key"] for task in tasks] == ["evaluate", "approval", "promote", "deploy"]
+
+
+def test_deployment_job_can_be_connected_to_a_model():
+    """Unity Catalog passes these two parameters; its page shows Approve for a task whose name begins with approval."""
+    job = AS_WRITTEN["resources"]["jobs"]["deployment"]
+    assert {"model_name", "model_version"} <= {one["name"] for one in job["parameters"]}
+    (approval,) = (task for task in job["tasks"] if task["task_key"].startswith("approval"))
+    assert approval["max_retries"] == 0 and approval["spark_python_task"]["parameters"][-1] == "{{task.name}}"
+
+
+def test_deployment_job_promotes_what_it_evaluated():
+    evaluate, _, promote, _ = bundles.in_order(AS_WRITTEN["resources"]["jobs"]["deployment"])
+    words = [task["python_wheel_task"]["parameters"] for task in (evaluate, promote)]
+    assert [word for word in words[0] if word != "--plan"] == words[1]
+
+
+def test_jobs_principal_can_promote_and_deploy():
+    found = bundles.resolved("prod")
+    grants = found["registered_models"]["model"]["grants"]
+    assert {"principal": "app-id", "privileges": ["MANAGE"]} in grants
+    permissions = found["model_serving_endpoints"]["endpoint"]["permissions"]
+    assert {"level": "CAN_MANAGE", "service_principal_name": "app-id"} in permissions
+
+
 def test_only_the_transformer_runs_on_gpus():
     jobs = AS_WRITTEN["resources"]["jobs"].values()
-    on_gpus = {t["task_key"] for job in jobs for t in job["tasks"] if t["job_cluster_key"] == "gpu"}
+    on_gpus = {t["task_key"] for job in jobs for t in job["tasks"] if t.get("job_cluster_key") == "gpu"}
     assert on_gpus == {"embed_cells", "embed_contextual"}
 
 
@@ -143,8 +179,8 @@ def test_spot_nodes_of_the_target_are_merged_into_both_clusters():
 
 
 def test_old_requests_runs_and_versions_are_deleted_by_default():
-    words = {key: task["python_wheel_task"]["parameters"] for job in bundles.resolved("prod")["jobs"].values()
-             for task in job["tasks"] for key in [task["task_key"]]}  # fmt: skip
+    tasks = [task for job in bundles.resolved("prod")["jobs"].values() for task in job["tasks"]]
+    words = {t["task_key"]: t["python_wheel_task"]["parameters"] for t in tasks if "python_wheel_task" in t}
     assert words["requests"][-4:] == ["--date-column", "request_date", "--retain-days", "90"]
     assert words["maintain"][-2:] == ["--runs-days", "365"]
     for mode in ("static", "cells", "contextual"):
@@ -170,6 +206,30 @@ def test_upgrade_deletes_and_recreates_nothing_that_holds_data():
     lost = [step for step in steps if step.startswith(("delete", "recreate"))]
     assert [step for step in lost if not step.startswith(("delete jobs.", "delete alerts."))] == []
     assert "create jobs.retention" in steps
+
+
+def test_search_indexes_are_optional():
+    included = {path for pattern in AS_WRITTEN["include"] for path in bundles.BUNDLE.glob(pattern)}
+    assert bundles.BUNDLE / bundles.OPTIONAL not in included
+    assert f"# - {bundles.OPTIONAL} " in (bundles.BUNDLE / "databricks.yml").read_text()
+
+
+@pytest.mark.parametrize(("index", "task"), [("cell_index", "embed_cells"), ("gene_index", "embed_static")])
+def test_index_follows_the_table_of_its_task(index, task):
+    found = bundles.resolved("prod")
+    (words,) = (t["python_wheel_task"]["parameters"] for t in nightly()["tasks"] if t["task_key"] == task)
+    table = words[words.index("--search-table") + 1]
+    spec = found["vector_search_indexes"][index]["delta_sync_index_spec"]
+    assert spec["source_table"] == table and table in found["jobs"]["search"]["trigger"]["table_update"]["table_names"]
+    assert found["vector_search_indexes"][index]["primary_key"] == "embedding_id"
+
+
+@pytest.mark.parametrize("index", AS_WRITTEN["resources"]["vector_search_indexes"])
+def test_index_matches_the_classes_of_the_sdk(index):
+    found = bundles.resolved("prod")["vector_search_indexes"][index]
+    spec = found["delta_sync_index_spec"]
+    assert vectorsearch.DeltaSyncVectorIndexSpecRequest.from_dict(spec).as_dict() == spec
+    assert vectorsearch.VectorIndexType(found["index_type"])
 
 
 def test_plan_names_a_recreated_resource():
