@@ -84,6 +84,9 @@ class RegisterSettings(MlflowSettings):
     requirement: tuple[str, ...] = Field(
         (), description="packages for endpoints instead of the installed versions, e.g. torch==2.9.1"
     )
+    deployment_job: str = Field(
+        "", pattern=r"^\d*$", description="id of the Databricks job that each new version of the model starts"
+    )
     experiment: str = Field("", description="MLflow experiment; default: MLflow's own")
 
 
@@ -95,11 +98,11 @@ class EmbedSettings(SparkSettings, MlflowSettings):
     output_table: str = Field(description="table of embeddings to write to; created if it does not exist")
     ledger_table: str = Field("", description="outcome of each row; default: the output table's name and _ledger")
     runs_table: str = Field("", description="one line per run; default: the output table's name and _runs")
-    preset: Literal["", "counts"] = Field(
-        "", description="counts: data_is_raw true, log1p true, hvg_flavor seurat_v3; an explicit value wins"
-    )
     search_table: str = Field(
         "", description="table for a vector search index: this model version's vectors alone, of length 1"
+    )
+    preset: Literal["", "counts"] = Field(
+        "", description="counts: data_is_raw true, log1p true, hvg_flavor seurat_v3; an explicit value wins"
     )
     max_failed_fraction: float = Field(
         0.1, ge=0, le=1, description="exit with code 3 if a larger share of the run's rows fails"

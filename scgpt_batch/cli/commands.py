@@ -124,6 +124,7 @@ def _register(settings: RegisterSettings) -> CommandResult:
         alias=settings.alias,
         input_roots=settings.input_roots,
         requirements=settings.requirement,
+        deployment_job=settings.deployment_job,
     )
     return RegisterResult(model_uri=model.uri, version=model.version, checkpoint_digest=model.digest)
 

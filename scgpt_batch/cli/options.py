@@ -25,7 +25,7 @@ GROUPS: dict[str, dict[str, str]] = {
     },
     "model": {
         "checkpoint": PATH, "name": "NAME", "alias": "ALIAS", "model_uri": "URI", "input_roots": PATH,
-        "requirement": "PACKAGE==VERSION",
+        "requirement": "PACKAGE==VERSION", "deployment_job": "ID",
         "model_version": "VERSION", "run_id": "ID",
         "challenger": "ALIAS|VERSION", "champion": "ALIAS", "mode": "", "genes": "GENE", "group_by": "COLUMN",
         "compare_version": "VERSION", "max_length": "", "seed": "", "dtype": "", "min_coverage": "FRACTION",

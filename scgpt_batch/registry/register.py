@@ -58,6 +58,7 @@ def register(
     alias: str = "",
     input_roots: Sequence[str] = (),
     requirements: Sequence[str] = (),
+    deployment_job: str = "",
 ) -> ResolvedModel:
     """Register a checkpoint as a new model version, with its code, schema and model card.
 
@@ -76,13 +77,16 @@ def register(
     requirements
         Packages that endpoints install instead of the versions that are installed here, such as "torch==2.9.1". An
         endpoint needs a torch build that its NVIDIA driver supports.
+    deployment_job
+        Id of the Databricks job that Unity Catalog starts for each new version of the model, this one included.
 
     Raises
     ------
     CheckpointError
         The checkpoint cannot be used. Nothing has been logged.
     ConfigError
-        The name, alias or a requirement is invalid (nothing has been logged), or MLflow cannot be reached.
+        The name, alias, deployment job or a requirement is invalid (nothing has been logged), or MLflow cannot be
+        reached.
 
     Examples
     --------
@@ -91,6 +95,7 @@ def register(
     'models:/scgpt/1'
     """
     _check_name(name, alias)
+    _check_deployment_job(deployment_job)
     packages = pip_requirements(requirements)
     folder = local_path(checkpoint, "checkpoint").resolve()
     roots = [str(local_path(root, "input root").resolve()) for root in input_roots]
@@ -124,6 +129,8 @@ def register(
             # deprecated for mlflow.models.predict, which would build an environment for the check
             warnings.simplefilter("ignore", FutureWarning)
             validate_serving_input(info.model_uri, convert_input_example_to_serving_input(example))
+        if deployment_job:
+            _connect(name, deployment_job)
         version = mlflow.register_model(info.model_uri, name, tags=facts | {"run_id": run.info.run_id})
         client = mlflow.MlflowClient()
         client.update_model_version(name, version.version, description=card)
@@ -135,6 +142,18 @@ def register(
             why += ". It needs CREATE MODEL and USE SCHEMA on the schema; an existing model needs MANAGE, or its owner"
         raise ConfigError(f"MLflow did not register {name!r} at {mlflow.get_registry_uri()}: {why}") from exc
     return resolve(f"models:/{name}/{version.version}")
+
+
+def _connect(name: str, deployment_job: str) -> None:
+    """Make a job the deployment job of a registered model, which is created if it does not exist."""
+    client = mlflow.MlflowClient()
+    try:
+        client.create_registered_model(name, deployment_job_id=deployment_job)
+    except MlflowException as exc:
+        if exc.error_code not in ("RESOURCE_ALREADY_EXISTS", "ALREADY_EXISTS"):
+            raise
+        client.update_registered_model(name, deployment_job_id=deployment_job)
+    logger.info("new versions of %s start the job %s", name, deployment_job)
 
 
 def pip_requirements(given: Sequence[str]) -> list[str]:
@@ -251,6 +270,15 @@ def _example_rows(checkpoint: Checkpoint) -> pd.DataFrame:
     rows: list[dict[str, Any]] = [{"adata_sparsematrix": dense}, csr]
     frame = pd.DataFrame([dict.fromkeys(PAYLOAD_COLUMNS) | row | {"adata_obs": obs, "adata_var": var} for row in rows])
     return frame.astype(object).where(frame.notna(), None)
+
+
+def _check_deployment_job(job: str) -> None:
+    registry = mlflow.get_registry_uri()
+    if job and not registry.startswith("databricks-uc"):
+        raise ConfigError(
+            f"--deployment-job needs Unity Catalog, which starts the job; the registry is {registry}: "
+            "use --registry-uri databricks-uc"
+        )
 
 
 def _check_name(name: str, alias: str) -> None:

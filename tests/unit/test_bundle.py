@@ -117,7 +117,8 @@ def test_task_parameters_are_valid_for_its_command(job, task):
     name = given.pop("command")
     flags = {key: value for key, value in given.items() if key not in COMMON_OPTIONS}
     settings, *_ = read_settings(name, flags, None)
-    named = {value for key, value in settings if key.endswith(("table", "view", "rows", "model_uri")) and value}
+    named = {value for key, value in settings if key.endswith(("table", "view", "_uri")) and key != "registry_uri"}
+    named = {name for name in named if name} or {settings.rows}
     assert named and all(name.removeprefix("models:/").startswith("main.scgpt.") for name in named)
 
 
