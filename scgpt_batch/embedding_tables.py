@@ -72,6 +72,15 @@ class Embeddings:
         """Return the columns without the vectors."""
         return self.table.drop_columns(["embedding"]).to_pandas()
 
+    def take(self, positions: np.ndarray) -> "Embeddings":
+        """Return the lines at positions of `frame`."""
+        return replace(self, table=self.table.take(pa.array(positions)))
+
+    def in_order(self) -> "Embeddings":
+        """Return the lines by their keys. A table has no order: Spark may read its files in another one each time."""
+        keys = [*_keys(self.table.column_names), "mode"]
+        return self.take(pc.sort_indices(self.table, sort_keys=[(key, "ascending") for key in keys]).to_numpy())
+
     @property
     def model(self) -> dict[str, str]:
         """The columns `MODEL` of the first line; those of all lines, if the vectors are of one mode."""
@@ -223,8 +232,8 @@ def similar_genes(model_or_table: Any, genes: str | Sequence[str], k: int = 10) 
     >>> nearest["gene"].tolist()
     ['CD3D', 'CD3D', 'CD3D', 'LYZ', 'LYZ', 'LYZ']
     """
-    names, vectors = _static_vectors(model_or_table)
-    return nearest(names, vectors, [genes] if isinstance(genes, str) else list(genes), k)
+    vectors = _static_vectors(model_or_table)
+    return nearest(vectors.index, vectors.to_numpy(), [genes] if isinstance(genes, str) else list(genes), k)
 
 
 def nearest(names: pd.Index, vectors: np.ndarray, genes: Sequence[str], k: int) -> pd.DataFrame:
@@ -255,8 +264,14 @@ def load_embeddings(
     mode: str | None = None,
     model_version: str | None = None,
     run_id: str | None = None,
+    version: int | None = None,
 ) -> Embeddings:
     """Read the lines of the model that wrote last, for each mode; see `read_embeddings`.
+
+    Parameters
+    ----------
+    version
+        Of the Delta table; by default its newest.
 
     Warns
     -----
@@ -264,7 +279,7 @@ def load_embeddings(
         Some cells or genes have vectors of an older model alone; they are left out.
     """
     given = _given(mode, model_version, run_id)
-    return newest_embeddings(_scan(str(table), given), str(table), given)
+    return newest_embeddings(_scan(str(table), given, version), str(table), given)
 
 
 def newest_embeddings(lines: pa.Table, source: str, given: Mapping[str, str]) -> Embeddings:
@@ -285,7 +300,12 @@ def newest_embeddings(lines: pa.Table, source: str, given: Mapping[str, str]) ->
 
 
 def open_lines(
-    path: str, *, mode: str | None = None, model_version: str | None = None, run_id: str | None = None
+    path: str,
+    *,
+    mode: str | None = None,
+    model_version: str | None = None,
+    run_id: str | None = None,
+    version: int | None = None,
 ) -> EmbeddingLines:
     """Open the lines of the model that wrote last, as `load_embeddings`, without their vectors.
 
@@ -293,14 +313,27 @@ def open_lines(
     ----------
     path
         A path or ``delta.`path` ``.
+    version
+        Of the Delta table; by default its newest.
     """
     given = _given(mode, model_version, run_id)
-    dataset, condition = _dataset(table_path(path) or path, given)
+    dataset, condition = _dataset(table_path(path) or path, given, version)
     keys = _keys(dataset.schema.names)
     stamps = dataset.to_table(columns=[*MODEL, *keys, "embedded_at"], filter=condition).to_pandas()
     kept, others = _newest(path, stamps, given)
     lines = stamps.iloc[kept].drop(columns="embedded_at").reset_index(drop=True)
     return EmbeddingLines(path, others, lines, dataset, condition, kept)
+
+
+def vectors_by_gene(lines: Embeddings | EmbeddingLines) -> pd.DataFrame:
+    """Return one vector per gene, genes × d, sorted by gene. The vectors of a gene must be the same in all lines."""
+    first = lines.take(np.flatnonzero(~lines.frame()["gene"].duplicated().to_numpy()))
+    return sorted_by_gene(np.concatenate(list(first.blocks())), first.frame()["gene"])
+
+
+def sorted_by_gene(vectors: np.ndarray, genes: Sequence[str]) -> pd.DataFrame:
+    """Return genes × d, sorted by gene, so that a result does not depend on the order of lines in a table."""
+    return pd.DataFrame(vectors, index=pd.Index(genes, dtype=object, name=None)).sort_index()
 
 
 def _given(mode: str | None, model_version: str | None, run_id: str | None) -> dict[str, str]:
@@ -347,26 +380,24 @@ def _matrix(column: pa.Array) -> np.ndarray:
     return values.astype(np.float32, copy=False).reshape(len(column), -1)
 
 
-def _scan(table: str, given: Mapping[str, str]) -> pa.Table:
+def _scan(table: str, given: Mapping[str, str], version: int | None) -> pa.Table:
     """Read the lines whose columns have the given values."""
     path = table_path(table)
-    return _scan_name(table, given) if path is None else _scan_path(path, given)
-
-
-def _scan_path(path: str, given: Mapping[str, str]) -> pa.Table:
-    dataset, condition = _dataset(path, given)
+    if path is None:
+        return _scan_name(table, given, version)
+    dataset, condition = _dataset(path, given, version)
     return dataset.to_table(filter=condition)
 
 
-def _dataset(path: str, given: Mapping[str, str]) -> tuple[Any, Any]:
+def _dataset(path: str, given: Mapping[str, str], version: int | None) -> tuple[Any, Any]:
     """Return an embedding table as a pyarrow dataset, and the filter for lines whose columns have the given values."""
-    dataset = open_dataset(path)
+    dataset = open_dataset(path, version)
     _check_columns(path, dataset.schema.names)
     conditions = [pc.field(name) == value for name, value in given.items()]
     return dataset, reduce(and_, conditions) if conditions else None
 
 
-def _scan_name(table: str, given: Mapping[str, str]) -> pa.Table:
+def _scan_name(table: str, given: Mapping[str, str], version: int | None) -> pa.Table:
     """Read a named table through the active Spark session: only its catalog knows the name."""
     session = _active_session()
     if session is None:
@@ -374,7 +405,9 @@ def _scan_name(table: str, given: Mapping[str, str]) -> pa.Table:
     from pyspark.errors import AnalysisException
 
     try:
-        lines = session.read.table(table)
+        lines = (
+            session.table(table) if version is None else session.sql(f"SELECT * FROM {table} VERSION AS OF {version}")
+        )
         columns = lines.columns
     except AnalysisException as exc:
         raise ConfigError(
@@ -479,13 +512,15 @@ def _one_vector_a_gene(found: Embeddings) -> tuple[pd.Index, np.ndarray]:
     return pd.Index(frame.loc[first, "gene"].to_numpy(dtype=object)), found.vectors[first]
 
 
-def _static_vectors(model_or_table: Any) -> tuple[pd.Index, np.ndarray]:
+def _static_vectors(model_or_table: Any) -> pd.DataFrame:
+    """Return genes × d."""
     if isinstance(model_or_table, str | Path) and _is_table(str(model_or_table)):
-        return _one_vector_a_gene(load_embeddings(model_or_table, mode="static"))
+        text = str(model_or_table)
+        read = load_embeddings if table_path(text) is None else open_lines
+        return vectors_by_gene(read(text, mode="static"))
     from scgpt_batch.api import gene_embeddings  # torch, which tables are read without
 
-    table = gene_embeddings(model_or_table)
-    return table.index, table.to_numpy()
+    return gene_embeddings(model_or_table)
 
 
 def _is_table(text: str) -> bool:

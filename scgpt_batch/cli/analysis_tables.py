@@ -5,12 +5,12 @@ import logging
 import random
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from uuid import uuid4
 
 import pyarrow as pa
@@ -60,12 +60,18 @@ EVALUATIONS = pa.schema(
 )
 
 BATCH_LINES = 65_536
+PAYLOAD_LINES = 32  # rows of cells that are read at a time: each may be megabytes
 COMMIT_TRIES = 6  # over about a minute
+
+Loaded = TypeVar("Loaded", Embeddings, EmbeddingLines)
 
 
 @dataclass(frozen=True)
 class AnalysisTables:
     """Reads and writes tables; starts Spark when the first table is given by name.
+
+    All readings of a table are of the version that was the newest at the first of them, so that they agree with each
+    other and with the version in the results, whatever others write meanwhile.
 
     Attributes
     ----------
@@ -77,6 +83,7 @@ class AnalysisTables:
 
     spark_conf: Mapping[str, str]
     run_id: str = field(default_factory=lambda: uuid4().hex)
+    _versions: dict[str, int | None] = field(default_factory=dict)
 
     def session(self) -> Any:
         """Return the Spark session."""
@@ -101,16 +108,18 @@ class AnalysisTables:
         return beside(self.full_name(table), suffix)
 
     def embeddings(self, table: str, **choice: str) -> Embeddings:
-        """Load the vectors of the model that wrote last, or of the chosen mode, model version and run."""
-        self._require(table)
-        return self._reported(partial(load_embeddings, table, **_chosen(choice)))
+        """Load the vectors of the model that wrote last, or of the chosen mode and version, in order of their keys."""
+        load = partial(load_embeddings, table, version=self.version(table), **_chosen(choice))
+        return self._reported(load).in_order()
 
-    def static_embeddings(self, table: str, model_version: str) -> Embeddings:
-        """Load one line of each gene of a named table; the vector of a gene is the same in all rows."""
+    def static_lines(self, table: str, model_version: str) -> Embeddings | EmbeddingLines:
+        """Open lines of static vectors. Of a named table, only one line of each gene is brought to the driver."""
+        if table_path(table) is not None:
+            return self.lines(table, mode="static", model_version=model_version)
         from pyspark.sql import functions as F
 
         given = {"mode": "static"} | ({"model_version": model_version} if model_version else {})
-        lines = self._require(table)
+        lines = self._named(table)
         for name, value in given.items():
             lines = lines.where(lines[name] == value)
         one = lines.groupBy(*MODEL, "gene").agg(
@@ -121,36 +130,50 @@ class AnalysisTables:
 
     def lines(self, table: str, **choice: str) -> EmbeddingLines:
         """Open a table at a path as `embeddings`, to read its vectors block by block."""
-        return self._reported(partial(open_lines, table, **_chosen(choice)))
+        return self._reported(partial(open_lines, table, version=self.version(table), **_chosen(choice)))
 
     def read(self, table: str, columns: Sequence[str]) -> pa.Table:
         """Read columns of a table."""
-        path = table_path(table)
-        if path is not None:
-            return open_dataset(path).to_table(columns=list(columns))
-        return self._require(table).select(*columns).toArrow()
+        if table_path(table) is not None:
+            return self._dataset(table).to_table(columns=list(columns))
+        return self._named(table).select(*columns).toArrow()
+
+    def batches(self, table: str, columns: Sequence[str], adata_ids: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """Read the lines of some rows, a few at a time."""
+        if table_path(table) is not None:
+            yield from self._dataset(table).to_batches(
+                columns=list(columns), filter=pc.field("adata_id").isin(list(adata_ids)), batch_size=PAYLOAD_LINES,
+                batch_readahead=1, fragment_readahead=1,
+            )  # fmt: skip
+            return
+        lines = self._named(table).select(*columns)
+        for first in range(0, len(adata_ids), PAYLOAD_LINES):
+            some = list(adata_ids[first : first + PAYLOAD_LINES])
+            yield from lines.where(lines["adata_id"].isin(some)).toArrow().to_batches()
 
     def columns(self, table: str) -> list[str]:
         """Return the names of a table's columns."""
-        path = table_path(table)
-        return self._require(table).columns if path is None else open_dataset(path).schema.names
+        return self._named(table).columns if table_path(table) is None else self._dataset(table).schema.names
 
     def values(self, table: str, column: str) -> list[Any]:
         """Return the distinct values of a column."""
-        path = table_path(table)
-        if path is None:
-            return [row[0] for row in self._require(table).select(column).distinct().collect()]
-        batches = open_dataset(path).to_batches(columns=[column])
+        if table_path(table) is None:
+            return [row[0] for row in self._named(table).select(column).distinct().collect()]
+        batches = self._dataset(table).to_batches(columns=[column])
         return list(dict.fromkeys(value for batch in batches for value in pc.unique(batch.column(0)).to_pylist()))
 
     def version(self, table: str) -> int | None:
-        """Return the version of a Delta table; None for a view."""
-        path = table_path(table)
-        if path is not None:
-            return int(open_table(path).version())
-        from scgpt_batch.spark.tables import snapshot
+        """Return the version of a Delta table that is read; None for a view.
 
-        return snapshot(self.session(), table)
+        Raises
+        ------
+        ConfigError
+            There is no such table.
+        """
+        if table not in self._versions:
+            path = table_path(table)
+            self._versions[table] = int(open_table(path).version()) if path is not None else self._newest(table)
+        return self._versions[table]
 
     def made_of(self, table: str, model: Mapping[str, str], params: Mapping[str, Any]) -> dict[str, Any]:
         """Return the columns that say what lines were made of."""
@@ -198,19 +221,27 @@ class AnalysisTables:
         complete = pa.Table.from_batches(_completed(schema, rows, constants), schema)
         tables.replace(spark.createDataFrame(complete), table, lambda: where)
 
-    def _require(self, table: str) -> Any:
-        """Return a named table's DataFrame; nothing for a table at a path."""
-        if table_path(table) is not None:
-            return None
+    def _newest(self, table: str) -> int | None:
+        """Return the newest version of a named table; None for a view."""
         spark = self.session()
         from scgpt_batch.spark import tables
 
         if not tables.exists(spark, tables.table_name(table)):
             raise tables.missing_table(spark, table)
-        return spark.read.table(table)
+        return tables.snapshot(spark, table)
+
+    def _named(self, table: str) -> Any:
+        """Return a named table's DataFrame."""
+        version = self.version(table)
+        spark = self.session()
+        return spark.table(table) if version is None else spark.sql(f"SELECT * FROM {table} VERSION AS OF {version}")
+
+    def _dataset(self, table: str) -> Any:
+        """Return the dataset of a table at a path."""
+        return open_dataset(table_path(table) or table, self.version(table))
 
     @staticmethod
-    def _reported(load: Any) -> Any:
+    def _reported(load: Callable[[], Loaded]) -> Loaded:
         """Load embeddings; log warnings, what is read, and what else the table holds."""
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", EmbeddingWarning)

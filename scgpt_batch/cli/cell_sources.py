@@ -281,16 +281,16 @@ def _from_rows(source: str, tables: AnalysisTables, columns: Sequence[str]) -> C
 def _counts_of_rows(
     source: str, tables: AnalysisTables, columns: Sequence[str], firsts: Mapping[str, int], positions: np.ndarray
 ) -> ad.AnnData:
-    """Read cells of all rows, in the order of `positions`; genes are those of all rows together."""
+    """Read the cells at ascending positions, and only their rows; genes are those of these rows together."""
+    names, starts = np.array(list(firsts), dtype=object), np.array(list(firsts.values()))
+    rows, begins = np.unique(np.searchsorted(starts, positions, side="right") - 1, return_index=True)
+    cells = dict(zip(names[rows], np.split(positions, begins[1:]), strict=True))
     parts = {}
-    for batch in tables.read(source, columns).to_batches():
+    for batch in tables.batches(source, columns, list(cells)):
         for row in arrow_rows(batch):
-            if row["adata_id"] not in firsts:  # its cells cannot be read
-                continue
             part, first = from_row(row), firsts[row["adata_id"]]
-            chosen = positions[(positions >= first) & (positions < first + part.n_obs)] - first
             part.var_names_make_unique()
-            parts[first] = part[chosen].copy()
+            parts[first] = part[cells[row["adata_id"]] - first].copy()
     return ad.concat([parts[first] for first in sorted(parts)], join="outer", fill_value=0)
 
 

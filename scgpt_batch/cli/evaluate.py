@@ -158,10 +158,9 @@ def _genes(settings: EvaluateSettings, tables: AnalysisTables) -> tuple[Evaluate
         if old is not None and group in old.groups:
             moved = _drift(old.groups[group], of_group, settings)
             metrics |= {f"{start}{name}": values for name, values in moved.items()}
-    genes = len(set().union(*(of_group.index for of_group in found.groups.values())))
     return EvaluateResult(
-        metrics=metrics, verdict=_verdict_of_genes(metrics, genes), cells=0, genes=genes, baseline="permuted names",
-        table=settings.out or None,
+        metrics=metrics, verdict=_verdict_of_genes(metrics, found.count), cells=0, genes=found.count,
+        baseline="permuted names", table=settings.out or None,
     ), found.model  # fmt: skip
 
 

@@ -1,32 +1,13 @@
 """One vector per gene from a table of gene embeddings, of static vectors or of each group of contextual ones."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from scgpt_batch.analysis.gene_vectors import GeneVectors
 from scgpt_batch.cli.analysis_tables import AnalysisTables, one_mode
-from scgpt_batch.embedding_tables import Embeddings, table_path
+from scgpt_batch.embedding_tables import Embeddings, sorted_by_gene, vectors_by_gene
 from scgpt_batch.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class GeneVectors:
-    """Vectors of genes.
-
-    Attributes
-    ----------
-    model
-        The columns `MODEL`.
-    groups
-        Genes × d, sorted by gene, by group of cells; static vectors, and contextual ones without groups, have the key
-        None.
-    """
-
-    model: Mapping[str, str]
-    groups: Mapping[str | None, pd.DataFrame]
 
 
 def gene_vectors(tables: AnalysisTables, table: str, *, mode: str = "", model_version: str = "") -> GeneVectors:
@@ -47,13 +28,9 @@ def gene_vectors(tables: AnalysisTables, table: str, *, mode: str = "", model_ve
         choice["mode"] = one_mode(tables.values(table, "mode"), table)
     if choice["mode"] == "contextual":
         found = tables.embeddings(table, **choice)
-        return GeneVectors(found.model, _means(found))
-    if table_path(table) is None:
-        found = tables.static_embeddings(table, model_version)
-        return GeneVectors(found.model, {None: _frame(found.vectors, found.frame()["gene"])})
-    lines = tables.lines(table, **choice)
-    one = lines.take(np.flatnonzero(~lines.frame()["gene"].duplicated().to_numpy()))
-    return GeneVectors(one.model, {None: _frame(np.concatenate(list(one.blocks())), one.frame()["gene"])})
+        return GeneVectors(table, found.model, _means(found))
+    lines = tables.static_lines(table, model_version)
+    return GeneVectors(table, lines.model, {None: vectors_by_gene(lines)})
 
 
 def _means(found: Embeddings) -> dict[str | None, pd.DataFrame]:
@@ -67,10 +44,5 @@ def _means(found: Embeddings) -> dict[str | None, pd.DataFrame]:
         codes, genes = pd.factorize(frame["gene"].to_numpy(dtype=object)[of_group])
         place = sp.csr_matrix((weights[of_group], (codes, np.arange(len(codes)))))
         sums = place @ vectors[of_group].astype(np.float64)
-        means[group or None] = _frame((sums / np.asarray(place.sum(axis=1))).astype(np.float32), genes)
+        means[group or None] = sorted_by_gene((sums / np.asarray(place.sum(axis=1))).astype(np.float32), genes)
     return means
-
-
-def _frame(vectors: np.ndarray, genes: Sequence[str]) -> pd.DataFrame:
-    """Return genes × d, sorted by gene, so that the result does not depend on the order of lines in the table."""
-    return pd.DataFrame(vectors, index=pd.Index(genes, dtype=object, name=None)).sort_index()

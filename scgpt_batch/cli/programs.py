@@ -13,10 +13,11 @@ import pyarrow as pa
 import scanpy as sc
 
 from scgpt_batch.analysis.enrichment import enrich, read_gmt
+from scgpt_batch.analysis.gene_vectors import GeneVectors
 from scgpt_batch.analysis.programs import find_programs, score_programs
 from scgpt_batch.cli.analysis_tables import GENE_PROGRAMS, PROGRAM_ENRICHMENT, PROGRAM_SCORES, AnalysisTables
 from scgpt_batch.cli.cell_sources import Cells, are_counts, read_cells
-from scgpt_batch.cli.gene_vectors import GeneVectors, gene_vectors
+from scgpt_batch.cli.gene_vectors import gene_vectors
 from scgpt_batch.command_result import CommandResult, plural
 from scgpt_batch.errors import ConfigError
 from scgpt_batch.io.locations import local_path
@@ -138,12 +139,11 @@ def _scores(
 ) -> pa.Table:
     """Return one line per cell (or group of cells) and program."""
     adata = log_normalised(cells.counts())
-    clustered = set().union(*(of_group.index for of_group in vectors.groups.values()))
-    adata = adata[:, adata.var_names.isin(clustered)].copy()  # control genes are drawn from the clustered ones
+    adata = adata[:, adata.var_names.isin(vectors.genes)].copy()  # control genes are drawn from the clustered ones
     if not adata.n_vars:
         raise ConfigError(
             f"no gene of {settings.cells} is among those of {settings.embeddings} (first: "
-            f"{next(iter(sorted(clustered)))!r}): are the names gene symbols?"
+            f"{min(vectors.genes)!r}): are the names gene symbols?"
         )
     scores = score_programs(adata, members)
     if groups is None:

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
+from scgpt_batch.analysis.gene_vectors import GeneVectors
 from scgpt_batch.analysis.programs import find_programs, score_programs
 from scgpt_batch.cli.analysis_tables import AnalysisTables
 from scgpt_batch.cli.cell_sources import Cells, read_cells
@@ -20,7 +21,7 @@ from scgpt_batch.errors import ConfigError, ScgptBatchError, listed
 from scgpt_batch.io.locations import local_path
 from scgpt_batch.report import figures
 from scgpt_batch.report.movement import mean_vectors
-from scgpt_batch.report.page import CellVectors, Contents, Evaluation, GeneVectors, Vectors, compute, render
+from scgpt_batch.report.page import CellVectors, Contents, Evaluation, compute, render
 from scgpt_batch.settings import EvaluateSettings, ReportSettings
 from scgpt_batch.webpage import page as webpage
 
@@ -74,7 +75,7 @@ def report(settings: ReportSettings) -> ReportResult:
     return ReportResult(
         report=settings.report,
         figures=[str(path) for path in drawn],
-        cells=0 if contents.cells is None else contents.cells.of.count,
+        cells=0 if contents.cells is None else contents.cells.count,
         genes=0 if found.genes is None else len(found.genes.genes),
     )
 
@@ -114,7 +115,7 @@ class _Reader:
             cells = replace(cells, scores=scores)
         if not genes and cells is None:
             raise ConfigError("--embeddings has no table of cell or gene embeddings: add one")
-        models = pd.DataFrame([dict(each.of.model) for each in (*genes, *([cells] if cells else ()))])
+        models = pd.DataFrame([dict(each.model) for each in (*genes, *([cells] if cells else ()))])
         return Contents(
             cells=cells,
             genes=genes,
@@ -145,10 +146,7 @@ class _Reader:
                 self.notes.append(f"No {mode} vectors of {table}: {exc}.")
                 continue
             self.versions.add((vectors.model["model_name"], vectors.model["model_version"]))
-            groups = vectors.groups
-            count = len(set().union(*(of_group.index for of_group in groups.values())))
-            dimension = next(iter(groups.values())).shape[1]
-            found.append(GeneVectors(Vectors(table, vectors.model, count, dimension), groups))
+            found.append(vectors)
         return found
 
     def _cells(self, source: Cells | None) -> tuple[CellVectors | None, pd.DataFrame, np.ndarray | None]:
@@ -182,8 +180,8 @@ class _Reader:
             obs[f"confidence{of_table}"] = matched["confidence"]
         if "adata_id" in lines and lines["adata_id"].nunique() > 1:
             obs["row (adata_id)"] = lines["adata_id"]
-        of = Vectors(table, found.model, len(vectors), vectors.shape[1])
-        return CellVectors(of, vectors, lines["cell_id"].to_numpy(dtype=object), obs, pd.DataFrame()), lines, places
+        names = lines["cell_id"].to_numpy(dtype=object)
+        return CellVectors(table, found.model, vectors, names, obs, pd.DataFrame()), lines, places
 
     # Programs and scores
 
@@ -196,7 +194,7 @@ class _Reader:
             return None, ""
         first = next((each for each in genes if None in each.groups), genes[0])
         vectors = mean_vectors(first.groups)
-        note = f"Computed for this page from the {first.of.model['mode']} vectors, as scgpt-batch programs does."
+        note = f"Computed for this page from the {first.model['mode']} vectors, as scgpt-batch programs does."
         if len(vectors) > PROGRAM_GENES:
             chosen = np.sort(np.random.default_rng(0).choice(len(vectors), PROGRAM_GENES, replace=False))
             note += (
@@ -229,7 +227,7 @@ class _Reader:
         if len(known) > SCORED_CELLS:
             chosen = np.sort(np.random.default_rng(0).choice(known, SCORED_CELLS, replace=False))
         adata = source.counts(places[chosen])
-        clustered = set().union(*(of_group.index for each in genes for of_group in each.groups.values()))
+        clustered = set().union(*(each.genes for each in genes))
         adata = log_normalised(adata)
         if clustered:  # control genes are drawn from these
             adata = adata[:, adata.var_names.isin(clustered)].copy()
@@ -285,7 +283,7 @@ class _Reader:
             return found
         try:
             result = evaluate(EvaluateSettings.model_validate({
-                "embeddings": cells.of.source, "obs": self.settings.obs, "label_column": self.settings.label_column,
+                "embeddings": cells.source, "obs": self.settings.obs, "label_column": self.settings.label_column,
                 "model_version": self.settings.model_version, "max_cells": MEASURED_CELLS,
                 "spark_conf": self.settings.spark_conf,
             }))  # fmt: skip

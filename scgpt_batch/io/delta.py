@@ -20,8 +20,8 @@ def table_path(table: str) -> str | None:
     return path and canonical(path)
 
 
-def open_table(path: str) -> Any:
-    """Return the `deltalake.DeltaTable` at a path.
+def open_table(path: str, version: int | None = None) -> Any:
+    """Return the `deltalake.DeltaTable` at a path, by default in its newest version.
 
     Raises
     ------
@@ -33,7 +33,7 @@ def open_table(path: str) -> Any:
     with _delta_errors(path):
         from deltalake import DeltaTable
 
-        return DeltaTable(path)
+        return DeltaTable(path, version=version)
 
 
 @contextmanager
@@ -54,7 +54,7 @@ def _delta_errors(path: str) -> Iterator[None]:
         raise SparkNeeded(f"{path} cannot be read without Spark: {str(exc).splitlines()[0]}") from exc
 
 
-def open_dataset(path: str) -> Any:
+def open_dataset(path: str, version: int | None = None) -> Any:
     """Return the `pyarrow.dataset.Dataset` of the Delta table at a path; raises as `open_table` does."""
     with _delta_errors(path):
-        return open_table(path).to_pyarrow_dataset()
+        return open_table(path, version).to_pyarrow_dataset()

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from scgpt_batch.analysis.gene_vectors import GeneVectors
 from scgpt_batch.report import maps
 from scgpt_batch.report.movement import Movement, mean_vectors, movement
 from scgpt_batch.report.neighbours import NearestGenes, nearest_genes
@@ -23,8 +24,8 @@ VIRIDIS = ("440154", "472d7b", "3b528b", "2c728e", "21918c", "28ae80", "5ec962",
 
 
 @dataclass(frozen=True)
-class Vectors:
-    """What the vectors of a table are of.
+class CellVectors:
+    """Cell embeddings, and what is known of the cells.
 
     Attributes
     ----------
@@ -32,22 +33,6 @@ class Vectors:
         The table as it was named.
     model
         The columns mode, model_name, model_version and params_hash.
-    count, dimension
-        Cells or genes, and numbers in a vector.
-    """
-
-    source: str
-    model: Mapping[str, str]
-    count: int
-    dimension: int
-
-
-@dataclass(frozen=True)
-class CellVectors:
-    """Cell embeddings, and what is known of the cells.
-
-    Attributes
-    ----------
     vectors
         float32, (cells, d).
     names
@@ -58,19 +43,22 @@ class CellVectors:
         Cells × programs; may have no columns.
     """
 
-    of: Vectors
+    source: str
+    model: Mapping[str, str]
     vectors: np.ndarray
     names: np.ndarray
     obs: pd.DataFrame
     scores: pd.DataFrame
 
+    @property
+    def count(self) -> int:
+        """The number of cells."""
+        return len(self.vectors)
 
-@dataclass(frozen=True)
-class GeneVectors:
-    """Gene embeddings: genes × d by group of cells; static vectors have the key None."""
-
-    of: Vectors
-    groups: Mapping[str | None, pd.DataFrame]
+    @property
+    def dimension(self) -> int:
+        """The length of a vector."""
+        return self.vectors.shape[1]
 
 
 @dataclass(frozen=True)
@@ -127,6 +115,11 @@ class Contents:
     runs: pd.DataFrame | None = None
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def vectors(self) -> list[CellVectors | GeneVectors]:
+        """The vectors of cells and genes."""
+        return [*([self.cells] if self.cells else []), *self.genes]
+
 
 @dataclass(frozen=True)
 class CellMap:
@@ -147,7 +140,7 @@ class GeneMap:
     first: int
     nearest: NearestGenes
     drawn: int
-    of: Vectors
+    of: GeneVectors
 
 
 @dataclass(frozen=True)
@@ -193,7 +186,7 @@ def _gene_map(found: GeneVectors, programs: pd.DataFrame | None, seed: int) -> G
     first_gene = vectors.index.get_indexer(leading)[0] if leading else 0
     return GeneMap(
         project(x, seed=seed), vectors.index, program, max(int(first_gene), 0), nearest_genes(x, seed=seed),
-        min(len(x), DRAWN), found.of,
+        min(len(x), DRAWN), found,
     )  # fmt: skip
 
 
@@ -231,8 +224,7 @@ def render(report: Report) -> str:
 
 
 def _title(contents: Contents) -> str:
-    found = ([contents.cells.of] if contents.cells else []) + [each.of for each in contents.genes]
-    models = dict.fromkeys(f"{of.model['model_name']} version {of.model['model_version']}" for of in found)
+    models = dict.fromkeys(f"{of.model['model_name']} version {of.model['model_version']}" for of in contents.vectors)
     return " and ".join(models) or "embeddings"
 
 
@@ -241,12 +233,10 @@ def _title(contents: Contents) -> str:
 
 def _ran(contents: Contents) -> dict[str, Any]:
     cards = []
-    found = [("Cells", contents.cells.of)] if contents.cells else []
-    for label, of in [*found, *(("Genes", each.of) for each in contents.genes)]:
-        mode = of.model["mode"]
-        name = {"cell": "Cell vectors", "static": "Static gene vectors", "contextual": "Contextual gene vectors"}
+    names = {"cell": "Cell vectors", "static": "Static gene vectors", "contextual": "Contextual gene vectors"}
+    for of in contents.vectors:
         cards.append(_card(
-            name.get(mode, label), f"{of.count:,} × {of.dimension:,}",
+            names[of.model["mode"]], f"{of.count:,} × {of.dimension:,}",
             f"{of.model['model_name']} version {of.model['model_version']}, parameters {of.model['params_hash'][:8]}. "
             f"Table {of.source}",
         ))  # fmt: skip

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from scgpt_batch.analysis.gene_vectors import GeneVectors
 from scgpt_batch.report import page
 from tests.analysis_data import LABELS, cluster_vectors
 from tests.paths import REPO
@@ -17,14 +18,14 @@ def page_file(tmp_path_factory):
     model = {"mode": "contextual", "model_name": "scgpt", "model_version": "3", "params_hash": "0123456789"}
     obs = pd.DataFrame({"cell_type": np.array([*LABELS[:2], HOSTILE], dtype=object)[np.arange(90) % 3]})
     scores = pd.DataFrame({"P1 GENE0": np.linspace(0, 1, 90)})
-    cells = page.CellVectors(page.Vectors("cells", model | {"mode": "cell"}, 90, 8), cluster_vectors(),
-                             np.array([f"c{i}" for i in range(90)]), obs, scores)  # fmt: skip
+    names = np.array([f"c{i}" for i in range(90)])
+    cells = page.CellVectors("cells", model | {"mode": "cell"}, cluster_vectors(), names, obs, scores)
     groups = {
         name: pd.DataFrame(cluster_vectors(60, seed=seed), index=GENES) for seed, name in enumerate(["T", HOSTILE])
     }
     programs = pd.DataFrame({"program": "P1 GENE0", "gene": GENES[:6], "rank": range(1, 7), "stability": 0.9})
     contents = page.Contents(
-        cells=cells, genes=[page.GeneVectors(page.Vectors("genes", model, 60, 8), groups)], programs=programs,
+        cells=cells, genes=[GeneVectors("genes", model, groups)], programs=programs,
         label_column="cell_type",
         group_scores=pd.DataFrame({"P1 GENE0": [0.1, 0.9]}, index=["T", HOSTILE]),
     )  # fmt: skip

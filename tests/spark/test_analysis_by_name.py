@@ -8,8 +8,10 @@ import pytest
 from deltalake import DeltaTable, write_deltalake
 
 import scgpt_batch as sb
+from scgpt_batch.cli.analysis_tables import AnalysisTables
 from scgpt_batch.cli.main import OK, WRONG_USAGE
 from scgpt_batch.errors import ConfigError
+from scgpt_batch.io.rows import to_row
 from tests.analysis_data import CELLS, cell_lines, cluster_vectors, embedding_lines, gene_lines, labelled_cells
 from tests.paths import REPO
 
@@ -147,3 +149,37 @@ def test_the_documented_sql_function_finds_the_nearest_genes(spark, both):
             spark.sql(statement)
     found = spark.sql("select * from similar_genes('G5', 4) order by similarity desc").toPandas()
     assert found["neighbour"].tolist() == sb.similar_genes(path, "G5", k=4)["neighbour"].tolist()
+
+
+def test_all_readings_of_a_named_table_are_of_one_version(spark, both):
+    name, _ = both("v_genes", gene_lines())
+    tables = AnalysisTables({})
+    tables.columns(name)
+    later = gene_lines(version="2", hours=1)
+    spark.createDataFrame(later).write.format("delta").mode("append").saveAsTable(name)
+    assert tables.values(name, "model_version") == ["1"]
+    assert tables.read(name, ["run_id"]).num_rows == CELLS
+    assert tables.embeddings(name).model["model_version"] == "1"
+    assert tables.static_lines(name, "").model["model_version"] == "1"
+    made_of = tables.made_of(name, tables.embeddings(name).model, {})
+    assert made_of["source_version"] == tables.version(name) < AnalysisTables({}).version(name)
+
+
+def test_the_report_of_named_tables_equals_that_of_paths(spark, both, run, tmp_path):
+    rows = [{"adata_id": "donor:0-90", **to_row(labelled_cells())}]
+    pairs = [both("r_cells", cell_lines()), both("r_genes", gene_lines()), both("r_rows", pa.Table.from_pylist(rows))]
+    pages = []
+    for number, (cells, genes, obs) in enumerate(zip(*pairs, strict=True)):
+        page = tmp_path / f"{number}.html"
+        words = ["--embeddings", cells, genes, "--obs", obs, "--label-column", "cell_type", "--report", page]
+        code, result, _ = run("report", *words)
+        assert (code, result["cells"], result["genes"]) == (OK, CELLS, CELLS)
+        text = page.read_text()
+        for table in (cells, genes, obs):
+            text = text.replace(table, "TABLE")
+        text = re.sub(r'"[\w+/]{40,}=*"', "numbers", text)  # whose last digit depends on where vectors are in memory
+        parts = re.findall(r"<(?:script|section)[^>]*>.*?</(?:script|section)>", text, re.DOTALL)
+        pages.append([part for part in parts if 'id="made"' not in part])  # names the tables that do not exist
+    assert len(pages[0]) > 5
+    for by_name, at_path in zip(*pages, strict=True):
+        assert by_name == at_path
