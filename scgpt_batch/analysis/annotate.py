@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
+from scgpt_batch.analysis.largest import largest
 from scgpt_batch.errors import ConfigError
 
 QUERY_BLOCK, REFERENCE_BLOCK = 2_048, 16_384  # 134 MB of similarities at a time
@@ -211,7 +212,7 @@ def _best_of_block(similarity: np.ndarray, best: np.ndarray, k: int) -> tuple[np
     """
     n, width = similarity.shape
     if best.shape[1] < k:
-        top = np.argpartition(similarity, width - min(k, width), axis=1)[:, width - min(k, width) :]
+        top = largest(similarity, min(k, width))
         return np.take_along_axis(similarity, top, axis=1), top
     rows, columns = np.divmod(np.flatnonzero(similarity > best[:, -1:]), width)  # faster than np.nonzero
     counts = np.bincount(rows, minlength=n)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from scgpt_batch.analysis.largest import largest
+
 EXACT = 12_000  # up to this many genes are compared with all others; takes about two seconds
 CELLS_SEARCHED = 24
 CHECKED = 200  # genes whose neighbours are also searched exactly
@@ -90,7 +92,7 @@ def _among(unit: np.ndarray, genes: np.ndarray, candidates: np.ndarray, k: int) 
         part = slice(start, start + BLOCK)
         similarity = unit[genes[part]] @ others.T
         similarity[np.arange(len(similarity)), own[part]] = -np.inf
-        top = np.argpartition(-similarity, max(k - 1, 0), axis=1)[:, :k]
+        top = largest(similarity, k)
         values = np.take_along_axis(similarity, top, axis=1)
         order = np.lexsort((top, -values), axis=1)
         index[part] = candidates[np.take_along_axis(top, order, axis=1)]

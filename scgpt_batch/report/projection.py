@@ -10,6 +10,8 @@ import anndata as ad
 import numpy as np
 import scanpy as sc
 
+from scgpt_batch.analysis.largest import largest
+
 COMPONENTS = 50  # principal components from which neighbours are found; scanpy's number
 LANDMARKS = 5_000
 NEIGHBOURS = 15  # of UMAP
@@ -110,10 +112,11 @@ def _placed(x: np.ndarray, landmarks: np.ndarray, laid: np.ndarray) -> np.ndarra
     k = min(PLACED_BY, len(landmarks))
     for start in range(0, len(x), BLOCK):
         part = x[start : start + BLOCK]
-        distance = norms - 2 * (part @ landmarks.T)  # squared, without the part's own norms
-        nearest = np.argpartition(distance, k - 1, axis=1)[:, :k]
+        nearness = part @ landmarks.T  # minus half of the squared distance, without the part's own norms
+        nearness -= norms / 2
+        nearest = largest(nearness, k)
         own = (part * part).sum(axis=1)[:, None]
-        squared = np.maximum(np.take_along_axis(distance, nearest, axis=1) + own, 1e-9)
+        squared = np.maximum(own - 2 * np.take_along_axis(nearness, nearest, axis=1), 1e-9)
         weight = 1 / squared
         weight /= weight.sum(axis=1, keepdims=True)
         xy[start : start + BLOCK] = np.einsum("nk,nkd->nd", weight, laid[nearest])

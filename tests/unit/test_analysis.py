@@ -11,6 +11,7 @@ from sklearn.neighbors import NearestNeighbors
 from scgpt_batch.analysis import annotate
 from scgpt_batch.analysis.annotate import Neighbors, nearest_cells, transfer_labels
 from scgpt_batch.analysis.clusters import leiden, neighbor_graph
+from scgpt_batch.analysis.largest import largest
 from scgpt_batch.analysis.programs import find_programs, score_programs, stability
 from scgpt_batch.errors import ConfigError
 
@@ -178,3 +179,13 @@ def test_half_of_the_cells_label_the_other_half():
     names = np.array([f"type {i}" for i in labels], dtype=object)
     found = transfer_labels(nearest_cells(x[::2], x[1::2], 5), names[1::2])
     assert (found["label"] == names[::2]).all() and (found["confidence"] == 1).all()
+
+
+@pytest.mark.parametrize(("width", "k"), [(1, 1), (5, 5), (7, 0), (7, 3), (100, 1), (1_000, 10), (1_003, 5)])
+def test_largest_values_are_those_of_a_sort(width, k):
+    values = np.random.default_rng(width).integers(-50, 50, (40, width)).astype(np.float32)  # many are equal
+    values[:, : width // 3] = -np.inf
+    columns = largest(values, k)
+    assert columns.shape == (40, k) and all(len(set(row)) == k for row in columns.tolist())
+    found = np.sort(np.take_along_axis(values, columns, axis=1), axis=1)
+    assert np.array_equal(found, np.sort(values, axis=1)[:, width - k :])
