@@ -200,7 +200,26 @@ def compare(
     theirs = cell_metrics(hvg_pca(cells, batch_key=batch_key, seed=seed), labels, batches=batches, k=k, seed=seed)
     table = pd.DataFrame({"metric": list(ours), "embedding": list(ours.values()), "baseline": list(theirs.values())})
     table["difference"] = table["embedding"] - table["baseline"]
-    return Comparison(table, _verdict(ours, theirs, int(kept.sum())))
+    return Comparison(table, verdict(ours, theirs, f"these {int(kept.sum()):,} cells"))
+
+
+def verdict(ours: Mapping[str, float], theirs: Mapping[str, float], cells: str = "these cells") -> str:
+    """Say in a sentence whether an embedding or the baseline is better.
+
+    Parameters
+    ----------
+    ours, theirs
+        Figures of `cell_metrics`.
+    cells
+        Which cells were measured, in words.
+    """
+    difference = ours["avg_bio"] - theirs["avg_bio"]
+    how = "about as well as" if abs(difference) < 0.02 else "better than" if difference > 0 else "worse than"
+    return (
+        f"On {cells} the embedding separates the labels {how} HVG + PCA: average of ARI, NMI and "
+        f"silhouette {ours['avg_bio']:.2f} against {theirs['avg_bio']:.2f}, neighbours' labels right for "
+        f"{ours['knn_accuracy']:.0%} against {theirs['knn_accuracy']:.0%} of the cells."
+    )
 
 
 def gene_family_recall(vectors: pd.DataFrame, *, k: int = 10, n_permutations: int = 20, seed: int = 0) -> pd.DataFrame:
@@ -312,13 +331,3 @@ def _recall(unit: np.ndarray, of_family: np.ndarray, k: int) -> float:
 
 def _without_self(neighbors: Neighbors) -> list[np.ndarray]:
     return [row[row != i][: len(row) - 1] for i, row in enumerate(neighbors.index)]
-
-
-def _verdict(ours: Mapping[str, float], theirs: Mapping[str, float], n_cells: int) -> str:
-    difference = ours["avg_bio"] - theirs["avg_bio"]
-    how = "about as well as" if abs(difference) < 0.02 else "better than" if difference > 0 else "worse than"
-    return (
-        f"On these {n_cells:,} cells the embedding separates the labels {how} HVG + PCA: average of ARI, NMI and "
-        f"silhouette {ours['avg_bio']:.2f} against {theirs['avg_bio']:.2f}, neighbours' labels right for "
-        f"{ours['knn_accuracy']:.0%} against {theirs['knn_accuracy']:.0%} of the cells."
-    )

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
+from scgpt_batch.analysis.evaluate import verdict
 from scgpt_batch.analysis.gene_vectors import GeneVectors
 from scgpt_batch.analysis.programs import find_programs, score_programs
 from scgpt_batch.cli.analysis_tables import AnalysisTables
@@ -278,7 +279,7 @@ class _Reader:
                 of_genes = column is None or pd.isna(column) or not column
                 baseline = "permuted names" if of_genes else "HVG + PCA"
                 what = "Gene families" if of_genes else f"Labels in column {column}"
-                found.append(Evaluation(of_column, baseline, "", f"{what}, from {table}."))
+                found.append(Evaluation(of_column, baseline, _verdict(of_column), f"{what}, from {table}."))
         if found or cells is None or not self.settings.label_column:
             return found
         try:
@@ -340,6 +341,14 @@ class _Reader:
                 self.notes.append(f"{table} has no lines about the model version of this page.")
             frame = frame[shown]
         return frame.sort_values("written_at", kind="stable") if "written_at" in frame else frame
+
+
+def _verdict(figures: pd.DataFrame) -> str:
+    """Return the verdict of stored figures of cells beside their baseline; nothing for other figures."""
+    known = figures.dropna(subset=["value", "baseline"]).set_index("metric")
+    if not {"avg_bio", "knn_accuracy"} <= set(known.index):
+        return ""
+    return verdict(known["value"].to_dict(), known["baseline"].to_dict())
 
 
 def _kind(table: str, columns: list[str]) -> str:

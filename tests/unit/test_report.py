@@ -78,6 +78,16 @@ def test_page_has_a_section_for_each_table(report, tmp_path):
     assert any(column["name"].startswith("score ") for column in cells["columns"])
 
 
+def test_stored_figures_have_a_verdict(report, folder):
+    figures = pd.DataFrame({
+        "metric": ["knn_accuracy", "avg_bio", "drift_mean_cosine"], "value": [0.8, 0.9, 1.0],
+        "baseline": [0.7, 0.5, None], "label_column": "cell_type",
+    })  # fmt: skip
+    write_deltalake(str(folder / "figures"), pa.Table.from_pandas(figures, preserve_index=False), mode="overwrite")
+    text = report(tables=("cells", "figures"))[3]
+    assert "the embedding separates the labels better than HVG + PCA" in text
+
+
 def test_text_of_tables_is_escaped(report):
     text = report()[3]
     assert HOSTILE not in text and "<img" not in text
