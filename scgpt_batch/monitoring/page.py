@@ -100,9 +100,9 @@ def with_unit(value: Any, unit: str) -> str:
     if isinstance(value, str):
         return value
     if unit == "%":
-        return f"{100 * float(value):.3g} %"
+        return f"{100 * float(value):.3g}\N{NO-BREAK SPACE}%"
     if unit:
-        return f"{float(value):,.0f} {unit}"
+        return f"{float(value):,.0f}\N{NO-BREAK SPACE}{unit}"
     return f"{float(value):,.5g}"
 
 

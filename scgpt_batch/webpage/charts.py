@@ -10,7 +10,7 @@ from scgpt_batch.webpage.page import readable, words
 SERIES = 4  # maximum number of lines in a chart; the style sheet has this many colours and dashes
 HOURS = (1, 3, 6, 12, 24, 48, 168, 336, 720)  # distances between times on an axis
 TIMES_ON_AXIS = 9
-DENSE = 60  # points of a line from which the dots are smaller
+DENSE = 60  # points of a line from which only dots that no line joins are drawn; others would hide its dashes
 
 
 def line_chart(label: str, times: Sequence[datetime], series: Mapping[str, Sequence[float | None]]) -> dict[str, Any]:
@@ -77,14 +77,19 @@ def _line(
     heights: Sequence[float | None],
     values: Sequence[float | None],
 ) -> dict[str, Any]:
-    path, dots, is_drawn = [], [], False
+    path: list[str] = []
+    dots: list[dict[str, Any]] = []
+    is_drawn = False
     for at, time, height, value in zip(x, times, heights, values, strict=True):
         if height is None:
             is_drawn = False
             continue
         y = round(1000 * (1 - height), 1)
         path.append(f"{'L' if is_drawn else 'M'}{at:.1f} {y}")
-        dots.append({"x": round(at, 1), "y": y, "text": f"{time:%Y-%m-%d %H:%M}: {readable(value)}"})
+        if is_drawn:
+            dots[-1]["is_alone"] = False
+        text = f"{time:%Y-%m-%d %H:%M}: {readable(value)}"
+        dots.append({"x": round(at, 1), "y": y, "text": text, "is_alone": not is_drawn})
         is_drawn = True
     return {"number": number, "name": words(name), "path": "".join(path), "dots": dots}
 

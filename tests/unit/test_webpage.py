@@ -44,7 +44,7 @@ def test_lines_start_again_after_a_missing_value():
     (line,) = line_chart("label", times, {"p50_ms": [1.0, None, 2.0, 4.0]})["series"]
     assert line["name"] == "p50 ms"
     assert line["path"] == "M0.0 750.0M666.7 500.0L1000.0 0.0"
-    assert [dot["text"][-1] for dot in line["dots"]] == ["1", "2", "4"]
+    assert [(dot["text"][-1], dot["is_alone"]) for dot in line["dots"]] == [("1", True), ("2", False), ("4", False)]
 
 
 def test_bars_are_shares_of_the_longest():
@@ -105,7 +105,12 @@ def test_traffic_says_which_hours_are_not_complete():
 )  # fmt: skip
 def test_every_rule_has_a_card_with_value_and_threshold(outcome, value, verdict, note):
     card = monitoring_page.card(outcome, SETTINGS)
-    assert (card["value"], card["verdict"], card["note"]) == (value, verdict, note)
+    found = (card[name].replace("\N{NO-BREAK SPACE}", " ") for name in ("value", "verdict", "note"))
+    assert tuple(found) == (value, verdict, note)
+
+
+def test_a_line_does_not_break_between_a_number_and_its_unit():
+    assert monitoring_page.with_unit(0.25, "%") == "25\N{NO-BREAK SPACE}%"
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
