@@ -165,8 +165,15 @@ def _post(endpoint: Endpoint, rows: list[Row]) -> list[Row]:
     except requests.RequestException as exc:
         message = f"endpoint {endpoint.name!r} at {endpoint.url} cannot be reached: {type(exc).__name__}"
         raise _Refused(message, divisible=False) from exc
+    if reply.status_code in (401, 403):
+        raise _Refused(
+            f"endpoint {endpoint.name!r} rejects the token (HTTP {reply.status_code}: {_message(reply)}): it is "
+            f"missing, expired, or lacks CAN QUERY. Set {TOKEN} and register ai_query again, or register it with a "
+            "token function, whose tokens may change during a query",
+            divisible=False,
+        )
     if not reply.ok:
-        # 400 and 413 can be caused by one row; 401 or 503 affect all of them
+        # 400 and 413 can be caused by one row; 503 affects all of them
         raise _Refused(f"HTTP {reply.status_code}: {_message(reply)}", divisible=reply.status_code in (400, 413))
     return reply.json()["predictions"]
 

@@ -18,6 +18,7 @@ from scgpt_batch.inference.results import unpack
 from scgpt_batch.io.rows import PAYLOAD_COLUMNS, to_row
 from scgpt_batch.models.scgpt import Vocabulary
 from scgpt_batch.spark import register_ai_query, tables
+from tests.databricks_workspace import Workspace, served
 from tests.endpoint_process import EndpointProcess, payload
 from tests.helpers import assert_close, random_adata, write_rows
 from tests.paths import GOLDEN, REPO
@@ -181,6 +182,36 @@ def test_token_function_is_called_in_the_workers(spark, server, table):
     spark.sql(f"select ai_query('scgpt', {STRUCT}) as a from {good(table)}").collect()
     register_ai_query(spark, {"scgpt": server[0], "closed": "http://127.0.0.1:9"})
     assert set(server[1]) == {("/invocations", "Bearer fresh")}
+
+
+REJECTED = {
+    "none": ("", "HTTP 401: Credential was not sent"),
+    "wrong": ("guessed-secret", "HTTP 401: Credential was not sent"),
+    "expired": ("secret", "HTTP 403: Invalid access token."),
+}
+
+
+@pytest.fixture(params=REJECTED)
+def rejecting(request, spark, server, table, monkeypatch, tmp_path):
+    """What a workspace says that rejects the query's token."""
+    token, said = REJECTED[request.param]
+    with served(Workspace(expires_after=0), monkeypatch, tmp_path) as workspace:
+        register_ai_query(spark, {"scgpt": f"{workspace.url}/serving-endpoints/scgpt"}, token=lambda: token)
+        yield said
+    register_ai_query(spark, {"scgpt": server[0], "closed": "http://127.0.0.1:9"})
+
+
+def test_rejected_token_fails_the_query_with_what_to_do(spark, table, rejecting):
+    with pytest.raises(PythonException) as failed:
+        spark.sql(f"select ai_query('scgpt', {STRUCT}) as a from {good(table)}").collect()
+    assert f"ai_query: endpoint 'scgpt' rejects the token ({rejecting}" in str(failed.value)
+    assert "lacks CAN QUERY" in str(failed.value) and "guessed-secret" not in str(failed.value)
+
+
+def test_rejected_token_is_the_error_message_of_each_row(spark, table, rejecting):
+    query = f"select ai_query('scgpt', {STRUCT}, failOnError => false) as a from {good(table)}"
+    errors = [row["a"]["errorMessage"] for row in spark.sql(query).collect()]
+    assert len(errors) == 3 and all(rejecting in error and "rejects the token" in error for error in errors)
 
 
 def test_invalid_url_is_rejected(spark):
