@@ -421,6 +421,9 @@ class DeploySettings(WorkspaceSettings):
         description="new table CATALOG.SCHEMA.PREFIX_payload for requests; default: beside the model; none: off",
     )
     usage_tracking: bool = Field(False, description="record usage in system tables, if the workspace supports it")
+    allow_user: bool = Field(
+        False, description="create the endpoint as a person, whose identity it keeps, not as a service principal"
+    )
     can_query: tuple[str, ...] = Field((), description="groups, users or service principal ids that may query it")
     poll_seconds: float = Field(10.0, gt=0, description="interval between checks while the endpoint updates")
     timeout_minutes: float = Field(60.0, gt=0, description="how long to wait for an update, which then continues")

@@ -75,6 +75,7 @@ class Workspace:
     server_log: str = "INFO model opened on cuda"  # its end
     predict: RowResult | None = None
     requests: list[tuple[str, str, Any]] = field(default_factory=list)  # method, path, body
+    user: str = "0a1b2c3d-0000-4000-8000-000000000001"  # who is logged in: a service principal's application id
     token: str = "secret"
     expires_after: int | None = None  # requests until the token expires; None: it does not
     url: str = ""
@@ -128,6 +129,9 @@ class Workspace:
 
     def known(self, _: Any = None) -> dict:
         return {}
+
+    def me(self) -> dict:
+        return {"id": "1", "userName": self.user}
 
     def get_version(self, name: str, version: str) -> dict:
         status = self.models.get(name, {"versions": {}})["versions"].get(version)
@@ -394,6 +398,7 @@ MLFLOW = "/api/2.0/mlflow/unity-catalog"
 E20 = "/api/2.0/serving-endpoints"
 ROUTES = [
     ("GET", r"/\.well-known/databricks-config", Workspace.known),
+    ("GET", r"/api/2.0/(?:preview/)?scim/v2/Me", Workspace.me),
     ("GET", r"/api/2.1/unity-catalog/models/([^/]+)/aliases/([^/]+)", Workspace.get_alias),
     ("GET", r"/api/2.1/unity-catalog/models/([^/]+)/versions/([^/]+)", Workspace.get_version),
     ("GET", r"/api/2.1/unity-catalog/tables/([^/]+)/exists", Workspace.table_exists),

@@ -43,7 +43,8 @@ GROUPS: dict[str, dict[str, str]] = {
     },
     "endpoint": {
         "endpoint": "NAME", "rollback": "", "traffic": "old=N,new=N", "workload_type": "TYPE", "workload_size": "SIZE",
-        "scale_to_zero": "", "usage_tracking": "", "can_query": "PRINCIPAL", "host": "ADDRESS", "port": "PORT",
+        "scale_to_zero": "", "usage_tracking": "", "allow_user": "", "can_query": "PRINCIPAL",
+        "host": "ADDRESS", "port": "PORT",
         "trusted_proxies": "ADDRESS", "allow_without_token": "", "timeout_seconds": "SECONDS",
         "header_seconds": "SECONDS", "body_seconds": "SECONDS", "shutdown_seconds": "SECONDS",
         "flush_seconds": "SECONDS", "max_request_bytes": "BYTES", "max_answer_bytes": "BYTES", "max_concurrent": "",

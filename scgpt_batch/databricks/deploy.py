@@ -39,6 +39,7 @@ from scgpt_batch.settings import DeploySettings
 logger = logging.getLogger(__name__)
 
 MODEL_URI = re.compile(r"models:/(?P<name>[^./@\s]+\.[^./@\s]+\.[^./@\s]+)(/(?P<version>\d+)|@(?P<alias>[^/@\s]+))")
+APPLICATION_ID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")  # of a service principal
 PREVIOUS = "scgpt_batch_previous_version"  # a tag of the endpoint, read by --rollback
 MANAGE = "CAN MANAGE on the endpoint"
 
@@ -96,7 +97,8 @@ def deploy(settings: DeploySettings) -> DeployResult:
     Raises
     ------
     ConfigError
-        A name, version or permission is missing. What the message names was not changed.
+        A name, version or permission is missing, or a person would create the endpoint. What the message names was not
+        changed.
     ScgptBatchError
         Databricks could not apply the update. The old version keeps serving; run the same command again.
     """
@@ -274,6 +276,7 @@ def _changes(
     workspace: WorkspaceClient, settings: DeploySettings, endpoint: ServingEndpointDetailed | None, goal: Goal
 ) -> list[Change]:
     if endpoint is None:
+        _check_creator(workspace, settings)
         described = [f"create endpoint {settings.endpoint}", *_differences(goal, None)]
         if goal.table:
             described.append(f"log requests and responses to {goal.table}")
@@ -281,6 +284,24 @@ def _changes(
     else:
         changes = _updates(workspace, settings, endpoint, goal)
     return changes + _grants(workspace, settings, endpoint)
+
+
+def _check_creator(workspace: WorkspaceClient, settings: DeploySettings) -> None:
+    """Raise ConfigError if a person would create the endpoint: it keeps this identity and fails when they leave."""
+    try:
+        with explained("read who is logged in"):
+            name = workspace.current_user.me().user_name or ""
+    except ScgptBatchError as exc:
+        if not isinstance(exc.__cause__, NotFound):
+            raise
+        logger.info("cannot tell whether a service principal is logged in: %s", exc)
+        return
+    if not settings.allow_user and not APPLICATION_ID.fullmatch(name):
+        raise ConfigError(
+            f"endpoint {settings.endpoint!r} would run as {name} for ever, and fail when this account ends: log in as "
+            "a service principal (DATABRICKS_CONFIG_PROFILE, or DATABRICKS_CLIENT_ID and DATABRICKS_CLIENT_SECRET). "
+            "For an endpoint of your own use --allow-user"
+        )
 
 
 def _updates(
@@ -457,7 +478,7 @@ def _grants(
 
 def _grant(name: str) -> ServingEndpointAccessControlRequest:
     """Grant to a user (an email address), a service principal (an application id) or else a group of this name."""
-    is_id = re.fullmatch(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", name)
+    is_id = APPLICATION_ID.fullmatch(name)
     field = "user_name" if "@" in name else "service_principal_name" if is_id else "group_name"
     return ServingEndpointAccessControlRequest(
         permission_level=ServingEndpointPermissionLevel.CAN_QUERY, **{field: name}

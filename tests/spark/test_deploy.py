@@ -95,6 +95,24 @@ def test_new_endpoint_serves_the_version_of_the_alias(deploy, workspace):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("flags", [(), ("--plan",)])
+def test_person_does_not_create_an_endpoint(deploy, workspace, flags):
+    workspace.user = "ann@lab.org"
+    code, _, err = deploy("/3", *flags)
+    assert (code, workspace.endpoints) == (WRONG_USAGE, {})
+    assert "would run as ann@lab.org for ever" in err and "log in as a service principal" in err
+
+
+def test_person_may_create_an_endpoint_of_their_own(deploy, workspace):
+    workspace.user = "ann@lab.org"
+    assert deploy("/3", "--allow-user")[0] == OK and serving(workspace) == {"3": 100}
+
+
+def test_person_may_change_an_endpoint_of_a_service_principal(deploy, deployed, workspace):
+    workspace.user = "ann@lab.org"
+    assert deploy("/4")[0] == OK and serving(workspace) == {"4": 100}
+
+
 def test_second_run_changes_nothing(deploy, deployed, workspace):
     code, summary, _ = deploy()
     assert (code, summary["state"], summary["changes"]) == (OK, "READY", [])

@@ -275,7 +275,7 @@ def test_nothing_is_open_to_every_user(target):
 
 def test_only_its_deployer_can_write_to_the_bundles_folder():
     prod = AS_WRITTEN["targets"]["prod"]
-    assert prod["workspace"]["root_path"].startswith("/Workspace/Users/${workspace.current_user.userName}/")
+    assert prod["workspace"]["root_path"].startswith("/Workspace/Users/${var.deployer}/")
     names = [experiment["name"] for experiment in AS_WRITTEN["resources"]["experiments"].values()]
     assert all(name.startswith("/Users/${workspace.current_user.userName}/") for name in names)
 
