@@ -46,7 +46,7 @@ def resolved(target: str, *, override: Mapping[str, Any] = MappingProxyType({}),
     declared = bundle["variables"]
     values = {name: variable["default"] for name, variable in declared.items() if "default" in variable}
     values |= bundle["targets"][target].get("variables", {}) | GIVEN
-    values |= {"principal": "app-id"} if target == "prod" else {}
+    values |= {"principal": "app-id", "deployer": "deployer-id"} if target == "prod" else {}
     assert given.keys() <= declared.keys()
     context = {
         "var": values | given,

@@ -225,6 +225,11 @@ def test_index_follows_the_table_of_its_task(index, task):
     assert found["vector_search_indexes"][index]["primary_key"] == "embedding_id"
 
 
+def test_deployer_can_read_the_tables_of_the_indexes():
+    grants = bundles.resolved("prod")["schemas"]["scgpt"]["grants"]
+    assert {"principal": "deployer-id", "privileges": ["SELECT"]} in grants
+
+
 @pytest.mark.parametrize("index", AS_WRITTEN["resources"]["vector_search_indexes"])
 def test_index_matches_the_classes_of_the_sdk(index):
     found = bundles.resolved("prod")["vector_search_indexes"][index]
