@@ -1,28 +1,29 @@
-"""The unattended run: killed, concurrent, with a deadly row, planned, as a stream, and over samples of several rows."""
+"""The unattended run: killed, concurrent, with a deadly row, planned, and as a stream."""
 
+import io
+import json
+import logging
 import os
 import re
 import sys
 import threading
 import time
 from collections import defaultdict
+from contextlib import redirect_stdout
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-import anndata as ad
 import numpy as np
 import pytest
 from pyspark import TaskContext
 from pyspark.sql import functions as F
 
 from scgpt_batch.cli.main import FAILED, OK, WRONG_USAGE, main
-from scgpt_batch.inference.engine import load_embedder
-from scgpt_batch.io.rows import to_row
-from scgpt_batch.parameters import Parameters
 from scgpt_batch.spark import embed, tables
 from scgpt_batch.spark.isolation import isolates
 from scgpt_batch.spark.pending import key_range_filter, n_tasks, pending_rows, with_tasks
-from tests.helpers import assert_close, small_rows, write_rows
+from tests.helpers import small_rows, write_rows
 from tests.paths import DATA
 
 CELLS = ["--mode", "cell", "--need-preprocess", "false", "--data-is-raw", "true"]
@@ -34,10 +35,38 @@ WAVES = ["--wave-cells", "12"]  # waves of four rows
 
 @pytest.fixture(scope="module")
 def rows(spark, home, golden):
-    """Twelve rows of three cells, which no test changes."""
+    """Twelve rows of three cells, with the hash that ingest gives; the values of the first three are no counts."""
     table = f"delta.`{home}/rows`"
-    write_rows(spark, small_rows(12, golden), table)
+    made = [row | {"content_hash": row["adata_id"]} for row in small_rows(12, golden)]
+    for row in made[:3]:
+        row["x_data"] = row["x_data"] / 2
+    write_rows(spark, made, table)
     return table
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A run: the command's words, its JSON line and what it logged."""
+
+    words: list[str]
+    summary: dict
+    logged: list[str]
+
+
+@pytest.fixture(scope="module")
+def embedded(home, model, rows):
+    """A run over the twelve rows."""
+    words = ["embed", "--model-uri", model, "--input-table", rows, "--output-table", f"delta.`{home}/out`", *CELLS]
+    output, logged = io.StringIO(), []
+    handler = logging.Handler()
+    handler.emit = lambda record: logged.append(record.getMessage())
+    embed.logger.addHandler(handler)
+    try:
+        with redirect_stdout(output):
+            assert main(words) == OK
+    finally:
+        embed.logger.removeHandler(handler)
+    return Embedded(words, json.loads(output.getvalue().splitlines()[-1]), logged)
 
 
 @pytest.fixture
@@ -120,14 +149,16 @@ def test_concurrent_runs_produce_the_tables_of_one(spark, tmp_path, words):
     assert_each_cell_once(spark, tmp_path)
 
 
-def test_plan_counts_pending_rows_and_writes_nothing(spark, run, tmp_path, words):
+def test_plan_counts_pending_rows_and_writes_nothing(run, tmp_path, words):
     code, plan, _ = run(*words, *WAVES, "--plan")
     assert (code, plan["rows"], plan["cells"], plan["waves"], plan["partitions"]) == (OK, 12, 36, 3, 12)
     assert plan["seconds_expected"] is None and not (tmp_path / "out").exists()
-    run(*words)
-    again = run(*words, "--plan", "--seed", "1")[1]
+
+
+def test_plan_after_a_run_expects_its_rate(run, embedded):
+    again = run(*embedded.words, "--plan", "--seed", "1")[1]
     assert again["rows"] == 12 and again["seconds_expected"] > 0
-    assert run(*words, "--plan")[1]["rows"] == 0
+    assert run(*embedded.words, "--plan")[1]["rows"] == 0
 
 
 def status(spark):
@@ -163,11 +194,10 @@ def scanned(spark, since):
     return columns
 
 
-def test_run_without_pending_rows_reads_no_payload(spark, run, tmp_path, words, own_rows):
-    spark.sql(f"UPDATE {own_rows} SET content_hash = md5(adata_id)")  # as ingest does; without, payload must be hashed
-    run(*words)
+def test_run_without_pending_rows_reads_no_payload(spark, run, embedded):
     before = last_query(spark)
-    assert run(*words)[1]["rows_skipped"] == 12
+    again = run(*embedded.words)[1]
+    assert (again["rows_in"], again["rows_ok"], again["rows_skipped"], again["embeddings"]) == (12, 0, 12, 0)
     columns = scanned(spark, before)
     assert {"adata_id"} < columns["rows"] <= {"adata_id", "content_hash", "n_obs", "sample_id", "ingested_at"}
     assert {"adata_id"} < columns["out_ledger"] and "embedding" not in columns["out"]
@@ -248,38 +278,6 @@ def test_tasks_are_even_and_have_own_partitions(spark):
     assert len(found) == n and found[0] == 4000 and max(found[1:]) - min(found[1:]) <= 300
 
 
-def test_rows_of_a_sample_share_decisions_and_means(spark, run, tmp_path, model, golden, pbmc3k):
-    embedder = load_embedder(golden / "checkpoint_flash")
-    known = [name for name in pbmc3k.var_names if name in embedder.vocabulary]
-    cells = pbmc3k[:90, known].copy()
-    parts = [
-        to_row(cells[part]) | {"adata_id": f"part-{i}", "sample_id": "donor"}
-        for i, part in enumerate(np.array_split(np.arange(90), 3))
-    ]
-    alone = to_row(pbmc3k[90:120, known].copy()) | {"adata_id": "alone", "sample_id": None}
-    table, out = f"delta.`{tmp_path}/samples`", f"delta.`{tmp_path}/out`"
-    write_rows(spark, [*parts, alone], table)
-    choice = {"mode": "contextual", "data_is_raw": True, "hvg_flavor": "seurat_v3", "subset_hvg": 30}
-    words = ["embed", "--model-uri", model, "--input-table", table, "--output-table", out]
-    words += ["--mode", "contextual", "--data-is-raw", "true", "--hvg-flavor", "seurat_v3", "--subset-hvg", "30"]
-    code, summary, err = run(*words)
-    assert (code, summary["rows_ok"], summary["rows_failed"]) == (OK, 4, 0), err
-    joined = to_row(ad.AnnData(cells.X, obs=cells.obs, var=cells.var))
-    for key, row in {"donor": joined, "alone": alone}.items():
-        wanted = embedder.embed(row, Parameters(**choice))
-        lines = spark.table(out).where(F.col("adata_id") == key).toPandas().set_index("gene")
-        assert sorted(lines.index) == sorted(wanted.genes)
-        assert_close(np.stack(lines.loc[wanted.genes, "embedding"]), wanted.gene_embeddings, atol=1e-5)
-        assert lines.loc[wanted.genes, "n_cells"].tolist() == wanted.n_cells.tolist()
-    assert spark.table(out).select("adata_id").distinct().count() == 2
-    assert run(*words)[1]["rows_skipped"] == 4
-
-    write_rows(spark, [to_row(pbmc3k[120:130, known].copy()) | {"adata_id": "part-3", "sample_id": "donor"}], table)
-    assert (summary := run(*words)[1])["rows_ok"] == 4 and summary["rows_skipped"] == 1
-    lines = spark.table(out).where("adata_id = 'donor'")
-    assert lines.count() == lines.select("gene").distinct().count()
-
-
 def deadly(function, folder, bad):
     """A worker's function that dies with a row unless it isolates rows, and notes the rows that it does isolate.
 
@@ -334,9 +332,7 @@ def test_workers_without_the_package_fail_the_run(spark, run, tmp_path, words, m
     assert code == WRONG_USAGE and "No module named 'scgpt_batch'" in last and "PYSPARK_PYTHON" in last
 
 
-def test_warnings_are_counted_by_kind(spark, run, words, own_rows, caplog):
+def test_warnings_are_counted_by_kind(embedded):
     """Values that are no counts, in three rows of twelve."""
-    spark.sql(f"UPDATE {own_rows} SET x_data = transform(x_data, x -> x / 2) WHERE adata_id < 'good-003'")
-    summary = run(*words)[1]
-    assert list(summary["warnings"].values()) == [3]
-    assert f"3 rows have a warning: {next(iter(summary['warnings']))}" in caplog.messages
+    ((kind, count),) = embedded.summary["warnings"].items()
+    assert count == 3 and f"3 rows have a warning: {kind}" in embedded.logged
