@@ -114,10 +114,13 @@ test: check numbers
 test-e2e: setup chromium
 	$(VENV)/bin/pytest -n 2 --dist loadfile tests/e2e
 
+# The files that hold marked tests; the others need not be imported.
+NUMBERS = $$(grep -l 'mark\.numbers' tests/unit/*.py)
+
 # torch selects its kernels by CPU: "default" has no vector instructions, "avx2" none of 512 bits.
 numbers: setup
-	ATEN_CPU_CAPABILITY=default $(VENV)/bin/pytest -n 2 -m numbers tests/unit
-	ATEN_CPU_CAPABILITY=avx2 $(VENV)/bin/pytest -n 2 -m numbers tests/unit
+	ATEN_CPU_CAPABILITY=default $(VENV)/bin/pytest -n 2 -m numbers $(NUMBERS)
+	ATEN_CPU_CAPABILITY=avx2 $(VENV)/bin/pytest -n 2 -m numbers $(NUMBERS)
 
 # LEGS="newest-3.12 lowest-3.11" runs only these
 test-versions: setup
