@@ -62,7 +62,7 @@ def render(package: str, template: str, *, scripts: Sequence[str] = (), style: s
     environment = Environment(
         loader=folders, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"readable": readable, "words": words}
+    environment.filters |= {"readable": readable, "words": words, "breakable": breakable}
     sources = [source("scgpt_batch.webpage", "page.js"), *scripts]
     return environment.get_template(template).render(
         style=Markup(source("scgpt_batch.webpage", "style.css") + style),
@@ -103,6 +103,13 @@ def readable(value: Any) -> str:
 def words(name: str) -> str:
     """Return a column's name as words: `cells_per_second` → `cells per second`."""
     return name.replace("_", " ")
+
+
+def breakable(text: str) -> str:
+    """Return text whose paths may break after a slash, so that the names of folders and tables stay whole."""
+    from markupsafe import Markup, escape
+
+    return escape(text).replace("/", Markup("/<wbr>"))
 
 
 def _digest(script: str) -> str:

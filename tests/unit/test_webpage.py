@@ -47,6 +47,10 @@ def test_lines_start_again_after_a_missing_value():
     assert [(dot["text"][-1], dot["is_alone"]) for dot in line["dots"]] == [("1", True), ("2", False), ("4", False)]
 
 
+def test_a_path_breaks_after_its_slashes_only():
+    assert page.breakable("Table <b>/data/cells") == "Table &lt;b&gt;/<wbr>data/<wbr>cells"
+
+
 def test_bars_are_shares_of_the_longest():
     bars = bar_chart("label", ["a", "b"], [30.0, 3.0])["bars"]
     assert [(bar["width"], bar["text"]) for bar in bars] == [(100.0, "30"), (10.0, "3")]
