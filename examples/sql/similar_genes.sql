@@ -7,24 +7,31 @@ with newest as (
     order by embedded_at desc
     limit 1
 ),
-genes as (
-    -- a static vector is the same in every row: keep one per gene
-    select gene, any_value(embedding) as embedding
+lines as (
+    select /*+ broadcast(newest) */ gene, embedding, xxhash64(adata_id) as of_row
     from identifier(:table) join newest using (model_name, model_version, params_hash)
     where mode = 'static'
-    group by gene
+),
+-- a static vector is the same in every row: take each gene from one of them
+chosen as (select gene, min(of_row) as of_row from lines group by gene),
+-- Spark compiles sums of single numbers, but interprets functions of arrays such as aggregate(), a third as fast
+numbers as (
+    select /*+ broadcast(chosen) */ gene, position, cast(value as double) as value
+    from lines join chosen using (gene, of_row) lateral view posexplode(embedding) as position, value
+),
+wanted as (
+    select position, cast(value as double) as value
+    from (select embedding from lines where gene = :gene limit 1)
+    lateral view posexplode(embedding) as position, value
 ),
 scored as (
-    select
-        genes.gene as neighbour,
-        aggregate(
-            zip_with(genes.embedding, wanted.embedding, (a, b) -> struct(a * b as ab, a * a as aa, b * b as bb)),
-            struct(0d as ab, 0d as aa, 0d as bb),
-            (sums, x) -> struct(sums.ab + x.ab as ab, sums.aa + x.aa as aa, sums.bb + x.bb as bb),
-            sums -> sums.ab / sqrt(sums.aa * sums.bb)
-        ) as similarity
-    from genes cross join (select gene, embedding from genes where gene = :gene) wanted
-    where genes.gene <> wanted.gene
+    select /*+ broadcast(wanted) */
+        gene as neighbour,
+        sum(numbers.value * wanted.value)
+        / sqrt(sum(numbers.value * numbers.value) * sum(wanted.value * wanted.value)) as similarity
+    from numbers join wanted using (position)
+    where gene <> :gene
+    group by gene
 )
 select row_number() over (order by similarity desc, neighbour) as rank, neighbour, similarity
 from scored
