@@ -76,12 +76,19 @@ demo: setup .demo/registered .demo/ingested
 	@echo; echo '--- embed: spark-submit, Delta to Delta'
 	@PYSPARK_PYTHON=$(CURDIR)/$(VENV)/bin/python PATH="$(CURDIR)/$(VENV)/bin:$$PATH" \
 	  $(VENV)/bin/spark-submit --properties-file "$$($(VENV)/bin/python -m scgpt_batch.spark.jars)" jobs/embed_genes.py $(CONF) 2>>.demo/log
+	@$(DEMO) embed $(CONF) --mode cell --need-preprocess false --output-table 'delta.`.demo/cell_embeddings`' 2>>.demo/log | sed '$$d'
 	@echo; echo '--- the result'
 	@$(DEMO) summary $(CONF) 2>>.demo/log | sed '$$d'
 	@echo; echo '--- programs: genes that belong together, and their scores by cell type'
 	@$(DEMO) programs $(CONF) 2>>.demo/log | sed '$$d'
-	@echo; echo '--- evaluate: gene families among the nearest genes'
+	@echo; echo '--- annotate: cell types of one half of the cells, from those of the other half'
+	@$(VENV)/bin/python benchmarks/known_answers.py --write-labels
+	@$(DEMO) annotate $(CONF) 2>>.demo/log | sed '$$d'
+	@echo; echo '--- evaluate: vectors of cells by their types, vectors of genes by their families'
 	@$(DEMO) evaluate $(CONF) 2>>.demo/log | sed '$$d'
+	@$(DEMO) evaluate --embeddings .demo/gene_embeddings 2>>.demo/log | sed '$$d'
+	@echo; echo '--- what is known of these cells and genes'
+	@$(VENV)/bin/python benchmarks/known_answers.py 2>>.demo/log
 	@echo; echo '--- report: a page to open in a browser'
 	@$(DEMO) report $(CONF) 2>>.demo/log | sed '$$d'
 	@echo; echo 'The demo checkpoint is made from these cells; it is NOT the published scGPT weights (see README.md).'

@@ -1,36 +1,33 @@
-"""Label transfer at scale, gene programs at 60,000 genes, and what both find in PBMC3k.
+"""Label transfer, gene programs, nearest genes in SQL and the report at scale.
 
-`.venv/bin/python benchmarks/analysis.py [--only neighbours,programs,demo] [--reference N] [--queries N] [--genes N]`
+`.venv/bin/python benchmarks/analysis.py [--only neighbours,programs,sql,report] [--reference N] [--queries N]
+[--genes N] [--cells N]`
 """
 
 import argparse
 import json
 import resource
+import subprocess
 import sys
+import tempfile
 import time
-import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-import anndata as ad
 import numpy as np
 import pandas as pd
-import scanpy as sc
-from sklearn.metrics import adjusted_rand_score
+import psutil
+import pyarrow as pa
+from deltalake import write_deltalake
 from sklearn.neighbors import NearestNeighbors
 
-from scgpt_batch.analysis.annotate import QUERY_BLOCK, REFERENCE_BLOCK, nearest_cells, transfer_labels
+from scgpt_batch.analysis.annotate import QUERY_BLOCK, REFERENCE_BLOCK, nearest_cells
 
 D, K = 512, 10
-PBMC = Path(__file__).parents[1] / "tests" / "data" / "pbmc3k.h5ad"
-# Published markers of blood cells: genes of one type should share a program, genes of different types should not
-MARKERS = {
-    "T": ["CD3D", "CD3E", "CD3G", "IL7R", "CD2", "LCK", "IL32", "LDHB"],
-    "B": ["CD79A", "CD79B", "MS4A1", "TCL1A", "LINC00926", "VPREB3", "HLA-DQA1", "BANK1"],
-    "NK": ["GNLY", "NKG7", "GZMB", "PRF1", "FGFBP2", "SPON2", "CST7", "CLIC3"],
-    "monocyte": ["LYZ", "S100A8", "S100A9", "CD14", "LGALS2", "FCN1", "CST3", "MS4A6A"],
-    "platelet": ["PPBP", "PF4", "GNG11", "SDPR", "GP9", "SPARC", "CLU", "TUBB1"],
-}
+REPEATS = 5  # of a query in a warm session
+SQL = Path(__file__).parents[1] / "examples" / "sql" / "similar_genes.sql"
 
 
 def blocks(n: int) -> Iterator[np.ndarray]:
@@ -68,69 +65,107 @@ def neighbours(n_reference: int, n_queries: int) -> dict[str, float]:
 def programs(n_genes: int) -> dict[str, float]:
     from scgpt_batch.analysis.programs import find_programs
 
-    rng = np.random.default_rng(0)
-    centers = rng.standard_normal((n_genes // 30, D))
-    x = centers[rng.integers(len(centers), size=n_genes)] + rng.standard_normal((n_genes, D))
+    x, _ = clusters(n_genes, n_genes // 30)
     start = time.perf_counter()
-    table = find_programs(pd.DataFrame(x.astype(np.float32), index=[f"G{i}" for i in range(n_genes)]))
+    table = find_programs(pd.DataFrame(x, index=[f"G{i}" for i in range(n_genes)]))
     return {
         "genes": n_genes, "programs": int(table["program"].nunique()), "seconds": round(time.perf_counter() - start, 1),
         "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6),
     }  # fmt: skip
 
 
-def variable_genes(adata: ad.AnnData) -> list[str]:
-    """Return the 2,000 most variable genes."""
-    work = sc.pp.log1p(sc.pp.normalize_total(adata, target_sum=1e4, copy=True), copy=True)
-    sc.pp.highly_variable_genes(work, n_top_genes=2_000)
-    return work.var_names[work.var["highly_variable"]].tolist()
+def clusters(n: int, n_clusters: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return vectors in clusters, and the cluster of each."""
+    rng = np.random.default_rng(0)
+    centers = rng.standard_normal((n_clusters, D)).astype(np.float32)
+    of = rng.integers(n_clusters, size=n)
+    return centers[of] + rng.standard_normal((n, D), dtype=np.float32), of
 
 
-def demo(checkpoint: str) -> dict[str, float]:
-    """Measure programs of the demo's checkpoint by known markers, and labels of one half of PBMC3k from the other."""
-    import scgpt_batch as sb
-    from scgpt_batch.analysis.evaluate import hvg_pca
-    from scgpt_batch.analysis.programs import find_programs
+def write_embeddings(folder: Path, kind: str, vectors: np.ndarray, mode: str) -> str:
+    """Write an embedding table of two files; return its path."""
+    n = len(vectors)
+    ends = np.arange(0, n * D + 1, D, dtype=np.int32)
+    columns = {
+        "adata_id": ["row"] * n, kind: [f"{kind}{i}" for i in range(n)],
+        "embedding": pa.ListArray.from_arrays(ends, vectors.ravel()),
+        "embedded_at": pa.array([datetime.now(UTC)] * n, pa.timestamp("us", "UTC")),
+    }  # fmt: skip
+    if kind == "gene":
+        columns |= {"group": pa.nulls(n, pa.string()), "n_cells": pa.array([3] * n, pa.int32())}
+    stamps = {"mode": mode, "model_name": "scgpt", "model_version": "1", "params_hash": "p", "run_id": "r"}
+    table = pa.table(columns | {name: [value] * n for name, value in stamps.items()})
+    path = str(folder / f"{kind}s")
+    for part in (table.slice(0, n // 2), table.slice(n // 2)):
+        write_deltalake(path, part, mode="append")
+    return path
 
-    adata = ad.read_h5ad(PBMC)
-    known = {gene: kind for kind, genes in MARKERS.items() for gene in genes if gene in adata.var_names}
-    vectors = sb.gene_embeddings(checkpoint, sorted({*variable_genes(adata), *known}))
-    random = pd.DataFrame(np.random.default_rng(0).standard_normal(vectors.shape), index=vectors.index)
-    found: dict[str, float] = {}
-    for name, table in (("programs", vectors), ("random", random)):
-        clusters = find_programs(table, resolution=1.0, min_genes=2, n_seeds=1).set_index("gene")["program"]
-        markers = [gene for gene in known if gene in clusters.index]
-        found[f"ari_{name}"] = round(
-            float(adjusted_rand_score([known[gene] for gene in markers], clusters[markers])), 3
-        )
-    adata = adata[adata.obs["cell_type"] != "unassigned"].copy()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        sb.embed(adata, checkpoint, data_is_raw=True, need_preprocess=False)
-    labels = adata.obs["cell_type"].astype(str).to_numpy(dtype=object)
-    half = np.random.default_rng(0).permutation(len(labels)) < len(labels) // 2
-    for name, x in (("embedding", adata.obsm["X_scGPT"]), ("pca", hvg_pca(adata))):
-        votes = transfer_labels(nearest_cells(x[half], x[~half], K), labels[~half])
-        found[f"accuracy_{name}"] = round(float((votes["label"].to_numpy() == labels[half]).mean()), 3)
+
+def sql(n_genes: int, folder: Path) -> dict[str, Any]:
+    """Find nearest genes by SQL alone, in a warm session on two cores, beside a bare scan of the vectors."""
+    from scgpt_batch.spark.session import get_spark
+
+    path = write_embeddings(folder, "gene", clusters(n_genes, n_genes // 30)[0], "static")
+    spark = get_spark({"spark.master": "local[2]"})
+    spark.sql(f"create or replace temporary view genes as select * from delta.`{path}`")
+    query, scan = SQL.read_text(), "select sum(array_max(embedding)) from genes where mode = 'static'"
+    queries: dict[str, Callable[[], object]] = {
+        "query": lambda: spark.sql(query, args={"table": "genes", "gene": "gene5", "k": K}).collect(),
+        "scan": lambda: spark.sql(scan).collect(),
+    }
+    java = psutil.Process().children(recursive=True)
+    found: dict[str, Any] = {"genes": n_genes}
+    for name, run in queries.items():
+        run()
+        seconds, start = [], sum(sum(process.cpu_times()[:2]) for process in java)
+        for _ in range(REPEATS):
+            before = time.perf_counter()
+            run()
+            seconds.append(time.perf_counter() - before)
+        found[f"{name}_seconds"] = round(float(np.median(seconds)), 2)
+        cpu = sum(sum(process.cpu_times()[:2]) for process in java) - start
+        found[f"{name}_cpu"] = round(cpu / REPEATS, 2)
     return found
+
+
+def report(n_genes: int, n_cells: int, folder: Path) -> dict[str, Any]:
+    """Write the page of `report`, the interpreter's start included."""
+    cells, types = clusters(n_cells, 20)
+    tables = [write_embeddings(folder, "cell_id", cells, "cell")]
+    tables.append(write_embeddings(folder, "gene", clusters(n_genes, n_genes // 30)[0], "static"))
+    labels = pd.DataFrame({"cell_type": [f"type {i}" for i in types]}, index=[f"cell_id{i}" for i in range(n_cells)])
+    labels.rename_axis("cell_id").to_csv(folder / "cells.csv")
+    page = folder / "report.html"
+    words = ["--embeddings", *tables, "--obs", folder / "cells.csv", "--label-column", "cell_type", "--report", page]
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    command = Path(sys.executable).with_name("scgpt-batch")
+    subprocess.run([command, "report", *words], check=True, stdout=sys.stderr)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return {
+        "genes": n_genes, "cells": n_cells, "seconds": round(time.perf_counter() - start, 1),
+        "cpu": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1),
+        "peak_mb": round(after.ru_maxrss * 1024 / 1e6), "page_mb": round(page.stat().st_size / 1e6, 1),
+    }  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="neighbours,programs,demo")
+    parser.add_argument("--only", default="neighbours,programs,sql,report")
     parser.add_argument("--reference", type=int, default=1_000_000)
     parser.add_argument("--queries", type=int, default=10_000)
     parser.add_argument("--genes", type=int, default=60_000)
-    parser.add_argument("--checkpoint", default=".demo/checkpoint", help="of the part demo; `make demo` writes it")
+    parser.add_argument("--cells", type=int, default=100_000, help="of the report")
     args = parser.parse_args()
-    parts = {
-        "neighbours": lambda: neighbours(args.reference, args.queries),
-        "programs": lambda: programs(args.genes),
-        "demo": lambda: demo(args.checkpoint),
+    parts: dict[str, Callable[[Path], dict[str, Any]]] = {
+        "neighbours": lambda _: neighbours(args.reference, args.queries),
+        "programs": lambda _: programs(args.genes),
+        "sql": lambda folder: sql(args.genes, folder),
+        "report": lambda folder: report(args.genes, args.cells, folder),
     }
     results = {}
     for name in args.only.split(","):
-        results[name] = parts[name]()
+        with tempfile.TemporaryDirectory() as folder:
+            results[name] = parts[name](Path(folder))
         print(f"{name}: {results[name]}", file=sys.stderr, flush=True)
     print(json.dumps(results))
 
