@@ -106,10 +106,10 @@ def words(name: str) -> str:
 
 
 def breakable(text: str) -> str:
-    """Return text whose paths may break after a slash, so that the names of folders and tables stay whole."""
+    """Return text whose paths and names may break after a slash or underscore, so that their words stay whole."""
     from markupsafe import Markup, escape
 
-    return escape(text).replace("/", Markup("/<wbr>"))
+    return escape(text).replace("/", Markup("/<wbr>")).replace("_", Markup("_<wbr>"))
 
 
 def _digest(script: str) -> str:

@@ -47,8 +47,8 @@ def test_lines_start_again_after_a_missing_value():
     assert [(dot["text"][-1], dot["is_alone"]) for dot in line["dots"]] == [("1", True), ("2", False), ("4", False)]
 
 
-def test_a_path_breaks_after_its_slashes_only():
-    assert page.breakable("Table <b>/data/cells") == "Table &lt;b&gt;/<wbr>data/<wbr>cells"
+def test_a_path_breaks_between_its_words():
+    assert page.breakable("Table <b>/data/cell_embeddings") == "Table &lt;b&gt;/<wbr>data/<wbr>cell_<wbr>embeddings"
 
 
 def test_bars_are_shares_of_the_longest():
