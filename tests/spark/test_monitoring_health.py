@@ -3,6 +3,7 @@
 import json
 import threading
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
 from typing import get_args
@@ -11,7 +12,7 @@ import pytest
 
 from scgpt_batch.cli.main import ALERTS, OK, WRONG_USAGE, main
 from scgpt_batch.monitoring import rules as health_rules
-from scgpt_batch.monitoring.monitor import monitor
+from scgpt_batch.monitoring.monitor import HealthCheck, check
 from scgpt_batch.settings import MonitorSettings, RuleName
 from scgpt_batch.spark import tables
 from tests import inference_tables
@@ -27,18 +28,28 @@ def healthy(spark):
     return inference_tables.write(spark, lines, "healthy_payload")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def judged(spark, healthy):
-    """Monitor the healthy table after a change to its columns or rows; return the rules that fired."""
+    """Check the healthy table after a change to its columns or rows; return the rules that fired.
 
-    def judge(change="1 = 1", *, where="true", **settings):
+    The table is queried once for a change, as the thresholds, severities and rules to ignore are no part of the SQL.
+    """
+
+    @cache
+    def query(change, where, delay):
         name, _, value = change.partition(" = ")
         rows = spark.table(healthy).where(where)
         if name != "1":
             rows = rows.selectExpr(*(f"{value} as {c}" if c == name else c for c in rows.columns))
         rows.createOrReplaceTempView("changed_payload")
-        result = monitor(spark, MonitorSettings(inference_table="changed_payload", **settings), now=NOW)
-        return {alert.rule: alert.severity for alert in result.alerts}
+        health = HealthCheck(spark, MonitorSettings(inference_table="changed_payload", **dict(delay)), NOW)
+        check(health)
+        return health.results
+
+    def judge(change="1 = 1", *, where="true", **settings):
+        delay = frozenset((name, value) for name, value in settings.items() if name == "delay_minutes")
+        results = query(change, where, delay)
+        return {alert.rule: alert.severity for alert in health_rules.check(results, MonitorSettings(**settings), NOW)}
 
     return judge
 
@@ -192,41 +203,6 @@ def call(capfd):
     return run
 
 
-@pytest.mark.parametrize(
-    ("table", "fail_on", "code", "status"),
-    [
-        ("payload_of_now", "warning", OK, "ok"),
-        ("payload_of_two", "critical", OK, "warning"),
-        ("payload_of_two", "warning", ALERTS, "warning"),
-        ("payload_of_errors", "critical", ALERTS, "critical"),
-        ("payload_of_errors", "warning", ALERTS, "critical"),
-        ("idle_payload", "warning", OK, "ok"),
-    ],
-)
-def test_exit_code_depends_on_fail_on(call, of_now, table, fail_on, code, status):
-    found, summary, _ = call("monitor", "--inference-table", table, "--fail-on", fail_on)
-    assert (found, summary["status"]) == (code, status)
-    assert {alert["severity"] for alert in summary["alerts"]} <= {"info", "warning", "critical"}
-    assert (summary["requests"] > 0) == (table != "idle_payload")
-
-
-@pytest.mark.parametrize(
-    ("argv", "wanted"),
-    [
-        ([], "--inference-table"),
-        (["--inference-table", "not_there"], "not_there"),
-        (["--inference-table", "healthy_payload", "--report", "/nowhere/page.html"], "/nowhere"),
-        (["--runs-table", "not_there"], "not_there"),
-        (["--inference-table", "healthy_payload", "--days", "1"], "days"),
-        (["--inference-table", "healthy_payload", "--ignore", "versoins"], "ignore"),
-        (["--inference-table", "healthy_payload", "--severity", "p95=fatal"], "severity"),
-    ],
-)
-def test_wrong_usage_of_monitor_is_one_line(call, healthy, argv, wanted):
-    code, _, err = call("monitor", *argv)
-    assert code == WRONG_USAGE and wanted in err.strip().splitlines()[-1]
-
-
 @pytest.fixture
 def webhook():
     """A local HTTP server: its URL, the posts it received, and the status it responds with."""
@@ -250,16 +226,50 @@ def webhook():
     server.server_close()
 
 
+@pytest.mark.parametrize(
+    ("table", "fail_on", "code", "status"),
+    [
+        ("payload_of_now", "warning", OK, "ok"),
+        ("payload_of_two", "critical", OK, "warning"),
+        ("payload_of_two", "warning", ALERTS, "warning"),
+        ("payload_of_errors", "critical", ALERTS, "critical"),
+        ("payload_of_errors", "warning", ALERTS, "critical"),
+        ("idle_payload", "warning", OK, "ok"),
+    ],
+)
+def test_exit_code_depends_on_fail_on(call, of_now, webhook, monkeypatch, table, fail_on, code, status):
+    url, came, _ = webhook
+    monkeypatch.setenv("SCGPT_BATCH_WEBHOOK_URL", url)
+    found, summary, _ = call("monitor", "--inference-table", table, "--fail-on", fail_on)
+    assert (found, summary["status"]) == (code, status)
+    assert {alert["severity"] for alert in summary["alerts"]} <= {"info", "warning", "critical"}
+    assert (summary["requests"] > 0) == (table != "idle_payload")
+    assert len(came) == (status != "ok")  # nothing is posted if all is well
+
+
+@pytest.mark.parametrize(
+    ("argv", "wanted"),
+    [
+        ([], "--inference-table"),
+        (["--inference-table", "not_there"], "not_there"),
+        (["--inference-table", "healthy_payload", "--report", "/nowhere/page.html"], "/nowhere"),
+        (["--runs-table", "not_there"], "not_there"),
+        (["--inference-table", "healthy_payload", "--days", "1"], "days"),
+        (["--inference-table", "healthy_payload", "--ignore", "versoins"], "ignore"),
+        (["--inference-table", "healthy_payload", "--severity", "p95=fatal"], "severity"),
+    ],
+)
+def test_wrong_usage_of_monitor_is_one_line(call, healthy, argv, wanted):
+    code, _, err = call("monitor", *argv)
+    assert code == WRONG_USAGE and wanted in err.strip().splitlines()[-1]
+
+
 def test_alerts_are_posted_in_slack_format(call, of_now, webhook, monkeypatch):
     url, came, _ = webhook
     monkeypatch.setenv("SCGPT_BATCH_WEBHOOK_URL", url)
     _, summary, _ = call("monitor", "--inference-table", "payload_of_two")
     assert [alert["rule"] for alert in summary["alerts"]] == ["versions"]
     assert list(came[0]) == ["text"] and summary["alerts"][0]["message"] in came[0]["text"]
-    came.clear()
-    for quiet in ("payload_of_now", "idle_payload"):
-        call("monitor", "--inference-table", quiet)
-    assert came == []
 
 
 def test_every_rule_has_its_name_in_the_settings():

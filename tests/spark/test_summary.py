@@ -1,43 +1,13 @@
-"""The demo's checkpoint and the summary of an embeddings table."""
+"""The summary of an embeddings table."""
 
 from datetime import datetime, timedelta
 
-import numpy as np
 import pytest
 
-from scgpt_batch.cli.demo import write_demo_checkpoint
 from scgpt_batch.cli.summary import summarize
-from scgpt_batch.inference.engine import Embedder
 from scgpt_batch.io.locations import delta_path
-from scgpt_batch.io.rows import to_row
-from scgpt_batch.models.scgpt import load_checkpoint
-from scgpt_batch.parameters import Parameters
 from scgpt_batch.settings import SummarySettings
 from scgpt_batch.spark import tables
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory, data):
-    folder = tmp_path_factory.mktemp("demo") / "checkpoint"
-    write_demo_checkpoint(data / "pbmc3k.h5ad", folder)
-    return Embedder(load_checkpoint(folder), device="cpu")
-
-
-@pytest.mark.parametrize("mode", ["cell", "contextual"])
-def test_demo_vectors_depend_on_expression_values(demo, pbmc3k, mode):
-    cells = pbmc3k[:5].copy()
-    other = cells.copy()
-    other.X.data = np.random.default_rng(0).permutation(other.X.data)
-    first, second = (
-        demo.embed(
-            to_row(adata), Parameters(mode=mode, need_preprocess=False, tie_break="upper", max_length=5000)
-        ).embeddings
-        for adata in (cells, other)
-    )
-    assert abs(first - second).max() > 0.01
-
-
-# The summary
 
 START = datetime(2026, 1, 1)
 
