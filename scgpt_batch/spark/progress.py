@@ -40,7 +40,7 @@ class CellProgress:
     @contextmanager
     def shown(self) -> Iterator[None]:
         """Show the bar until the block ends; none if there is nothing to do."""
-        with shown(lambda: (self._done(), self._cells), " cells") if self._cells else nullcontext():
+        with shown(lambda: (self.done(), self._cells), " cells") if self._cells else nullcontext():
             yield
 
     @contextmanager
@@ -56,7 +56,8 @@ class CellProgress:
     def _counted(self) -> int:
         return 0 if self.counter is None else self.counter.value
 
-    def _done(self) -> int:
+    def done(self) -> int:
+        """Return how many cells are done: those of finished waves, and what tasks report of the present one."""
         # a task that Spark repeats counts its cells twice
         return self._finished + min(self._counted() - self._base, self._wave)
 

@@ -57,10 +57,10 @@ def test_tasks_report_cells_within_a_wave(spark):
 
     with cells.wave(10):
         spark.range(6).mapInArrow(finish, "id LONG").collect()
-        assert cells._done() == 6
-    assert cells._done() == 10
+        assert cells.done() == 6
+    assert cells.done() == 10
     with cells.wave(10):
-        assert cells._done() == 10
+        assert cells.done() == 10
 
 
 def test_bar_counts_the_tasks_of_its_block_alone(spark, capsys):
@@ -85,4 +85,4 @@ def test_repeated_tasks_do_not_pass_the_waves_end(spark):
     cells = CellProgress(spark, 20)
     with cells.wave(10):
         cells.counter.add(15)
-        assert cells._done() == 10
+        assert cells.done() == 10

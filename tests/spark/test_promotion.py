@@ -172,6 +172,7 @@ def test_other_numbers_than_at_registration_are_refused(model, tmp_path):
     (["--challenger", "99"], "99"),
     (["--name", "nothing"], "'nothing'"),
     (["--rows", "/nowhere.parquet"], "/nowhere.parquet"),
+    (["--rows", "s3://lab/rows.parquet"], "rows s3://lab/rows.parquet is not a path on this machine"),
 ])  # fmt: skip
 def test_wrong_usage_is_one_line(run, model, flags, wanted):
     given = flags if "--name" in flags else ["--name", model, *flags]

@@ -83,8 +83,20 @@ def test_embed_on_serverless_names_the_cluster_it_needs(monkeypatch):
         persistence.require_persist(Serverless())
 
 
+class WithoutTables(Serverless):
+    """Serverless compute with a catalog that has no tables."""
+
+    catalog = property(lambda self: self)
+
+    def tableExists(self, name):
+        return False
+
+    def sql(self, statement):
+        raise AnalysisException("[TABLE_OR_VIEW_NOT_FOUND] no such table")
+
+
 def test_hidden_static_settings_mean_a_persistent_catalog():
-    assert tables._found_in_warehouse(Serverless(), "main.lab.cells") is False
+    assert tables.exists(WithoutTables(), "main.lab.cells") is False
 
 
 def test_vacuum_below_a_week_on_serverless_is_rejected():

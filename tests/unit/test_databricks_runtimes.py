@@ -6,7 +6,6 @@ import sys
 import pytest
 
 import scgpt_batch.spark_version
-from scgpt_batch.cli import doctor
 from scgpt_batch.errors import ConfigError
 from scgpt_batch.spark_version import require_supported_spark
 from tests import databricks_bundle as bundles
@@ -45,12 +44,6 @@ def test_old_runtime_is_rejected_by_name(monkeypatch):
     monkeypatch.setattr(scgpt_batch.spark_version, "version", lambda name: "3.5.2")
     with pytest.raises(ConfigError, match=r"Databricks runtime 16\.4 has Spark 3\.5\.2.*ML runtime 17\.3"):
         require_supported_spark()
-
-
-def test_doctor_names_the_runtime_to_use(monkeypatch):
-    monkeypatch.setattr(scgpt_batch.spark_version, "version", lambda name: "3.5.2")
-    found = doctor._spark()
-    assert not found.ok and "ML runtime 17.3" in found.remedy
 
 
 def test_commands_on_an_old_runtime_fail_before_they_import_spark():

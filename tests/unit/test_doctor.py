@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 from deltalake import write_deltalake
 
+import scgpt_batch.spark_version
 from scgpt_batch.cli import doctor as module
 from scgpt_batch.cli.doctor import Check, DoctorResult
 from scgpt_batch.cli.main import OK, WRONG_USAGE
@@ -55,7 +56,8 @@ def test_what_is_missing_is_named_with_its_remedy(check, tmp_path, monkeypatch):
     assert "no Delta table at" in failed["table"]["detail"]
 
 
-def test_old_java_is_not_enough(check, tmp_path, monkeypatch):
+def test_old_java_and_spark_are_not_enough(check, tmp_path, monkeypatch):
+    monkeypatch.setattr(scgpt_batch.spark_version, "version", lambda name: "3.5.2")
     java = tmp_path / "jdk" / "bin" / "java"
     java.parent.mkdir(parents=True)
     java.write_text("#!/bin/sh\necho 'openjdk version \"11.0.2\" 2019-01-15' >&2\n")
@@ -63,6 +65,7 @@ def test_old_java_is_not_enough(check, tmp_path, monkeypatch):
     monkeypatch.setenv("JAVA_HOME", str(tmp_path / "jdk"))
     _, checks, _ = check()
     assert not checks["Java"]["ok"] and "11.0.2" in checks["Java"]["detail"]
+    assert not checks["Spark"]["ok"] and "ML runtime 17.3" in checks["Spark"]["remedy"]
 
 
 def test_gpu_that_torch_cannot_use_is_a_failure(check, tmp_path, monkeypatch):

@@ -10,9 +10,7 @@ from scgpt_batch.cli.main import WRONG_USAGE
 from scgpt_batch.errors import ConfigError, PayloadError
 from scgpt_batch.inference.row_reader import allowed_path
 from scgpt_batch.io.locations import find_sources
-from scgpt_batch.promotion import promotion
 from scgpt_batch.serving.inference_log import table_path
-from scgpt_batch.settings import PromoteSettings
 from scgpt_batch.webpage import page
 
 VOLUME = "/Volumes/main/lab/in"
@@ -37,13 +35,11 @@ def test_commands_say_what_to_do_with_other_storage(run, command):
     assert "s3://lab/a is not a path on this machine: copy it here first" in err and "/Volumes/" in err
 
 
-def test_reports_and_files_of_rows_are_on_this_machine():
+def test_reports_are_on_this_machine():
     with pytest.raises(ConfigError, match=f"folder {VOLUME} does not exist"):
         page.check(f"dbfs:{VOLUME}/health.html")
     with pytest.raises(ConfigError, match=r"report s3://lab/health\.html is not a path on this machine"):
         page.check("s3://lab/health.html")
-    with pytest.raises(ConfigError, match=r"rows s3://lab/rows\.parquet is not a path on this machine"):
-        promotion._rows(PromoteSettings(name="scgpt", rows="s3://lab/rows.parquet"))
 
 
 def test_python_accepts_volumes_with_dbfs():
