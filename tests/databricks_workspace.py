@@ -435,22 +435,29 @@ class SqlSession:
     def tableExists(self, name: str) -> bool:
         return name in self.workspace.tables
 
+    def currentCatalog(self) -> str:
+        return "main"
+
     def databaseExists(self, name: str) -> bool:
         return name in self.workspace.schemas
 
     def sql(self, statement: str) -> "SqlSession":
-        """Create a schema or a table if the principal may; Unity Catalog checks that before `IF NOT EXISTS`."""
+        """Create a schema or table, or tag one, if the principal may; the right counts before `IF NOT EXISTS`."""
         self.statements.append(statement)
-        match = re.match(r"CREATE (SCHEMA|TABLE) IF NOT EXISTS ([\w.]+)", statement)
+        match = re.match(
+            r"(CREATE SCHEMA|CREATE TABLE) IF NOT EXISTS ([\w.]+)|ALTER TABLE ([\w.]+) SET TAGS", statement
+        )
         if match is None:
             raise AnalysisException("[TABLE_OR_VIEW_NOT_FOUND] The table or view cannot be found. SQLSTATE: 42P01")
-        kind, name = match.groups()
-        if f"CREATE {kind}" in self.workspace.lacking:
+        right, name = match[1] or "APPLY TAG", match[2] or match[3]
+        if right in self.workspace.lacking:
+            where = name if right == "APPLY TAG" else name.rpartition(".")[0]
             raise AnalysisException(
-                f"[INSUFFICIENT_PERMISSIONS] Insufficient privileges: User does not have CREATE {kind} on "
-                f"'{name.rpartition('.')[0]}'. SQLSTATE: 42501"
+                f"[INSUFFICIENT_PERMISSIONS] Insufficient privileges: User does not have {right} on '{where}'. "
+                "SQLSTATE: 42501"
             )
-        (self.workspace.schemas if kind == "SCHEMA" else self.workspace.tables).add(name)
+        if match[1]:
+            (self.workspace.schemas if right == "CREATE SCHEMA" else self.workspace.tables).add(name)
         return self
 
 

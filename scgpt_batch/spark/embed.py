@@ -38,6 +38,7 @@ from scgpt_batch.registry.resolve import ResolvedModel, resolve
 from scgpt_batch.registry.sample_answers import code_difference, registered_by
 from scgpt_batch.settings import EmbedSettings
 from scgpt_batch.spark import tables
+from scgpt_batch.spark.lineage import log_input
 from scgpt_batch.spark.maintain import prune
 from scgpt_batch.spark.pending import PendingRows, key_range_filter, n_tasks, pending_rows, sample_hash, with_tasks
 from scgpt_batch.spark.persistence import require_persist
@@ -260,13 +261,21 @@ def _checked_code(job: Job) -> str:
 
 
 def _create_tables(job: Job) -> None:
-    tables.create(job.spark, job.output, job.columns, vector_length=job.model.config.embsize)
+    what = "cell" if job.parameters.mode == "cell" else "gene"
+    tables.create(
+        job.spark,
+        job.output,
+        job.columns,
+        vector_length=job.model.config.embsize,
+        comment=f"scGPT embeddings: a line is the vector of a {what}",
+        key="embedding_id",
+    )
     tables.fill_embedding_ids(job.spark, job.output, job.key)
     if job.settings.search_table:
         search = tables.table_name(job.settings.search_table)
         create_search_table(job.spark, search, job.columns, job.model.config.embsize)
-    tables.create(job.spark, job.ledger, tables.LEDGER)
-    tables.create(job.spark, job.runs, tables.RUNS)
+    tables.create(job.spark, job.ledger, tables.LEDGER, comment="What became of each row of the scGPT embedding job")
+    tables.create(job.spark, job.runs, tables.RUNS, comment="Runs of the scGPT embedding job", key="run_id")
 
 
 # --- a run ----------------------------------------------------------------------------------------
@@ -276,6 +285,7 @@ def _run(job: Job) -> EmbedResult:
     clock = time.monotonic()
     logger.info("run %s: %s, %s mode, %s -> %s", job.run_id, job.model.uri, job.parameters.mode, job.input, job.output)
     mlflow.log_params(job.parameters.model_dump() | {"model_uri": job.model.uri})
+    log_input(job.input, job.input_version)
     _begin_run(job)
     try:
         _remove_vanished(job)

@@ -213,7 +213,8 @@ def _ingest_files(
         if good:
             report = ("layer", "notes", "error_class", "error_message")
             new = _rows_of(rows, good).drop(*report)
-            tables.create(spark, table, tables.ADATA_ROWS)
+            about = "Single-cell counts: a line holds some cells as a serialized AnnData"
+            tables.create(spark, table, tables.ADATA_ROWS, comment=about, key="adata_id")
             gone = _vanished(spark, table, new, good)
             with tasks_shown(spark, "writing"):
                 result.rows, result.rows_removed = tables.upsert_rows(spark, table, new, gone)
@@ -331,5 +332,5 @@ def _record(spark: SparkSession, files_table: str, files: Sequence[Row], states:
         }
         for file in files
     ]
-    tables.create(spark, files_table, tables.FILES)
+    tables.create(spark, files_table, tables.FILES, comment="Files that ingest read, and what became of them")
     tables.append(spark, files_table, tables.FILES, lines)

@@ -32,7 +32,8 @@ def create_search_table(spark: SparkSession, table: str, columns: str, vector_le
         raise ConfigError(
             f"{table} is not a search table: embed would delete its lines. Name a new table with --search-table"
         )
-    tables.create(spark, table, columns, vector_length=vector_length)
+    comment = "scGPT embeddings of one model version, of length 1, for vector search"
+    tables.create(spark, table, columns, vector_length=vector_length, comment=comment, key="embedding_id")
     if not _is_ours(spark, table, marked=True):
         spark.sql(f"ALTER TABLE {table} SET TBLPROPERTIES ('{_MARK}' = 'true')")
 

@@ -59,6 +59,11 @@ def get_spark(conf: Mapping[str, str] | None = None) -> SparkSession:
     return SparkSession.builder.appName("scgpt_batch").config(map={**settings}).getOrCreate()
 
 
+def on_databricks() -> bool:
+    """Return whether the session is one of a Databricks workspace: in its runtime, or by Databricks Connect."""
+    return "DATABRICKS_RUNTIME_VERSION" in os.environ or _has_databricks_connect()
+
+
 def _has_databricks_connect() -> bool:
     """Return whether databricks-connect is installed; it takes the place of pyspark."""
     return find_spec("databricks") is not None and find_spec("databricks.connect") is not None

@@ -28,13 +28,16 @@ from pyspark.sql.types import (
     TimestampType,
 )
 
+from scgpt_batch import __version__ as package_version
 from scgpt_batch.errors import ConfigError, ScgptBatchError, in_one_line, suggestion
 from scgpt_batch.io.locations import beside as beside
 from scgpt_batch.io.locations import delta_path, tables_in_folder
 from scgpt_batch.io.locations import table_name as table_name
 from scgpt_batch.io.rows import PAYLOAD_COLUMNS
 from scgpt_batch.near_misses import closest, did_you_mean
+from scgpt_batch.spark.comments import COLUMN_COMMENTS
 from scgpt_batch.spark.errors import is_conflict, is_denied, is_folder_refused, is_location_taken, is_not_supported
+from scgpt_batch.spark.session import on_databricks
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +85,9 @@ IDENTITY = {
 _CHECK = "spark.databricks.delta.replaceWhere.constraintCheck.enabled"
 _CHECK_LOCK = Lock()  # threads of one session share its settings
 _VECTOR_LENGTH = "delta.constraints.vector_length"
+
+TAG = "scgpt_batch"  # of tables in Unity Catalog; its value is the version that created the table
+_OLD_METASTORE = ("hive_metastore", "spark_catalog")
 
 _ANOTHER_SOURCE = "row of another source"  # raised in SQL, and found in the error's text
 
@@ -169,11 +175,26 @@ def _completed(rows: DataFrame, table: str, columns: str) -> DataFrame:
     return rows.select(*columns_read, *nulls)
 
 
-def create(spark: SparkSession, table: str, columns: str, *, vector_length: int | None = None) -> None:
+def create(
+    spark: SparkSession,
+    table: str,
+    columns: str,
+    *,
+    vector_length: int | None = None,
+    comment: str = "",
+    key: str = "",
+) -> None:
     """Create a table with these columns unless it exists.
 
     An existing table gets the columns that newer versions of this package added. With `vector_length`, the table
     accepts vectors of that length only, and keeps a change feed, so that a search index can follow it.
+
+    Parameters
+    ----------
+    comment
+        What catalogs show for a new table, without quotes.
+    key
+        Column that identifies a line; in Unity Catalog a new table gets it as its (informational) primary key.
 
     Raises
     ------
@@ -191,10 +212,45 @@ def create(spark: SparkSession, table: str, columns: str, *, vector_length: int 
     if schema and not spark.catalog.databaseExists(schema):
         with _explained_denial(f"create schema {schema}", "CREATE SCHEMA and USE CATALOG on its catalog"):
             spark.sql(f"CREATE SCHEMA IF NOT EXISTS {schema}")
+    governed = is_in_unity_catalog(spark, table)
+    described = _described(columns, key if governed else "")
+    about = f"COMMENT '{comment}'" if comment else ""
     properties = "" if vector_length is None else f"TBLPROPERTIES ({_properties(vector_length)})"
-    statement = f"CREATE TABLE IF NOT EXISTS {table} ({columns}) USING delta {properties}"
+    statement = f"CREATE TABLE IF NOT EXISTS {table} ({described}) USING delta {about} {properties}"
     with _explained_denial(f"create table {table}", "CREATE TABLE and USE SCHEMA on its schema"):
         _retried(table, lambda: _create(spark, table, statement), tries=CREATE_TRIES)
+    if governed:
+        _tag(spark, table)
+
+
+def is_in_unity_catalog(spark: SparkSession, table: str) -> bool:
+    """Return whether a table's name is one of Unity Catalog: on Databricks, and not in its old metastore."""
+    if delta_path(table) or not on_databricks():
+        return False
+    parts = table.replace("`", "").split(".")
+    catalog = parts[0] if len(parts) == 3 else spark.catalog.currentCatalog()
+    return catalog not in _OLD_METASTORE
+
+
+def _described(columns: str, key: str) -> str:
+    """Add comments to columns (DDL), and a primary key, whose column Unity Catalog wants to be not null."""
+    described = []
+    for column in columns.split(","):
+        name = column.split()[0].strip("`")
+        required = " NOT NULL" if name == key and "NOT NULL" not in column else ""
+        comment = f" COMMENT '{COLUMN_COMMENTS[name]}'" if name in COLUMN_COMMENTS else ""
+        described.append(f"{column.strip()}{required}{comment}")
+    return ", ".join([*described, *([f"PRIMARY KEY ({_quoted(key)})"] if key else [])])
+
+
+def _tag(spark: SparkSession, table: str) -> None:
+    """Set the tag by which catalogs find our tables; a policy for tags may forbid it."""
+    try:
+        spark.sql(f"ALTER TABLE {table} SET TAGS ('{TAG}' = '{package_version}')")
+    except Exception as exc:  # py4j and Connect raise different types
+        if not is_denied(exc):
+            raise
+        logger.info("%s has no tag %r: %s", table, TAG, in_one_line(exc))
 
 
 @contextmanager
@@ -513,7 +569,7 @@ def _adapt(spark: SparkSession, table: str, columns: str, vector_length: int | N
     new = [field for field in wanted if field.name.lower() not in have]
     if new:
         added = ", ".join(f"`{field.name}` {field.dataType.simpleString()}" for field in new)
-        spark.sql(f"ALTER TABLE {table} ADD COLUMNS ({added})")
+        spark.sql(f"ALTER TABLE {table} ADD COLUMNS ({_described(added, '')})")
         logger.info("%s: added columns %s", table, added)
 
 
