@@ -19,6 +19,13 @@ class GeneVectors:
     groups
         Genes × d, sorted by gene, by group of cells; static vectors, and contextual ones without groups, have the key
         None.
+
+    Examples
+    --------
+    >>> static = pd.DataFrame([[1.0, 0.0], [0.0, 1.0]], index=["CD3D", "MS4A1"])
+    >>> vectors = GeneVectors("genes", {"mode": "static"}, {None: static})
+    >>> vectors.count, vectors.dimension
+    (2, 2)
     """
 
     source: str
