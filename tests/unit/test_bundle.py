@@ -105,6 +105,13 @@ def test_referenced_files_exist():
     assert SCRIPTS and all((FOLDERS[job] / script).is_file() for job, script in SCRIPTS)
 
 
+def test_task_that_deploys_asks_for_the_sdk_of_the_extra():
+    extra = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["optional-dependencies"]["databricks"]
+    (sdk,) = (requirement for requirement in extra if requirement.startswith("databricks-sdk"))
+    deploys = [task for _, task in TASKS if "deploy" in task.get("python_wheel_task", {}).get("parameters", ())]
+    assert deploys and all({"pypi": {"package": sdk}} in task["libraries"] for task in deploys)
+
+
 @pytest.mark.parametrize(("job", "task"), WHEEL_TASKS)
 def test_task_parameters_are_valid_for_its_command(job, task):
     found = bundles.resolved("prod")["jobs"][job]
