@@ -12,7 +12,7 @@ results of rows and samples that are no longer in the input.
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import cache
@@ -38,6 +38,17 @@ from scgpt_batch.registry.resolve import ResolvedModel, resolve
 from scgpt_batch.registry.sample_answers import code_difference, registered_by
 from scgpt_batch.settings import EmbedSettings
 from scgpt_batch.spark import tables
+from scgpt_batch.spark.capacity import (
+    CALCULATED,
+    MEASURED,
+    Capacity,
+    capacities,
+    capacity,
+    duration,
+    output_bytes,
+    rate,
+    size,
+)
 from scgpt_batch.spark.lineage import log_input
 from scgpt_batch.spark.maintain import prune
 from scgpt_batch.spark.pending import PendingRows, key_range_filter, n_tasks, pending_rows, sample_hash, with_tasks
@@ -51,6 +62,7 @@ from scgpt_batch.spark.workers import computed, worker_setup_error
 
 logger = logging.getLogger(__name__)
 
+CELLS_TO_TELL = 1_000  # a run over fewer cells spends most of its time on starting
 LIBRARIES_MB, ROW_MB_PER_1000_CELLS = 900, 120  # of a worker, measured: torch and scanpy; 2,000 genes per cell
 CONCURRENT_DAYS = 2  # look back this far for concurrent runs; from midnight, so at least a day in any time zone
 
@@ -112,18 +124,33 @@ class EmbedPlan(CommandResult):
     partitions: int
     largest_row_cells: int
     worker_memory_mb: int
-    seconds_expected: int | None  # None: there is no earlier run to estimate from
+    seconds_expected: int | None  # at the first measured rate of `capacity`; None: there is none for this session
+    output_bytes: int
+    capacity: list[Capacity]  # an earlier run of this mode first, then this session's cores, then common GPUs
 
     def lines(self) -> list[str]:
-        """Say how much work is pending and what it takes."""
-        seconds = "unknown" if self.seconds_expected is None else f"{self.seconds_expected:,} s"
-        return [
+        """Say how much work is pending and what it takes, here and on other machines."""
+        seconds = "unknown" if self.seconds_expected is None else duration(self.seconds_expected)
+        lines = [
             f"plan only, nothing is written: {self.mode} embeddings by {self.model_uri}",
             f"{plural(self.rows, 'row')} with {plural(self.cells, 'cell')} of {self.rows_in:,} rows to embed, "
             f"{self.rows_skipped:,} skipped, {self.rows_removed:,} to remove",
             f"{plural(self.waves, 'wave')}, {plural(self.partitions, 'partition')}, "
-            f"about {self.worker_memory_mb:,} MB per worker; time expected: {seconds}",
+            f"about {self.worker_memory_mb:,} MB per worker and {size(self.output_bytes)} of output; "
+            f"time expected: {seconds}",
+            f"{'machine':<16} {'cells/s':>10} {'these cells':>12} {'10 million':>12}  rate",
         ]
+        lines += [
+            f"{each.compute:<16} {rate(each.cells_per_second):>10} {duration(self.cells / each.cells_per_second):>12} "
+            f"{duration(each.hours_per_ten_million_cells * 3600):>12}  {each.source}"
+            for each in self.capacity
+        ]
+        if self.mode != "static":
+            lines.append(
+                "to save time: --dtype bfloat16 (GPUs, and CPUs with AMX); more cores or GPUs; --mode static, if genes "
+                "without context suffice"
+            )
+        return lines
 
 
 @dataclass
@@ -672,7 +699,8 @@ def _plan(job: Job) -> EmbedPlan:
     work = _pending(job, job.rows, ledger)
     waves = list(work.waves(job.settings.wave_cells))
     cells = int(work.pending["cells"].sum())
-    rate = _cells_per_second(job)
+    machines = [*_of_last_run(job), *capacities(job.parameters, job.model.config, _cores(job.spark))]
+    here = next((each for each in machines if each.source != CALCULATED), None)
     return EmbedPlan(
         mode=job.parameters.mode,
         model_uri=job.model.uri,
@@ -686,17 +714,27 @@ def _plan(job: Job) -> EmbedPlan:
         partitions=sum(map(n_tasks, waves)),
         largest_row_cells=int(work.pending["cells"].max()) if cells else 0,
         worker_memory_mb=_worker_memory(job, work),
-        seconds_expected=round(cells / rate) if rate else None,
+        seconds_expected=round(cells / here.cells_per_second) if here else None,
+        output_bytes=output_bytes(job.parameters, job.model.config.embsize, rows=len(work.pending), cells=cells),
+        capacity=machines,
     )
 
 
-def _cells_per_second(job: Job) -> float | None:
-    """Return the rate of the last finished run of this mode; None without one."""
+def _of_last_run(job: Job) -> Iterator[Capacity]:
+    """Yield the rate of the last run of this mode that spent most of its time on cells."""
     if not tables.exists(job.spark, job.runs):
-        return None
-    runs = job.spark.table(job.runs).where("status = 'finished' AND cells > 0 AND seconds > 0")
+        return
+    runs = job.spark.table(job.runs).where(f"status = 'finished' AND cells >= {CELLS_TO_TELL}")
     last = runs.where(F.col("mode") == job.parameters.mode).orderBy(F.desc("started_at")).first()
-    return last["cells"] / last["seconds"] if last else None
+    if last:
+        yield capacity("as last run", last["cells"] / last["seconds"], f"{MEASURED} by run {last['run_id']}")
+
+
+def _cores(spark: SparkSession) -> int | None:
+    """Return the number of tasks that run at once on CPU cores; None for GPUs, and under Spark Connect."""
+    if is_remote() or spark.conf.get("spark.task.resource.gpu.amount", None):
+        return None
+    return spark.sparkContext.defaultParallelism
 
 
 def _worker_memory(job: Job, work: PendingRows) -> int:

@@ -152,13 +152,17 @@ def test_concurrent_runs_produce_the_tables_of_one(spark, tmp_path, words):
 def test_plan_counts_pending_rows_and_writes_nothing(run, tmp_path, words):
     code, plan, _ = run(*words, *WAVES, "--plan")
     assert (code, plan["rows"], plan["cells"], plan["waves"], plan["partitions"]) == (OK, 12, 36, 3, 12)
-    assert plan["seconds_expected"] is None and not (tmp_path / "out").exists()
+    assert plan["seconds_expected"] >= 0 and not (tmp_path / "out").exists()
+    assert [each["compute"] for each in plan["capacity"]][:3] == ["2 CPU cores", "1 × T4", "8 × T4"]
 
 
-def test_plan_after_a_run_expects_its_rate(run, embedded):
+def test_plan_after_a_run_expects_its_rate(spark, run, home, embedded):
     again = run(*embedded.words, "--plan", "--seed", "1")[1]
-    assert again["rows"] == 12 and again["seconds_expected"] > 0
+    assert again["rows"] == 12 and again["capacity"][0]["source"] == "measured"  # 36 cells do not tell the rate
     assert run(*embedded.words, "--plan")[1]["rows"] == 0
+    spark.sql(f"UPDATE delta.`{home}/out_runs` SET cells = 5000, seconds = 10")
+    first = run(*embedded.words, "--plan", "--seed", "1")[1]["capacity"][0]
+    assert (first["cells_per_second"], first["compute"]) == (500, "as last run")
 
 
 def status(spark):

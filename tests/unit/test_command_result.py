@@ -14,6 +14,7 @@ from scgpt_batch.monitoring.monitor import EndpointFigures, LastRun, MonitorResu
 from scgpt_batch.monitoring.rules import Alert
 from scgpt_batch.promotion.promotion import Check, PromoteResult
 from scgpt_batch.serving.app import ServeResult
+from scgpt_batch.spark.capacity import CALCULATED, capacity
 from scgpt_batch.spark.embed import EmbedPlan, EmbedResult
 from scgpt_batch.spark.ingest import IngestResult
 from scgpt_batch.spark.maintain import MaintainResult
@@ -54,10 +55,12 @@ RESULTS = {
     "embed --plan": (
         EmbedPlan(mode="cell", model_uri="models:/m/1", model_version="1", rows_in=9, rows=6, rows_skipped=3,
                   rows_removed=0, cells=50, waves=1, partitions=2, largest_row_cells=9, worker_memory_mb=900,
-                  seconds_expected=None),
+                  seconds_expected=None, output_bytes=2_000_000,
+                  capacity=[capacity("8 × H100", 40_000, CALCULATED)]),
         "mode model_uri model_version rows_in rows rows_skipped rows_removed cells waves partitions largest_row_cells "
-        "worker_memory_mb seconds_expected",
-        ["plan only", "6 rows with 50 cells", "1 wave", "time expected: unknown"],
+        "worker_memory_mb seconds_expected output_bytes capacity",
+        ["plan only", "6 rows with 50 cells", "1 wave", "2.0 MB of output", "time expected: unknown", "8 × H100",
+         "4.2 min", "calculated, not measured", "--dtype bfloat16"],
     ),
     "serve": (
         ServeResult(model_uri="models:/m/1", requests=1, logged=1),
