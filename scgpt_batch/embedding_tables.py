@@ -18,10 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from scgpt_batch.errors import ConfigError, EmbeddingWarning, in_one_line, listed
-from scgpt_batch.io.delta import SparkNeeded as SparkNeeded
-from scgpt_batch.io.delta import open_dataset as open_dataset
-from scgpt_batch.io.delta import open_table as open_table
-from scgpt_batch.io.delta import table_path as table_path
+from scgpt_batch.io.delta import open_dataset, table_path
 from scgpt_batch.io.locations import delta_path, is_table_name
 from scgpt_batch.io.rows import unique_cell_names
 from scgpt_batch.near_misses import GENE_CUTOFF, did_you_mean
@@ -327,7 +324,7 @@ def open_lines(
 
 def vectors_by_gene(lines: Embeddings | EmbeddingLines) -> pd.DataFrame:
     """Return one vector per gene, genes × d, sorted by gene. The vectors of a gene must be the same in all lines."""
-    first = lines.take(np.flatnonzero(~lines.frame()["gene"].duplicated().to_numpy()))
+    first = lines.take(_first_of_genes(lines.frame()))
     return sorted_by_gene(np.concatenate(list(first.blocks())), first.frame()["gene"])
 
 
@@ -461,7 +458,8 @@ def _cells_to_anndata(found: Embeddings, adata: ad.AnnData | None, key: str) -> 
 
 def _genes_to_anndata(found: Embeddings, adata: ad.AnnData | None, key: str) -> ad.AnnData:
     _one_mode(found)
-    names, vectors = _one_vector_a_gene(found)
+    first = _one_line_a_gene(found)
+    names, vectors = pd.Index(first.frame()["gene"].to_numpy(dtype=object)), first.vectors
     if adata is None:
         new = ad.AnnData(var=pd.DataFrame(index=names))
         new.varm[key], new.uns["scgpt"] = vectors, found.record()
@@ -495,12 +493,17 @@ def _one_mode(found: Embeddings) -> None:
         raise ConfigError(f"{found.source} has vectors of the modes {', '.join(map(repr, sorted(modes)))}: give mode")
 
 
-def _one_vector_a_gene(found: Embeddings) -> tuple[pd.Index, np.ndarray]:
-    """Return each gene's vector; static vectors are the same in every row."""
+def _first_of_genes(frame: pd.DataFrame) -> np.ndarray:
+    """Return the position of each gene's first line."""
+    return np.flatnonzero(~frame["gene"].duplicated().to_numpy())
+
+
+def _one_line_a_gene(found: Embeddings) -> Embeddings:
+    """Return a line of each gene; static vectors are the same in every row."""
     frame = found.frame()
-    first = ~frame["gene"].duplicated().to_numpy()
-    if frame["mode"].iloc[0] != "static" and not first.all():
-        gene = frame.loc[~first, "gene"].iloc[0]
+    first = _first_of_genes(frame)
+    if frame["mode"].iloc[0] != "static" and len(first) < len(frame):
+        gene = frame["gene"][frame["gene"].duplicated()].iloc[0]
         lines = frame[frame["gene"] == gene]
         places = ", ".join(
             f"{row.adata_id}/{row.group}" if row.group else row.adata_id for row in lines[:3].itertuples()
@@ -509,7 +512,7 @@ def _one_vector_a_gene(found: Embeddings) -> tuple[pd.Index, np.ndarray]:
             f"{found.source} has {len(lines)} contextual vectors of {gene} ({places}): use to='pandas' and choose the "
             "sample and group"
         )
-    return pd.Index(frame.loc[first, "gene"].to_numpy(dtype=object)), found.vectors[first]
+    return found.take(first)
 
 
 def _static_vectors(model_or_table: Any) -> pd.DataFrame:

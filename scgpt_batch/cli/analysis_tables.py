@@ -24,12 +24,10 @@ from scgpt_batch.embedding_tables import (
     described_model,
     load_embeddings,
     newest_embeddings,
-    open_dataset,
     open_lines,
-    open_table,
-    table_path,
 )
 from scgpt_batch.errors import ConfigError, EmbeddingWarning, ScgptBatchError, install, listed, suggestion
+from scgpt_batch.io.delta import open_dataset, open_table, table_path
 from scgpt_batch.io.locations import beside, table_name
 
 logger = logging.getLogger(__name__)
@@ -234,7 +232,9 @@ class AnalysisTables:
         """Return a named table's DataFrame."""
         version = self.version(table)
         spark = self.session()
-        return spark.table(table) if version is None else spark.sql(f"SELECT * FROM {table} VERSION AS OF {version}")
+        from scgpt_batch.spark import tables
+
+        return tables.at_version(spark, table, version)
 
     def _dataset(self, table: str) -> Any:
         """Return the dataset of a table at a path."""

@@ -13,8 +13,9 @@ from scgpt_batch.analysis.annotate import UNKNOWN, Neighbors, nearest_cells, tra
 from scgpt_batch.cli.analysis_tables import ANNOTATIONS, AnalysisTables
 from scgpt_batch.cli.cell_sources import Cells, log_left_out, read_cells
 from scgpt_batch.command_result import CommandResult, plural
-from scgpt_batch.embedding_tables import MODEL, EmbeddingLines, Embeddings, described_model, table_path
+from scgpt_batch.embedding_tables import MODEL, EmbeddingLines, Embeddings, described_model
 from scgpt_batch.errors import ConfigError
+from scgpt_batch.io.delta import table_path
 from scgpt_batch.settings import AnnotateSettings
 
 logger = logging.getLogger(__name__)

@@ -12,8 +12,8 @@ import scipy.sparse as sp
 
 from scgpt_batch.cli.analysis_tables import AnalysisTables, check_column
 from scgpt_batch.command_result import plural
-from scgpt_batch.embedding_tables import table_path
 from scgpt_batch.errors import ConfigError, PayloadError, listed
+from scgpt_batch.io.delta import table_path
 from scgpt_batch.io.layers import AUTO
 from scgpt_batch.io.locations import canonical, find_sources
 from scgpt_batch.io.open_file import named_errors, open_counts, read_obs

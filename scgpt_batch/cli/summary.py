@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from scgpt_batch.command_result import CommandResult
-from scgpt_batch.embedding_tables import MODEL, SparkNeeded, nearest, open_dataset, table_path
+from scgpt_batch.embedding_tables import MODEL, nearest
+from scgpt_batch.io.delta import SparkNeeded, open_dataset, table_path
 from scgpt_batch.io.locations import beside, is_remote, table_name
 from scgpt_batch.near_misses import GENE_CUTOFF, did_you_mean
 from scgpt_batch.settings import SummarySettings

@@ -612,9 +612,13 @@ def _embeddings(job: Job, lines: DataFrame) -> DataFrame:
         lines = _with_static_vectors(job, lines, order)
     else:
         lines = lines.sortWithinPartitions(*order)
+    return _as_in_table(job, _as_embeddings(job, lines.select(*columns, "content_hash")), job.output)
+
+
+def _as_embeddings(job: Job, lines: DataFrame) -> DataFrame:
+    """Add the stamps of embeddings, and their key in one column."""
     stamps = _stamps(job) | {"embedded_at": F.current_timestamp(), "package_version": F.lit(job.package_version)}
-    lines = lines.select(*columns, "content_hash").withColumns(stamps)
-    return _as_in_table(job, lines.withColumn("embedding_id", F.expr(tables.embedding_id(job.key))), job.output)
+    return lines.withColumns(stamps).withColumn("embedding_id", F.expr(tables.embedding_id(job.key)))
 
 
 def _as_in_table(job: Job, lines: DataFrame, table: str) -> DataFrame:
@@ -672,11 +676,9 @@ def _update_search_table(job: Job) -> None:
     lines = job.spark.table(job.output).where(job.stamped).select(*job.spark.table(table).columns)
     if job.parameters.mode == "static":
         of_no_row = {name: F.lit(None).cast("string") for name in ("adata_id", "group", "content_hash")}
-        stamps = _stamps(job) | {"embedded_at": F.current_timestamp(), "package_version": F.lit(job.package_version)}
-        genes = lines.select("gene").distinct().withColumns(of_no_row | stamps)
-        wanted = genes.withColumn("embedding_id", F.expr(tables.embedding_id(job.key)))
+        genes = _as_embeddings(job, lines.select("gene").distinct().withColumns(of_no_row))
         update_search_table(
-            job.spark, table, wanted, lambda some: some.join(_static_vectors(job, some), "gene"), same=["embedding_id"]
+            job.spark, table, genes, lambda some: some.join(_static_vectors(job, some), "gene"), same=["embedding_id"]
         )
         return
     of_lines = lines.select("embedding_id", "embedding")

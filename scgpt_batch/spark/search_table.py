@@ -28,20 +28,20 @@ def create_search_table(spark: SparkSession, table: str, columns: str, vector_le
     ConfigError
         The table holds other lines, which would be lost.
     """
-    if tables.exists(spark, table) and not _is_ours(spark, table):
+    exists = tables.exists(spark, table)
+    is_marked = exists and _is_marked(spark, table)
+    if exists and not is_marked and not spark.table(table).isEmpty():
         raise ConfigError(
             f"{table} is not a search table: embed would delete its lines. Name a new table with --search-table"
         )
     comment = "scGPT embeddings of one model version, of length 1, for vector search"
     tables.create(spark, table, columns, vector_length=vector_length, comment=comment, key="embedding_id")
-    if not _is_ours(spark, table, marked=True):
+    if not is_marked:
         spark.sql(f"ALTER TABLE {table} SET TBLPROPERTIES ('{_MARK}' = 'true')")
 
 
-def _is_ours(spark: SparkSession, table: str, *, marked: bool = False) -> bool:
-    """Return whether a table is a search table, or, unless it must be `marked`, empty."""
-    properties = {row["key"] for row in spark.sql(f"SHOW TBLPROPERTIES {table}").collect()}
-    return _MARK in properties or (not marked and spark.table(table).isEmpty())
+def _is_marked(spark: SparkSession, table: str) -> bool:
+    return _MARK in {row["key"] for row in spark.sql(f"SHOW TBLPROPERTIES {table}").collect()}
 
 
 def update_search_table(

@@ -148,8 +148,12 @@ def read(spark: SparkSession, table: str, columns: str, *, version: int | None =
     """
     if not exists(spark, table):
         raise missing_table(spark, table)
-    rows = spark.table(table) if version is None else spark.sql(f"SELECT * FROM {table} VERSION AS OF {version}")
-    return _completed(rows, table, columns)
+    return _completed(at_version(spark, table, version), table, columns)
+
+
+def at_version(spark: SparkSession, table: str, version: int | None) -> DataFrame:
+    """Return a table at a version of it; None: at the newest, or a view."""
+    return spark.table(table) if version is None else spark.sql(f"SELECT * FROM {table} VERSION AS OF {version}")
 
 
 def read_stream(spark: SparkSession, table: str, columns: str) -> DataFrame:
