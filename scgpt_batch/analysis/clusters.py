@@ -24,7 +24,7 @@ def neighbor_graph(vectors: np.ndarray, *, n_neighbors: int = 15, seed: int = 0)
     vectors
         float, (n, d).
     n_neighbors
-        Of each vector, itself included; euclidean. Exact below 4,096 vectors, else approximate (pynndescent).
+        Of each vector, itself included; euclidean. Exact below 8,192 vectors, else approximate (pynndescent).
     seed
         Of the approximate search.
 

@@ -80,6 +80,14 @@ def test_the_graph_is_scanpys():
     assert (neighbor_graph(x) != adata.obsp["connectivities"]).nnz == 0
 
 
+def test_the_graph_of_many_vectors_joins_near_ones():
+    cluster = np.arange(8_400) % 2  # more vectors than scanpy compares each with each
+    x = np.random.default_rng(0).normal(size=(len(cluster), 4)) + 100 * cluster[:, None]
+    graph = neighbor_graph(x)
+    rows, columns = graph.nonzero()
+    assert (graph.getnnz(axis=1) >= 14).all() and (cluster[rows] == cluster[columns]).all()
+
+
 def test_leiden_numbers_clusters_by_size():
     x, labels = blobs(3, 20)
     kept = np.r_[np.flatnonzero(labels == 0)[:8], np.flatnonzero(labels > 0)]
