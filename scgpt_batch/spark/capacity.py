@@ -25,7 +25,7 @@ MEASURED, CALCULATED = "measured", "calculated, not measured"
 
 GENES_PER_ROW = 3_000  # assumed where parameters do not limit them
 COMPRESSED = {"static": 0.02, "contextual": 0.93, "cell": 0.93}  # equal vectors are stored once, nearly
-KEY_BYTES = 20  # per line, compressed
+KEY_BYTES, ID_BYTES = 20, 33  # per line: its other columns, compressed, and embedding_id, which does not compress
 
 TEN_MILLION = 10_000_000
 UNITS = ((86_400, "days"), (3_600, "h"), (60, "min"), (1, "s"))
@@ -90,7 +90,8 @@ def output_bytes(parameters: Parameters, d: int, *, rows: int, cells: int) -> in
     """Estimate the size of the embeddings on disk; with `group_by`, of one group."""
     genes = len(parameters.genes) or (parameters.need_preprocess and parameters.subset_hvg) or GENES_PER_ROW
     vectors = cells if parameters.mode == "cell" else rows * genes
-    return round(vectors * (4 * d * COMPRESSED[parameters.mode] + KEY_BYTES * (parameters.mode != "static")))
+    keys = ID_BYTES + KEY_BYTES * (parameters.mode != "static")
+    return round(vectors * (4 * d * COMPRESSED[parameters.mode] + keys))
 
 
 def duration(seconds: float) -> str:

@@ -37,7 +37,8 @@ def test_output_is_sized_by_mode():
     static, contextual = (
         output_bytes(Parameters(mode=mode), 512, rows=400, cells=9) for mode in ("static", "contextual")
     )
-    assert static == pytest.approx(19e6, rel=0.1) and contextual > 40 * static  # 19 MB were measured
+    # measured: 19 MB without the column embedding_id, and 15.6 MB for it
+    assert static == pytest.approx(34.6e6, rel=0.1) and contextual > 25 * static
     assert output_bytes(Parameters(mode="contextual", genes=("A", "B")), 512, rows=400, cells=9) < contextual / 500
 
 
