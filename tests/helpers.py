@@ -1,9 +1,10 @@
 """What several tests share: one comparison of numbers, generators of AnnData and of table rows."""
 
+import io
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,8 @@ import pandas as pd
 import scipy.sparse as sp
 
 from scgpt_batch.io.rows import to_row
+
+CELL = ["--mode", "cell", "--need-preprocess", "false", "--data-is-raw", "true"]  # the shortest way to cell vectors
 
 
 def assert_close(found: Any, wanted: Any, *, atol: float = 0.0, rtol: float = 0.0) -> None:
@@ -52,6 +55,16 @@ def mlflow_store(folder: Path, *, copy_of: Path | None = None) -> Iterator[None]
     finally:
         mlflow.set_experiment(experiment_id="0")  # the one that every store has; MLflow remembers it for the next
         mlflow.set_tracking_uri(before)
+
+
+def summary_of(*words: str) -> dict[str, Any]:
+    """Run a command, which must succeed; return its JSON line. For fixtures of a module, which cannot use `run`."""
+    from scgpt_batch.cli.main import OK, main
+
+    output = io.StringIO()
+    with redirect_stdout(output):
+        assert main(list(words)) == OK
+    return json.loads(output.getvalue().splitlines()[-1])
 
 
 def name_version(name: str, version: str, alias: str) -> None:

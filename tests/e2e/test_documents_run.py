@@ -1,7 +1,7 @@
 """Every code block of the documents runs: its commands, its SQL and its Python, page by page, on real cells.
 
-Commands run in this process, so that they share one Spark session. Names of the documents stand for things of the test:
-`/data` is a folder, `main.lab` a schema, `http://127.0.0.1:5000` an endpoint.
+All commands share this process and its Spark session. Before a block runs, the test replaces what a page can only
+name: `/data` by a temporary folder, `main.lab` by a schema, and `http://127.0.0.1:5000` by the address of its endpoint.
 """
 
 import json
@@ -35,7 +35,7 @@ TABLES = ("adata_rows", "adata_rows_files", "gene_embeddings", "gene_embeddings_
 
 @pytest.fixture(scope="module")
 def prepared(home, golden, pbmc3k):
-    """A folder with what the pages name: files of cells, and a checkpoint."""
+    """A folder with the files of cells and the checkpoint that the pages name."""
     home = home / "pages"
     cells = pbmc3k[:600].copy()  # to fewer, seurat_v3 cannot fit its curve
     cells.obs["donor"] = np.where(np.arange(600) % 2, "ann", "bob")
@@ -97,7 +97,7 @@ def endpoint(registered, prepared):
 
 
 def placed(text, folder, endpoint=None):
-    """The text with the things of the test in place of the names of the documents."""
+    """Return the text with this test's folder, schema and endpoint in place of those that the page names."""
     text = text.replace("main.lab.", "default.").replace("main.scgpt.", "default.")
     if endpoint:
         text = text.replace("/data/scgpt_payload", str(endpoint.table))

@@ -5,31 +5,27 @@ import json
 import mlflow
 import pytest
 
-from scgpt_batch.cli.main import OK
 from scgpt_batch.spark.comments import COLUMN_COMMENTS
-from tests.helpers import small_rows, write_rows
-
-CELL = ["--mode", "cell", "--need-preprocess", "false", "--data-is-raw", "true"]
+from tests.helpers import CELL, small_rows, summary_of, write_rows
 
 
-@pytest.fixture(scope="module")
-def embedded(spark, home, model, golden):
-    """A function that embeds a new table, as a path or by name: its name and the summary."""
-    from scgpt_batch.cli.main import main
+@pytest.fixture
+def embedded(spark, model, golden):
+    """A function that embeds a new table, given as a path or by name: the output table and the summary."""
 
-    def embed(table, capsys):
+    def embed(table):
         write_rows(spark, small_rows(1, golden), table)
         out = f"{table[:-1]}_out`" if table.endswith("`") else f"{table}_out"
-        assert main(["embed", "--model-uri", model, "--input-table", table, "--output-table", out, *CELL]) == OK
-        return out, json.loads(capsys.readouterr().out.splitlines()[-1])
+        words = ["--model-uri", model, "--input-table", table, "--output-table", out]
+        return out, summary_of("embed", *words, *CELL)
 
     return embed
 
 
 @pytest.mark.parametrize("form", ["path", "name"])
-def test_run_records_the_version_of_its_input(spark, embedded, home, form, capsys):
+def test_run_records_the_version_of_its_input(spark, embedded, home, form):
     table = f"delta.`{home}/lineage`" if form == "path" else "lineage_rows"
-    _, summary = embedded(table, capsys)
+    _, summary = embedded(table)
     (found,) = mlflow.get_run(summary["run_id"]).inputs.dataset_inputs
     source = json.loads(found.dataset.source)
     assert source["delta_table_version"] == spark.sql(f"describe history {table} limit 1").first()["version"]
@@ -40,8 +36,8 @@ def test_run_records_the_version_of_its_input(spark, embedded, home, form, capsy
         assert source["delta_table_name"].endswith("lineage_rows")
 
 
-def test_tables_and_columns_of_plain_delta_have_comments(spark, embedded, home, capsys):
-    out, _ = embedded(f"delta.`{home}/commented`", capsys)
+def test_tables_and_columns_of_plain_delta_have_comments(spark, embedded, home):
+    out, _ = embedded(f"delta.`{home}/commented`")
     for table in (out, f"{out[:-1]}_ledger`", f"{out[:-1]}_runs`"):
         (detail,) = spark.sql(f"describe detail {table}").collect()
         assert "scGPT" in detail["description"]

@@ -1,7 +1,5 @@
 """The unattended run: killed, concurrent, with a deadly row, planned, and as a stream."""
 
-import io
-import json
 import logging
 import os
 import re
@@ -9,7 +7,6 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -23,10 +20,9 @@ from scgpt_batch.cli.main import FAILED, OK, WRONG_USAGE, main
 from scgpt_batch.spark import embed, tables
 from scgpt_batch.spark.isolation import isolates
 from scgpt_batch.spark.pending import key_range_filter, n_tasks, pending_rows, with_tasks
-from tests.helpers import small_rows, write_rows
+from tests.helpers import CELL, small_rows, summary_of, write_rows
 from tests.paths import DATA
 
-CELLS = ["--mode", "cell", "--need-preprocess", "false", "--data-is-raw", "true"]
 KEY = ("adata_id", "cell_id", "mode", "model_version", "params_hash")
 
 
@@ -56,17 +52,16 @@ class Embedded:
 @pytest.fixture(scope="module")
 def embedded(home, model, rows):
     """A run over the twelve rows."""
-    words = ["embed", "--model-uri", model, "--input-table", rows, "--output-table", f"delta.`{home}/out`", *CELLS]
-    output, logged = io.StringIO(), []
+    words = ["embed", "--model-uri", model, "--input-table", rows, "--output-table", f"delta.`{home}/out`", *CELL]
+    logged = []
     handler = logging.Handler()
     handler.emit = lambda record: logged.append(record.getMessage())
     embed.logger.addHandler(handler)
     try:
-        with redirect_stdout(output):
-            assert main(words) == OK
+        summary = summary_of(*words)
     finally:
         embed.logger.removeHandler(handler)
-    return Embedded(words, json.loads(output.getvalue().splitlines()[-1]), logged)
+    return Embedded(words, summary, logged)
 
 
 @pytest.fixture
@@ -82,7 +77,7 @@ def own_rows(spark, tmp_path, golden, words):
 def words(tmp_path, model, rows):
     """The command's words: one wave, into tables of the test's own."""
     out = f"delta.`{tmp_path}/out`"
-    return ["embed", "--model-uri", model, "--input-table", rows, "--output-table", out, *CELLS]
+    return ["embed", "--model-uri", model, "--input-table", rows, "--output-table", out, *CELL]
 
 
 def assert_each_cell_once(spark, folder, *, cells=36, rows=12):

@@ -12,30 +12,12 @@ from scgpt_batch import __version__
 from scgpt_batch.cli.main import OK, WRONG_USAGE, main
 from scgpt_batch.registry.resolve import resolve
 from scgpt_batch.registry.sample_answers import sample_path
-from tests.helpers import small_rows, write_rows
-
-CELL = ["--mode", "cell", "--need-preprocess", "false", "--data-is-raw", "true"]
+from tests.helpers import CELL, small_rows, write_rows
 
 
 @pytest.fixture
 def table(tmp_path):
     return f"delta.`{tmp_path}/rows`"
-
-
-@pytest.fixture
-def out(tmp_path):
-    return f"delta.`{tmp_path}/out`"
-
-
-@pytest.fixture
-def embed(run, model, table, out):
-    """Run `embed` over the table; give its exit code, its JSON line and its standard error."""
-
-    def call(*flags, model_uri=model, output=out):
-        words = ["--model-uri", model_uri, "--input-table", table, "--output-table", output]
-        return run("embed", *words, *flags)
-
-    return call
 
 
 def ids(spark, table):

@@ -10,10 +10,9 @@ from scgpt_batch.analysis.annotate import nearest_cells
 from scgpt_batch.cli.main import OK, WRONG_USAGE
 from scgpt_batch.spark import tables
 from tests.databricks_workspace import Workspace, served
-from tests.helpers import name_version, small_rows, write_rows
+from tests.helpers import CELL, name_version, small_rows, write_rows
 from tests.paths import REPO
 
-CELL = ["--mode", "cell", "--need-preprocess", "false", "--data-is-raw", "true"]
 STATIC = ["--mode", "static", "--need-preprocess", "false"]
 
 
@@ -25,23 +24,8 @@ def table(tmp_path, spark, golden):
 
 
 @pytest.fixture
-def out(tmp_path):
-    return f"delta.`{tmp_path}/out`"
-
-
-@pytest.fixture
 def search(tmp_path):
     return f"delta.`{tmp_path}/search`"
-
-
-@pytest.fixture
-def embed(run, table, out, model):
-    """Embed the table's rows; return the exit code, the JSON line and standard error."""
-
-    def call(*flags, model_uri=model):
-        return run("embed", "--model-uri", model_uri, "--input-table", table, "--output-table", out, *flags)
-
-    return call
 
 
 def hashed(*key):

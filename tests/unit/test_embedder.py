@@ -430,7 +430,7 @@ def peak_mb_of(call):
 
 @pytest.mark.parametrize("mode", ["contextual", "cell"])
 def test_memory_of_a_large_row_is_bounded(embed, mode):
-    n_cells, n_genes = 60_000, 4  # 300,000 tokens, of which one layer's activations alone take 600 MB
+    n_cells, n_genes = 100_000, 4  # 500,000 tokens, of which one layer's activations alone take 1,000 MB
     x = sp.random(n_cells, len(known_genes()), density=n_genes / 400, format="csr", dtype=np.float32, random_state=0)
     obs = pd.DataFrame({"donor": np.arange(n_cells) % 300}, index=[str(i) for i in range(n_cells)])
     adata = ad.AnnData(x, obs=obs, var=pd.DataFrame(index=known_genes()))
