@@ -116,7 +116,7 @@ def test_a_misspelt_table_name_is_suggested(spark, both, run):
 
 
 def test_nearest_genes_in_sql_equal_those_in_python(spark, both):
-    newer = cluster_vectors(seed=7)
+    newer = cluster_vectors(seed=7, d=6)  # the query takes four numbers at a time
     lines = [gene_lines(), gene_lines(version="2", hours=1, vectors=newer)]
     name, path = both("n_genes", pa.concat_tables([*lines, gene_lines(adata_id="s", version="2", vectors=newer)]))
     query = (REPO / "examples" / "sql" / "similar_genes.sql").read_text()
@@ -142,7 +142,7 @@ def test_a_misspelt_name_of_gene_vectors_is_an_error(spark, both):
 
 
 def test_the_documented_sql_function_finds_the_nearest_genes(spark, both):
-    name, path = both("f_genes", gene_lines())
+    name, path = both("f_genes", gene_lines(vectors=cluster_vectors(d=7)))
     (block,) = re.findall(r"```sql\n(create .*?)```", (REPO / "docs" / "analysis.md").read_text(), re.DOTALL)
     for statement in block.replace("main.lab.gene_embeddings", name).split(";"):
         if statement.strip():
