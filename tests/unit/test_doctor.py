@@ -25,7 +25,7 @@ def store(tmp_path_factory):
 
 @pytest.fixture
 def check(run, store, monkeypatch):
-    """Run `doctor`; return its exit code, its checks by name, and its status. A full disk of this machine is no failure."""
+    """Run `doctor`; return its exit code, its checks by name, and its status. The machine may be full."""
     monkeypatch.setattr(module, "FREE_DISK_GB", 0)
     monkeypatch.setattr(module, "FREE_MEMORY_GB", 0)
 
