@@ -226,7 +226,8 @@ class AnalysisTables:
 
         if not tables.exists(spark, tables.table_name(table)):
             raise tables.missing_table(spark, table)
-        return tables.snapshot(spark, table)
+        snapshot = tables.snapshot(spark, table)
+        return None if snapshot is None else snapshot.version
 
     def _named(self, table: str) -> Any:
         """Return a named table's DataFrame."""

@@ -79,6 +79,7 @@ COLUMN_COMMENTS: Mapping[str, str] = {
     "source_version": "version of that table; null for a view",
     "stability": "share of the pairs of genes that stay together under other seeds, 0 to 1",
     "started_at": "when the run started",
+    "state": "hash of the versions and settings in which the run left nothing to do",
     "status": "ok or failed; of a run: running, finished or failed",
     "term": "the gene set",
     "term_genes": "genes of the set among the clustered genes",

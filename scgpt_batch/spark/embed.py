@@ -9,6 +9,7 @@ embeddings then have the sample's id as adata_id, while the ledger has one line 
 results of rows and samples that are no longer in the input.
 """
 
+import hashlib
 import logging
 import time
 from collections import Counter
@@ -56,11 +57,13 @@ from scgpt_batch.spark.persistence import require_persist
 from scgpt_batch.spark.progress import CellProgress
 from scgpt_batch.spark.sample_decisions import decisions, means
 from scgpt_batch.spark.search_table import create_search_table, update_search_table
-from scgpt_batch.spark.vanished import Vanished, vanished
+from scgpt_batch.spark.vanished import Vanished, earlier_runs, unfinished, vanished
 from scgpt_batch.spark.worker import ANSWERS, VECTORS, ModelRef, WorkerTask, embed_rows, static_vectors
 from scgpt_batch.spark.workers import computed, worker_setup_error
 
 logger = logging.getLogger(__name__)
+
+Line = dict[str, str | float | datetime]  # of the table of runs
 
 CELLS_TO_TELL = 1_000  # a run over fewer cells spends most of its time on starting
 LIBRARIES_MB, ROW_MB_PER_1000_CELLS = 900, 120  # of a worker, measured: torch and scanpy; 2,000 genes per cell
@@ -162,13 +165,15 @@ class Job:
     parameters: Parameters
     model: ResolvedModel
     input: str
-    input_version: int | None  # the whole run reads this snapshot; None for a view
+    input_snapshot: tables.Snapshot | None  # which the whole run reads; None for a view
     output: str
     ledger: str
     runs: str
     started: datetime
     run_id: str = ""
     package_version: str = scgpt_batch.__version__
+    created: set[str] = field(default_factory=set)  # tables that did not exist before
+    ledger_commits: int = 0  # that this run has made
     warnings: Counter[str] = field(default_factory=Counter)  # rows by kind of warning
     counts: dict[str, int] = field(
         default_factory=lambda: dict.fromkeys(
@@ -205,6 +210,11 @@ class Job:
     def samples(self) -> bool:
         """Whether the results of a sample's rows depend on each other."""
         return rows_depend(self.parameters)
+
+    @property
+    def input_version(self) -> int | None:
+        """The input's version that the whole run reads; None for a view."""
+        return None if self.input_snapshot is None else self.input_snapshot.version
 
     @property
     def rows(self) -> DataFrame:
@@ -255,8 +265,8 @@ def _job(spark: SparkSession, settings: EmbedSettings, parameters: Parameters) -
     check_model_parameters(parameters, model.config, model.vocabulary)
     input_table, output = tables.table_name(settings.input_table), tables.table_name(settings.output_table)
     tables.read(spark, input_table, tables.ADATA_ROWS)
-    version = tables.snapshot(spark, input_table)
-    if settings.trigger and version is None:
+    snapshot = tables.snapshot(spark, input_table)
+    if settings.trigger and snapshot is None:
         raise ConfigError(f"--trigger needs a Delta table, but {input_table} is not one: run without --trigger")
     return Job(
         spark=spark,
@@ -264,7 +274,7 @@ def _job(spark: SparkSession, settings: EmbedSettings, parameters: Parameters) -
         parameters=parameters,
         model=model,
         input=input_table,
-        input_version=version,
+        input_snapshot=snapshot,
         output=output,
         ledger=tables.table_name(settings.ledger_table or tables.beside(output, "_ledger")),
         runs=tables.table_name(settings.runs_table or tables.beside(output, "_runs")),
@@ -289,20 +299,18 @@ def _checked_code(job: Job) -> str:
 
 def _create_tables(job: Job) -> None:
     what = "cell" if job.parameters.mode == "cell" else "gene"
-    tables.create(
-        job.spark,
-        job.output,
-        job.columns,
-        vector_length=job.model.config.embsize,
-        comment=f"scGPT embeddings: a line is the vector of a {what}",
-        key="embedding_id",
-    )
-    tables.fill_embedding_ids(job.spark, job.output, job.key)
+    about = f"scGPT embeddings: a line is the vector of a {what}"
+    length = job.model.config.embsize
+    if tables.create(job.spark, job.output, job.columns, vector_length=length, comment=about, key="embedding_id"):
+        job.created.add(job.output)
     if job.settings.search_table:
         search = tables.table_name(job.settings.search_table)
         create_search_table(job.spark, search, job.columns, job.model.config.embsize)
-    tables.create(job.spark, job.ledger, tables.LEDGER, comment="What became of each row of the scGPT embedding job")
-    tables.create(job.spark, job.runs, tables.RUNS, comment="Runs of the scGPT embedding job", key="run_id")
+    about = "What became of each row of the scGPT embedding job"
+    if tables.create(job.spark, job.ledger, tables.LEDGER, comment=about):
+        job.created.add(job.ledger)
+    if tables.create(job.spark, job.runs, tables.RUNS, comment="Runs of the scGPT embedding job", key="run_id"):
+        job.created.add(job.runs)
 
 
 # --- a run ----------------------------------------------------------------------------------------
@@ -313,23 +321,13 @@ def _run(job: Job) -> EmbedResult:
     logger.info("run %s: %s, %s mode, %s -> %s", job.run_id, job.model.uri, job.parameters.mode, job.input, job.output)
     mlflow.log_params(job.parameters.model_dump() | {"model_uri": job.model.uri})
     log_input(job.input, job.input_version)
-    _begin_run(job)
-    try:
-        _remove_vanished(job)
-        # a stream may have only some rows of a sample and never deleted ones, so samples are read from the table
-        if job.settings.trigger and not job.samples:
-            _embed_stream(job)
-        else:
-            _embed_pending(job, job.rows)
-        if job.settings.prune:
-            current = (job.model.name, job.model.version)
-            prune(job.spark, job.output, job.ledger, job.settings.prune, current=current)
-        if job.settings.search_table:
-            _update_search_table(job)
-    except BaseException:  # Ctrl-C too
-        _end_failed_run(job, clock)
-        raise
-    seconds = _end_run(job, "finished", clock)
+    earlier = _earlier_runs(job)
+    ledger = None if job.ledger in job.created else tables.snapshot(job.spark, job.ledger)
+    same = _same_state(job, ledger, earlier)
+    if same is None:
+        seconds = _embed_changes(job, earlier, ledger.version if ledger else 0, clock)
+    else:
+        seconds = _end_idle_run(job, same, clock)
     for kind, rows in job.warnings.most_common():
         logger.warning("%d rows have a warning: %s", rows, plain_line(kind))
     mlflow.log_metrics({**job.counts, "seconds": seconds})
@@ -353,9 +351,51 @@ def _too_many_failed(job: Job) -> bool:
     return computed_rows > 0 and failed / computed_rows > job.settings.max_failed_fraction
 
 
-def _begin_run(job: Job) -> None:
-    """Insert the run's line: other runs then know it as concurrent, and replace what it leaves if it is killed."""
-    line: dict[str, str | float | datetime] = {
+def _embed_changes(job: Job, earlier: pd.DataFrame | None, ledger_version: int, clock: float) -> float:
+    """Remove the results of rows that are gone, and embed pending rows; return the seconds that the run took."""
+    tables.insert(job.spark, job.runs, _begun(job))
+    try:
+        if job.output not in job.created:
+            tables.fill_embedding_ids(job.spark, job.output, job.key)
+        _remove_vanished(job, earlier)
+        # a stream may have only some rows of a sample and never deleted ones, so samples are read from the table
+        if job.settings.trigger and not job.samples:
+            _embed_stream(job)
+        else:
+            _embed_pending(job, job.rows)
+        if job.settings.prune:
+            current = (job.model.name, job.model.version)
+            prune(job.spark, job.output, job.ledger, job.settings.prune, current=current)
+        if job.settings.search_table:
+            _update_search_table(job)
+    except BaseException:  # Ctrl-C too
+        _end_failed_run(job, clock)
+        raise
+    output = _output_snapshot(job)
+    line = _ended(job, "finished", clock, output.version)
+    if (state := _state_after(job, ledger_version, output)) is not None:
+        line["state"] = state
+    tables.update(job.spark, job.runs, line, _of_run(job))
+    return float(line["seconds"])  # type: ignore[arg-type]
+
+
+def _end_idle_run(job: Job, same: pd.Series, clock: float) -> float:
+    """Record a run that has nothing to do, as the run in `same` left the tables; return the seconds that it took."""
+    job.counts["rows_in"] = job.counts["rows_skipped"] = int(same["rows_in"])
+    line = _begun(job) | _ended(job, "finished", clock, int(same["output_version"])) | {"state": same["state"]}
+    tables.insert(job.spark, job.runs, line)
+    return float(line["seconds"])
+
+
+def _output_snapshot(job: Job) -> tables.Snapshot:
+    snapshot = tables.snapshot(job.spark, job.output)
+    assert snapshot is not None  # the run has created it as a Delta table
+    return snapshot
+
+
+def _begun(job: Job) -> Line:
+    """Return the line of a run at work: by it, other runs know it as concurrent, and find what it leaves if killed."""
+    line: Line = {
         "run_id": job.run_id, "started_at": job.started, "status": "running",
         "mode": job.parameters.mode, "model_uri": job.model.uri, "model_version": job.model.version,
         "params": job.parameters.model_dump_json(), **job.counts,
@@ -363,26 +403,78 @@ def _begin_run(job: Job) -> None:
     }  # fmt: skip
     if job.input_version is not None:
         line["input_version"] = job.input_version
-    tables.insert(job.spark, job.runs, line)
+    return line
 
 
-def _end_run(job: Job, status: str, clock: float) -> float:
-    """Complete the run's line; return the seconds that the run took."""
-    seconds = round(time.monotonic() - clock, 3)
-    line: dict[str, str | float | datetime] = {
-        "status": status, "finished_at": datetime.now(UTC), **job.counts, "seconds": seconds,
-        "output_version": tables.version(job.spark, job.output),
+def _ended(job: Job, status: str, clock: float, output_version: int) -> Line:
+    """Return what completes the run's line."""
+    return {
+        "status": status, "finished_at": datetime.now(UTC), **job.counts, "seconds": round(time.monotonic() - clock, 3),
+        "output_version": output_version,
     }  # fmt: skip
-    tables.update(job.spark, job.runs, line, f"run_id = {tables.literal(job.run_id)}")
-    return seconds
+
+
+def _of_run(job: Job) -> str:
+    return f"run_id = {tables.literal(job.run_id)}"
 
 
 def _end_failed_run(job: Job, clock: float) -> None:
     """Mark the run as failed, if possible: the cause of the failure (a full disk) may prevent it."""
     try:
-        _end_run(job, "failed", clock)
+        line = _ended(job, "failed", clock, tables.version(job.spark, job.output))
+        tables.update(job.spark, job.runs, line, _of_run(job))
     except Exception as exc:  # the first error is the one to report
         logger.warning("cannot mark the run as failed, its line in %s stays 'running': %s", job.runs, in_one_line(exc))
+
+
+# --- a run with nothing to do ---------------------------------------------------------------------
+
+
+def _earlier_runs(job: Job) -> pd.DataFrame | None:
+    """Return the runs so far over the input and output; None without any."""
+    if job.runs in job.created:
+        return None
+    return earlier_runs(job.spark, job.runs, job.input, job.output)
+
+
+def _same_state(job: Job, ledger: tables.Snapshot | None, earlier: pd.DataFrame | None) -> pd.Series | None:
+    """Return an earlier run that left nothing to do, if nothing has changed since; else None.
+
+    Runs that did not finish may have left embeddings without ledger lines, which only the tables themselves show.
+    """
+    if ledger is None or earlier is None or earlier["state"].isna().all() or len(unfinished(earlier)):
+        return None
+    state = _state(job, ledger, _output_snapshot(job))
+    same = earlier[(earlier["status"] == "finished") & (earlier["state"] == state)]
+    return same.iloc[0] if len(same) else None
+
+
+def _state(job: Job, ledger: tables.Snapshot, output: tables.Snapshot) -> str | None:
+    """Return a hash of all that decides what a run has to do; None if a part of it is not known."""
+    settings = job.settings
+    if job.input_snapshot is None or settings.retry_failed or settings.trigger or settings.search_table:
+        return None
+    parts = [
+        job.input, str(job.input_snapshot), job.output, str(output), job.ledger, str(ledger), *job.stamps.values(),
+        _environment(), str(float(settings.row_timeout)), str(job.parameters.min_coverage), str(settings.prune),
+    ]  # fmt: skip
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+def _state_after(job: Job, version: int, output: tables.Snapshot) -> str | None:
+    """Return the state in which the run leaves the tables; None if another run has written to the ledger meanwhile.
+
+    Such a run may have read other contents, and its lines may count for less than those of this run.
+
+    Parameters
+    ----------
+    version
+        The ledger's, before this run looked for pending rows.
+    """
+    ledger = tables.snapshot(job.spark, job.ledger)
+    if ledger is None or ledger.version != version + job.ledger_commits:
+        return None
+    return _state(job, ledger, output)
 
 
 def _embed_stream(job: Job) -> None:
@@ -417,8 +509,14 @@ def _embed_pending(job: Job, rows: DataFrame) -> None:
 
 
 def _pending(job: Job, rows: DataFrame, ledger: DataFrame | None = None) -> PendingRows:
+    if ledger is None and job.ledger in job.created:
+        ledger = _no_lines(job)
     lines = tables.read(job.spark, job.ledger, tables.LEDGER).where(job.stamped) if ledger is None else ledger
     return pending_rows(rows, lines, counts=_counts(job), samples=job.samples, name=job.input)
+
+
+def _no_lines(job: Job) -> DataFrame:
+    return job.spark.createDataFrame([], tables.LEDGER)
 
 
 def _counts(job: Job) -> Column:
@@ -445,17 +543,22 @@ def _version(package: str) -> str:
 # --- rows that left the input ---------------------------------------------------------------------
 
 
-def _remove_vanished(job: Job) -> None:
-    gone = _vanished(job)
+def _remove_vanished(job: Job, earlier: pd.DataFrame | None) -> None:
+    gone = _vanished(job, earlier)
+    if gone is None:
+        return
     gone.remove(job.spark, job.output, job.ledger)
+    job.ledger_commits += bool(len(gone.ledger))
     job.counts["rows_removed"] += gone.rows
     if gone.rows:
         logger.info("removed embeddings and ledger lines of %d rows that are no longer in %s", gone.rows, job.input)
 
 
-def _vanished(job: Job) -> Vanished:
-    outputs = {"output": job.output, "ledger": job.ledger, "runs": job.runs}
-    return vanished(job.rows, job.input, run_id=job.run_id, **outputs)
+def _vanished(job: Job, earlier: pd.DataFrame | None) -> Vanished | None:
+    """Return what earlier runs have written for rows that are gone; None without earlier runs."""
+    if earlier is None or earlier.empty:
+        return None
+    return vanished(job.rows, output=job.output, ledger=job.ledger, runs=earlier)
 
 
 # --- a wave ---------------------------------------------------------------------------------------
@@ -495,6 +598,7 @@ def _commit(job: Job, answers: DataFrame, wave: pd.DataFrame) -> pd.DataFrame:
         lines = _keyed_by_sample(job, lines, members, summed=_summed(job, wave))
     tables.replace(_embeddings(job, lines), job.output, lambda: _replaceable(job, wave))
     tables.replace(_ledger_lines(job, _reports(answers), members), job.ledger, lambda: _replaceable(job, wave))
+    job.ledger_commits += 1
     warnings = [*reports["warnings"], *([warning] for warning in members.get("warning", []) if warning)]
     job.warnings.update(warning_kind(warning) for of_row in warnings for warning in of_row)
     return reports
@@ -697,12 +801,12 @@ def _update_search_table(job: Job) -> None:
 def _plan(job: Job) -> EmbedPlan:
     """Return what a run would do and how long it would take; write nothing."""
     first = not all(tables.exists(job.spark, table) for table in (job.output, job.ledger, job.runs))
-    ledger = job.spark.createDataFrame([], tables.LEDGER) if first else None
-    work = _pending(job, job.rows, ledger)
+    work = _pending(job, job.rows, _no_lines(job) if first else None)
     waves = list(work.waves(job.settings.wave_cells))
     cells = int(work.pending["cells"].sum())
     machines = [*_of_last_run(job), *capacities(job.parameters, job.model.config, _cores(job.spark))]
     here = next((each for each in machines if each.source != CALCULATED), None)
+    gone = None if first else _vanished(job, _earlier_runs(job))
     return EmbedPlan(
         mode=job.parameters.mode,
         model_uri=job.model.uri,
@@ -710,7 +814,7 @@ def _plan(job: Job) -> EmbedPlan:
         rows_in=work.rows_in,
         rows=len(work.pending),
         rows_skipped=work.rows_in - len(work.pending),
-        rows_removed=0 if first else _vanished(job).rows,
+        rows_removed=gone.rows if gone else 0,
         cells=cells,
         waves=len(waves),
         partitions=sum(map(n_tasks, waves)),

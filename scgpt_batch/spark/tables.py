@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from threading import Lock
@@ -68,7 +69,7 @@ RUNS = """
     run_id STRING, started_at TIMESTAMP, finished_at TIMESTAMP, status STRING, mode STRING, model_uri STRING,
     model_version STRING, params STRING, rows_in BIGINT, rows_ok BIGINT, rows_failed BIGINT, rows_skipped BIGINT,
     cells BIGINT, embeddings BIGINT, seconds DOUBLE, input_table STRING, input_version BIGINT, output_table STRING,
-    output_version BIGINT, package_version STRING, rows_removed BIGINT
+    output_version BIGINT, package_version STRING, rows_removed BIGINT, state STRING
 """
 
 FILES = """
@@ -96,6 +97,14 @@ CREATE_TRIES = 4  # over about seven seconds: other runs create the table at mos
 
 # Hadoop does not report the cause; list the likely ones
 _NO_FOLDER = "No space left, a Read-only file system, no permission, or a file in place of a folder"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A version of a Delta table, and when it was committed: a table made anew at the same place has another time."""
+
+    version: int
+    at: datetime
 
 
 class FolderTaken(ConfigError):
@@ -187,8 +196,8 @@ def create(
     vector_length: int | None = None,
     comment: str = "",
     key: str = "",
-) -> None:
-    """Create a table with these columns unless it exists.
+) -> bool:
+    """Create a table with these columns unless it exists; return whether it was created.
 
     An existing table gets the columns that newer versions of this package added. With `vector_length`, the table
     accepts vectors of that length only, and keeps a change feed, so that a search index can follow it.
@@ -210,7 +219,7 @@ def create(
     """
     if exists(spark, table):
         _adapt(spark, table, columns, vector_length)
-        return
+        return False
     schema = table.rsplit(".", 1)[0] if not delta_path(table) and "." in table else None
     # Unity Catalog checks the permission to create schemas even if the schema exists
     if schema and not spark.catalog.databaseExists(schema):
@@ -225,6 +234,7 @@ def create(
         _retried(table, lambda: _create(spark, table, statement), tries=CREATE_TRIES)
     if governed:
         _tag(spark, table)
+    return True
 
 
 def is_in_unity_catalog(spark: SparkSession, table: str) -> bool:
@@ -484,12 +494,13 @@ def version(spark: SparkSession, table: str) -> int:
     return _newest(spark, table)["version"]
 
 
-def snapshot(spark: SparkSession, table: str) -> int | None:
-    """Return the newest version of a table to read at; None for a view or a table of another format."""
+def snapshot(spark: SparkSession, table: str) -> Snapshot | None:
+    """Return the newest snapshot of a table to read at; None for a view or a table of another format."""
     try:
-        return version(spark, table)
+        newest = _newest(spark, table)
     except AnalysisException:
         return None
+    return Snapshot(newest["version"], newest["timestamp"])
 
 
 def _newest(spark: SparkSession, table: str) -> Row:

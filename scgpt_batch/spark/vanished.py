@@ -47,30 +47,40 @@ class Vanished:
                 tables.delete_lines(table, spark.createDataFrame(lines), self.runs)
 
 
-def vanished(rows: DataFrame, input_table: str, *, output: str, ledger: str, runs: str, run_id: str) -> Vanished:
-    """Find the lines of the output tables whose rows are missing in `rows`, a snapshot of the input.
+def earlier_runs(spark: SparkSession, runs: str, input_table: str, output: str) -> pd.DataFrame:
+    """Return the runs so far over an input and an output, with how each ended and what it left."""
+    lines = tables.read(spark, runs, tables.RUNS)  # completes a table of an older version
+    seen = lines.where((F.col("input_table") == input_table) & (F.col("output_table") == output))
+    return seen.select("run_id", "status", "started_at", "rows_in", "output_version", "state").toPandas()
 
-    If several inputs share an output table, only lines that runs over the same input have written are considered.
+
+def unfinished(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the runs that may have left embeddings without ledger lines which no later run has removed."""
+    finished = runs["status"] == "finished"
+    found = runs[~finished]
+    if finished.any():
+        found = found[found["started_at"] > runs.loc[finished, "started_at"].max() - LONGEST_RUN]
+    return found
+
+
+def vanished(rows: DataFrame, *, output: str, ledger: str, runs: pd.DataFrame) -> Vanished:
+    """Find the lines of the output tables whose rows are missing in `rows`, a snapshot of the input.
 
     Parameters
     ----------
-    run_id
-        The current run, which has written nothing yet.
+    runs
+        The `earlier_runs` over this input. If several inputs share an output table, the lines of other runs stay.
     """
-    spark = rows.sparkSession
-    seen = spark.table(runs).where((F.col("input_table") == input_table) & (F.col("output_table") == output))
-    earlier: pd.DataFrame = seen.where(F.col("run_id") != run_id).select("run_id", "status", "started_at").toPandas()
-    if earlier.empty:
-        return _sorted(pd.DataFrame(columns=["adata_id", "key", *STAMPS, "row_gone", "key_gone"]), ())
     here = rows.select("adata_id", F.coalesce("sample_id", "adata_id").alias("key"))
     ids = here.select("adata_id", F.lit(True).alias("is_row")).distinct()
     keys = here.select("key", F.lit(True).alias("is_key")).distinct()
-    found = _written(spark, output, ledger, earlier).join(ids, "adata_id", "left").join(keys, "key", "left")
+    written = _written(rows.sparkSession, output, ledger, runs)
+    found = written.join(ids, "adata_id", "left").join(keys, "key", "left")
     key_gone = F.when(F.col("mode") == "contextual", F.isnull("is_key")).otherwise(F.isnull("is_row"))
     found = found.withColumns({"row_gone": F.isnull("is_row"), "key_gone": key_gone})
     # embeddings without ledger lines have the key of a row or a sample, so only the key can be checked
     found = found.where(F.col("key_gone") | (F.col("row_gone") & F.col("reported")))
-    return _sorted(found.toPandas(), tuple(earlier["run_id"]))
+    return _sorted(found.toPandas(), tuple(runs["run_id"]))
 
 
 def _sorted(found: pd.DataFrame, runs: tuple[str, ...]) -> Vanished:
@@ -85,12 +95,9 @@ def _written(spark: SparkSession, output: str, ledger: str, runs: pd.DataFrame) 
     lines = tables.read(spark, ledger, tables.LEDGER).where(F.col("run_id").isin(runs["run_id"].tolist()))
     key = F.coalesce(shared, "adata_id").alias("key")
     reported = lines.select("adata_id", key, *STAMPS, F.lit(True).alias("reported")).distinct()
-    finished = runs["status"] == "finished"
-    unfinished = runs[~finished]
-    if finished.any():
-        unfinished = unfinished[unfinished["started_at"] > runs.loc[finished, "started_at"].max() - LONGEST_RUN]
-    if unfinished.empty:
+    remains = unfinished(runs)
+    if remains.empty:
         return reported
-    remaining = spark.table(output).where(F.col("run_id").isin(unfinished["run_id"].tolist()))
+    remaining = spark.table(output).where(F.col("run_id").isin(remains["run_id"].tolist()))
     key = F.col("adata_id").alias("key")
     return reported.unionByName(remaining.select("adata_id", key, *STAMPS, F.lit(False).alias("reported")).distinct())

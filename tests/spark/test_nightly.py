@@ -27,6 +27,7 @@ KEY = ("adata_id", "cell_id", "mode", "model_version", "params_hash")
 
 
 WAVES = ["--wave-cells", "12"]  # waves of four rows
+IDLE_JOBS, SEARCH_JOBS, FIRST_JOBS = 9, 40, 50  # most Spark jobs of a run: nothing new, nothing pending, all pending
 
 
 @pytest.fixture(scope="module")
@@ -195,11 +196,51 @@ def scanned(spark, since):
 
 def test_run_without_pending_rows_reads_no_payload(spark, run, embedded):
     before = last_query(spark)
-    again = run(*embedded.words)[1]
+    again = run(*embedded.words, "--retry-failed")[1]  # which always searches
     assert (again["rows_in"], again["rows_ok"], again["rows_skipped"], again["embeddings"]) == (12, 0, 12, 0)
     columns = scanned(spark, before)
     assert {"adata_id"} < columns["rows"] <= {"adata_id", "content_hash", "n_obs", "sample_id", "ingested_at"}
     assert {"adata_id"} < columns["out_ledger"] and "embedding" not in columns["out"]
+
+
+def jobs_so_far(spark):
+    return spark.sparkContext._jsc.sc().dagScheduler().numTotalJobs()
+
+
+def test_idle_run_starts_few_spark_jobs_and_searches_nothing(spark, run, words, monkeypatch):
+    run(*words)
+    monkeypatch.setattr(embed, "pending_rows", None)  # fails if it is called
+    monkeypatch.setattr(embed, "vanished", None)
+    for _ in range(2):
+        before = jobs_so_far(spark)
+        code, summary, err = run(*words)
+        assert (code, summary["rows_in"], summary["rows_skipped"]) == (OK, 12, 12), err
+        assert jobs_so_far(spark) - before <= IDLE_JOBS
+
+
+def test_run_that_is_not_idle_starts_a_bounded_number_of_spark_jobs(spark, run, words):
+    before = jobs_so_far(spark)
+    assert run(*words)[1]["rows_ok"] == 12
+    first = jobs_so_far(spark)
+    assert run(*words, "--retry-failed")[1]["rows_skipped"] == 12
+    assert (first - before <= FIRST_JOBS, jobs_so_far(spark) - first <= SEARCH_JOBS) == (True, True)
+
+
+@pytest.mark.parametrize(
+    ("change", "rows_ok"),
+    [
+        ("DELETE FROM delta.`{0}/out_ledger` WHERE adata_id = 'good-001'", 1),
+        ("UPDATE delta.`{0}/rows` SET content_hash = 'x' WHERE adata_id = 'good-001'", 1),
+        ("UPDATE delta.`{0}/out_runs` SET status = 'running'", 0),
+    ],
+)
+def test_changed_tables_are_searched_again(spark, run, tmp_path, words, own_rows, change, rows_ok):
+    spark.sql(f"UPDATE {own_rows} SET content_hash = md5(adata_id)")
+    run(*words)
+    spark.sql(change.format(tmp_path))
+    before = jobs_so_far(spark)
+    assert run(*words)[1]["rows_ok"] == rows_ok
+    assert jobs_so_far(spark) - before > IDLE_JOBS
 
 
 def payload_files(spark, since):

@@ -6,7 +6,7 @@ from pyspark.sql import functions as F
 from scgpt_batch.errors import ConfigError
 from scgpt_batch.spark import tables
 from scgpt_batch.spark.pending import pending_rows, sample_hash
-from scgpt_batch.spark.vanished import vanished
+from scgpt_batch.spark.vanished import earlier_runs, vanished
 from tests.helpers import append
 
 STAMPS = {"mode": "contextual", "model_name": "scgpt", "model_version": "1", "params_hash": "p"}
@@ -110,8 +110,13 @@ def written(spark, tmp_path_factory):
     return names
 
 
+def gone(rows, written):
+    runs = earlier_runs(rows.sparkSession, written["runs"], "mine", written["output"])
+    return vanished(rows, output=written["output"], ledger=written["ledger"], runs=runs)
+
+
 @pytest.mark.parametrize(
-    ("given", "embeddings", "gone"),
+    ("given", "embeddings", "rows"),
     [
         ([("a", "s"), ("b", "s"), ("c", None), ("unreported", None)], [], []),
         ([("a", "s"), ("c", None), ("unreported", None)], [], ["b"]),
@@ -123,11 +128,11 @@ def written(spark, tmp_path_factory):
     ],
     ids=["nothing", "member", "sample", "sample renamed", "sample dissolved", "row joins", "left by a killed run"],
 )
-def test_lines_of_vanished_rows_are_found(spark, written, given, embeddings, gone):
+def test_lines_of_vanished_rows_are_found(spark, written, given, embeddings, rows):
     now = spark.createDataFrame(given, "adata_id STRING, sample_id STRING")
-    found = vanished(now, "mine", run_id="now", **written)
+    found = gone(now, written)
     assert sorted(found.embeddings["adata_id"]) == embeddings
-    assert sorted(found.ledger["adata_id"]) == gone and found.rows == len(gone)
+    assert sorted(found.ledger["adata_id"]) == rows and found.rows == len(rows)
 
 
 def test_removal_keeps_lines_of_other_inputs(spark, written, tmp_path):
@@ -135,7 +140,7 @@ def test_removal_keeps_lines_of_other_inputs(spark, written, tmp_path):
     for name, table in copies.items():
         spark.table(written[name]).write.format("delta").saveAsTable(table)
     now = spark.createDataFrame([("a", "s"), ("b", "s")], "adata_id STRING, sample_id STRING")
-    vanished(now, "mine", run_id="now", **written).remove(spark, **copies)
+    gone(now, written).remove(spark, **copies)
     remaining = {name: sorted(r[0] for r in spark.table(table).select("adata_id").collect())
             for name, table in copies.items()}  # fmt: skip
     assert remaining == {"output": ["s", "theirs"], "ledger": ["a", "b", "theirs"]}
