@@ -19,7 +19,7 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, s
 from sklearn.model_selection import StratifiedKFold
 
 from scgpt_batch.analysis.annotate import Neighbors, nearest_cells, transfer_labels
-from scgpt_batch.analysis.clusters import leiden, neighbor_graph
+from scgpt_batch.analysis.clusters import leiden_runs, neighbor_graph
 from scgpt_batch.errors import ConfigError
 
 K = 15
@@ -104,7 +104,7 @@ def cell_metrics(
     if sizes.min() < FOLDS:
         raise ConfigError(f"label {names[sizes.argmin()]!r} has {sizes.min()} cells; each needs at least {FOLDS}")
     graph = neighbor_graph(x, n_neighbors=k, seed=seed)
-    partitions = [leiden(graph, resolution=r, seed=seed) for r in RESOLUTIONS]
+    partitions = leiden_runs(graph, [(resolution, seed) for resolution in RESOLUTIONS])
     nmi = [normalized_mutual_info_score(codes, partition) for partition in partitions]
     best = partitions[int(np.argmax(nmi))]
     sampled = _sample(codes, seed)

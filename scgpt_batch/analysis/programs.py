@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import scanpy as sc
 
-from scgpt_batch.analysis.clusters import leiden, neighbor_graph
+from scgpt_batch.analysis.clusters import leiden_runs, neighbor_graph
 from scgpt_batch.errors import ConfigError
 
 RESOLUTION = 20.0  # the default of upstream's GeneEmbedding.get_adata; its tutorial takes 40
@@ -71,7 +71,7 @@ def find_programs(
         bad = vectors.index[int(np.argmin(np.isfinite(x).all(axis=1)))]
         raise ConfigError(f"the vector of gene {bad!r} contains NaN or infinity")
     graph = neighbor_graph(x, n_neighbors=n_neighbors, seed=seed)
-    partitions = [leiden(graph, resolution=resolution, seed=seed + i) for i in range(n_seeds)]
+    partitions = leiden_runs(graph, [(resolution, seed + i) for i in range(n_seeds)])
     unit = x / np.linalg.norm(x, axis=1, keepdims=True)
     tables = []
     for cluster, size in enumerate(np.bincount(partitions[0])):  # clusters are numbered by size

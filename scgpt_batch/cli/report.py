@@ -2,7 +2,9 @@
 
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from importlib import import_module
 
 import numpy as np
 import pandas as pd
@@ -67,7 +69,9 @@ def report(settings: ReportSettings) -> ReportResult:
         A table, file or column does not exist, a table is of no known kind, or the page cannot be written.
     """
     webpage.check(settings.report)
-    contents = read_contents(settings)
+    with ThreadPoolExecutor(1) as background:
+        background.submit(import_module, "umap")  # compiles for seconds, while tables are read
+        contents = read_contents(settings)
     found = compute(contents)
     webpage.write(settings.report, render(found))
     drawn = []
