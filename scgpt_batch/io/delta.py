@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from scgpt_batch.errors import ConfigError
-from scgpt_batch.io.locations import canonical, delta_path, tables_in_folder
+from scgpt_batch.io.locations import canonical, delta_path, is_remote, tables_in_folder
 from scgpt_batch.near_misses import closest
 
 
@@ -57,4 +57,16 @@ def _delta_errors(path: str) -> Iterator[None]:
 def open_dataset(path: str, version: int | None = None) -> Any:
     """Return the `pyarrow.dataset.Dataset` of the Delta table at a path; raises as `open_table` does."""
     with _delta_errors(path):
-        return open_table(path, version).to_pyarrow_dataset()
+        return open_table(path, version).to_pyarrow_dataset(filesystem=_local_files(path))
+
+
+def _local_files(path: str) -> Any:
+    """Return pyarrow's own file system at a local path; None for a URI, which delta-rs opens.
+
+    Arrow's threads call delta-rs's file system in Python. If one of them still does when the process ends, it aborts.
+    """
+    if is_remote(path):
+        return None
+    from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
+
+    return SubTreeFileSystem(str(Path(path).absolute()), LocalFileSystem())
