@@ -31,6 +31,15 @@ def first_cells(document):
     return [line.split("|")[1].strip().strip("`") for line in read(document).splitlines() if line.startswith("|")]
 
 
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_files_of_the_repository_that_a_document_names_exist(document):
+    named = re.findall(
+        r"`((?:tests|scgpt_batch|benchmarks|examples|jobs|conf)/[\w./-]+\.(?:py|sql|yml|ipynb|md|conf))`",
+        read(document),
+    )
+    assert [name for name in named if not (REPO / name).exists()] == []
+
+
 @pytest.mark.parametrize("name", [name for name in CLASSES if name != "EmbeddingWarning"])
 def test_every_error_class_has_a_cause_and_a_remedy(name):
     rows = [line for line in read("docs/errors.md").splitlines() if line.startswith(f"| `{name}` |")]
