@@ -69,9 +69,7 @@ def report(settings: ReportSettings) -> ReportResult:
         A table, file or column does not exist, a table is of no known kind, or the page cannot be written.
     """
     webpage.check(settings.report)
-    with ThreadPoolExecutor(1) as background:
-        background.submit(import_module, "umap")  # compiles for seconds, while tables are read
-        contents = read_contents(settings)
+    contents = read_contents(settings)
     found = compute(contents)
     webpage.write(settings.report, render(found))
     drawn = []
@@ -93,7 +91,11 @@ def read_contents(settings: ReportSettings) -> Contents:
     ConfigError
         A table, file or column does not exist, or a table is of no known kind.
     """
-    return _Reader(settings, AnalysisTables(settings.spark_conf)).contents()
+    reader = _Reader(settings, AnalysisTables(settings.spark_conf))
+    with ThreadPoolExecutor(1) as background:
+        # umap compiles for seconds when it is imported; where it is used, an error of the import is raised again
+        background.submit(import_module, "umap")
+        return reader.contents()
 
 
 class _Reader:
