@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from importlib.metadata import version as installed_version
+from typing import Any
 
 import mlflow
 import pandas as pd
@@ -301,16 +302,17 @@ def _create_tables(job: Job) -> None:
     what = "cell" if job.parameters.mode == "cell" else "gene"
     about = f"scGPT embeddings: a line is the vector of a {what}"
     length = job.model.config.embsize
-    if tables.create(job.spark, job.output, job.columns, vector_length=length, comment=about, key="embedding_id"):
-        job.created.add(job.output)
+    _create(job, job.output, job.columns, vector_length=length, comment=about, key="embedding_id")
     if job.settings.search_table:
         search = tables.table_name(job.settings.search_table)
-        create_search_table(job.spark, search, job.columns, job.model.config.embsize)
-    about = "What became of each row of the scGPT embedding job"
-    if tables.create(job.spark, job.ledger, tables.LEDGER, comment=about):
-        job.created.add(job.ledger)
-    if tables.create(job.spark, job.runs, tables.RUNS, comment="Runs of the scGPT embedding job", key="run_id"):
-        job.created.add(job.runs)
+        create_search_table(job.spark, search, job.columns, length)
+    _create(job, job.ledger, tables.LEDGER, comment="What became of each row of the scGPT embedding job")
+    _create(job, job.runs, tables.RUNS, comment="Runs of the scGPT embedding job", key="run_id")
+
+
+def _create(job: Job, table: str, columns: str, **options: Any) -> None:
+    if tables.create(job.spark, table, columns, **options):
+        job.created.add(table)
 
 
 # --- a run ----------------------------------------------------------------------------------------
@@ -394,7 +396,7 @@ def _output_snapshot(job: Job) -> tables.Snapshot:
 
 
 def _begun(job: Job) -> Line:
-    """Return the line of a run at work: by it, other runs know it as concurrent, and find what it leaves if killed."""
+    """Return the line of a run that has begun. Later runs see from it that the run is active, or was killed."""
     line: Line = {
         "run_id": job.run_id, "started_at": job.started, "status": "running",
         "mode": job.parameters.mode, "model_uri": job.model.uri, "model_version": job.model.version,
