@@ -327,7 +327,7 @@ def _replace_at_path(path: str, schema: pa.Schema, rows: pa.Table, constants: Ma
     for attempt in range(COMMIT_TRIES):
         try:
             DeltaTable.create(path, schema, mode="ignore")
-            _check_columns(path, open_table(path).to_pyarrow_dataset().schema.names, schema)
+            _check_columns(path, open_dataset(path).schema.names, schema)
             reader = pa.RecordBatchReader.from_batches(schema, _completed(schema, rows, constants))
             write_deltalake(path, reader, mode="overwrite", predicate=where)
         except CommitFailedError as exc:  # another writer was faster
