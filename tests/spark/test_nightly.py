@@ -17,7 +17,7 @@ from pyspark import TaskContext
 from pyspark.sql import functions as F
 
 from scgpt_batch.cli.main import FAILED, OK, WRONG_USAGE, main
-from scgpt_batch.spark import embed, tables
+from scgpt_batch.spark import tables, wave, work_to_do
 from scgpt_batch.spark.isolation import isolates
 from scgpt_batch.spark.pending import key_range_filter, n_tasks, pending_rows, with_tasks
 from tests.helpers import CELL, small_rows, summary_of, write_rows
@@ -55,13 +55,13 @@ def embedded(home, model, rows):
     """A run over the twelve rows."""
     words = ["embed", "--model-uri", model, "--input-table", rows, "--output-table", f"delta.`{home}/out`", *CELL]
     logged = []
-    handler = logging.Handler()
+    handler, job_log = logging.Handler(), logging.getLogger("scgpt_batch.spark")
     handler.emit = lambda record: logged.append(record.getMessage())
-    embed.logger.addHandler(handler)
+    job_log.addHandler(handler)
     try:
         summary = summary_of(*words)
     finally:
-        embed.logger.removeHandler(handler)
+        job_log.removeHandler(handler)
     return Embedded(words, summary, logged)
 
 
@@ -90,7 +90,7 @@ def assert_each_cell_once(spark, folder, *, cells=36, rows=12):
 
 
 def test_lost_worker_repeats_the_wave(spark, run, tmp_path, words, monkeypatch):
-    static_vectors, fallen = embed.static_vectors, tmp_path / "fallen"
+    static_vectors, fallen = wave.static_vectors, tmp_path / "fallen"
 
     def die_once(model):
         give = static_vectors(model)
@@ -103,7 +103,7 @@ def test_lost_worker_repeats_the_wave(spark, run, tmp_path, words, monkeypatch):
 
         return run
 
-    monkeypatch.setattr(embed, "static_vectors", die_once)
+    monkeypatch.setattr(wave, "static_vectors", die_once)
     code, summary, err = run(*words, "--mode", "static")
     assert (code, summary["rows_ok"]) == (OK, 12), err
     assert fallen.exists()
@@ -209,8 +209,8 @@ def jobs_so_far(spark):
 
 def test_idle_run_starts_few_spark_jobs_and_searches_nothing(spark, run, words, monkeypatch):
     run(*words)
-    monkeypatch.setattr(embed, "pending_rows", None)  # fails if it is called
-    monkeypatch.setattr(embed, "vanished", None)
+    monkeypatch.setattr(work_to_do, "pending_rows", None)  # fails if it is called
+    monkeypatch.setattr(work_to_do, "vanished", None)
     for _ in range(2):
         before = jobs_so_far(spark)
         code, summary, err = run(*words)
@@ -286,9 +286,9 @@ def test_rows_without_time_are_read_by_key_range(spark, tmp_path, golden):
     rows = tables.read(spark, table, tables.ADATA_ROWS)
     files = len(spark.table(table).inputFiles())
     pending = pending_rows(rows, spark.createDataFrame([], tables.LEDGER), counts=F.lit(True), samples=True, name=table)
-    for wave, part in zip(pending.waves(12), (made[:4], made[4:8], made[8:]), strict=True):
+    for one, part in zip(pending.waves(12), (made[:4], made[4:8], made[8:]), strict=True):
         before = last_query(spark)
-        near = rows.where(key_range_filter(wave)).select("adata_id", F.size("x_data")).collect()
+        near = rows.where(key_range_filter(one)).select("adata_id", F.size("x_data")).collect()
         assert sorted(row["adata_id"] for row in near) == [row["adata_id"] for row in part]
         assert payload_files(spark, before) == [files // 3]
 
@@ -346,7 +346,7 @@ def deadly(function, folder, bad):
 
 
 def test_only_the_task_of_a_deadly_row_is_isolated(spark, run, tmp_path, words, monkeypatch):
-    monkeypatch.setattr(embed, "embed_rows", deadly(embed.embed_rows, tmp_path, ("adata_id", "good-005")))
+    monkeypatch.setattr(wave, "embed_rows", deadly(wave.embed_rows, tmp_path, ("adata_id", "good-005")))
     code, summary, err = run(*words)
     assert (code, summary["rows_ok"]) == (OK, 12), err
     isolated = {path.name for path in tmp_path.glob("good-*")}

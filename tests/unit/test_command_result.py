@@ -15,9 +15,10 @@ from scgpt_batch.monitoring.rules import Alert
 from scgpt_batch.promotion.promotion import Check, PromoteResult
 from scgpt_batch.serving.app import ServeResult
 from scgpt_batch.spark.capacity import CALCULATED, capacity
-from scgpt_batch.spark.embed import EmbedPlan, EmbedResult
+from scgpt_batch.spark.embed import EmbedResult
 from scgpt_batch.spark.ingest import IngestResult
 from scgpt_batch.spark.maintain import MaintainResult
+from scgpt_batch.spark.plan import EmbedPlan
 
 ALERT = Alert("error_rate", "critical", "9.0% of 100 requests ended in a server error", 0.09, 0.05)
 MONITOR = MonitorResult(

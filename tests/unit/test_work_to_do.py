@@ -9,7 +9,9 @@ import pytest
 
 from scgpt_batch.parameters import Parameters
 from scgpt_batch.settings import EmbedSettings
-from scgpt_batch.spark import embed, tables
+from scgpt_batch.spark import tables, work_to_do
+from scgpt_batch.spark.job import Job
+from scgpt_batch.spark.work_to_do import same_state, state_after, state_of
 
 NOW = datetime(2026, 11, 28, tzinfo=UTC)
 ROWS, LEDGER, OUT = (tables.Snapshot(version, NOW) for version in (3, 5, 7))
@@ -18,7 +20,7 @@ ROWS, LEDGER, OUT = (tables.Snapshot(version, NOW) for version in (3, 5, 7))
 def job(parameters=None, **settings):
     """A run over a table with snapshot `ROWS`."""
     words = {"model_uri": "models:/m/1", "input_table": "rows", "output_table": "out"} | settings
-    return embed.Job(
+    return Job(
         spark=None, settings=EmbedSettings(**words), parameters=Parameters(**(parameters or {})),
         model=SimpleNamespace(name="m", version="1"), input="rows", input_snapshot=ROWS, output="out",
         ledger="out_ledger", runs="out_runs", started=NOW,
@@ -33,10 +35,6 @@ def runs(*lines):
     )  # fmt: skip
 
 
-def state_of(run, ledger=LEDGER, output=OUT):
-    return embed._state(run, ledger, output)
-
-
 @pytest.fixture(autouse=True)
 def stored(monkeypatch):
     """The newest snapshots of the ledger and the output."""
@@ -45,12 +43,12 @@ def stored(monkeypatch):
 
 
 def done(found, ledger=LEDGER):
-    same = embed._same_state(job(), ledger, found)
+    same = same_state(job(), ledger, found)
     return None if same is None else int(same["rows_in"])
 
 
 def test_same_state_of_a_finished_run_means_nothing_to_do():
-    state = state_of(job())
+    state = state_of(job(), LEDGER, OUT)
     assert done(runs(("finished", state, 1))) == 12
     assert done(runs(("finished", state, 2), ("finished", "another", 1))) == 12
     assert done(runs(("finished", None, 1), ("finished", "another", 1))) is None
@@ -59,7 +57,7 @@ def test_same_state_of_a_finished_run_means_nothing_to_do():
 
 @pytest.mark.parametrize("status", ["running", "failed"])
 def test_an_unfinished_run_may_have_left_something(status):
-    state = state_of(job())
+    state = state_of(job(), LEDGER, OUT)
     assert done(runs(("finished", state, 1), (status, None, 0))) is None
     assert done(runs((status, state, 1))) is None
     assert done(runs((status, None, 9), ("finished", state, 1))) == 12  # finished runs have removed its remains
@@ -78,25 +76,25 @@ CHANGES = {
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_what_decides_about_rows_is_in_the_state(name):
-    assert state_of(CHANGES[name](job())) not in (None, state_of(job()))
+    assert state_of(CHANGES[name](job()), LEDGER, OUT) not in (None, state_of(job(), LEDGER, OUT))
 
 
 def test_changed_tables_and_libraries_are_another_state(monkeypatch):
-    state = state_of(job())
-    assert state_of(job(), replace(LEDGER, version=6)) != state
-    assert state_of(job(), output=replace(OUT, version=8)) != state
-    monkeypatch.setattr(embed, "_environment", lambda: "torch 1")
-    assert state_of(job()) != state
+    state = state_of(job(), LEDGER, OUT)
+    assert state_of(job(), replace(LEDGER, version=6), OUT) != state
+    assert state_of(job(), LEDGER, replace(OUT, version=8)) != state
+    monkeypatch.setattr(work_to_do, "environment", lambda: "torch 1")
+    assert state_of(job(), LEDGER, OUT) != state
 
 
 def test_views_streams_retries_and_search_tables_have_no_state():
     stream = {"trigger": "available-now", "checkpoint_location": "c"}
     unknown = replace(job(), input_snapshot=None), job(retry_failed=True), job(search_table="found"), job(**stream)
     for run in unknown:
-        assert state_of(run) is None
+        assert state_of(run, LEDGER, OUT) is None
 
 
 @pytest.mark.parametrize(("commits", "known"), [(2, True), (1, False), (0, False)])
 def test_state_is_stored_if_no_other_run_wrote_to_the_ledger(commits, known):
     run = replace(job(), ledger_commits=commits)
-    assert (embed._state_after(run, 3, OUT) is not None) == known
+    assert (state_after(run, 3, OUT) is not None) == known
