@@ -119,11 +119,11 @@ def small_rows(n: int, golden: Path, *, seed: int = 0) -> Iterator[dict[str, Any
 def write_rows(spark: Any, rows: Any, table: str) -> None:
     """Append rows to an `adata_rows` table, made if it is not there."""
     from scgpt_batch.spark import tables
+    from scgpt_batch.spark.local_frame import local_frame
 
     tables.create(spark, table, tables.ADATA_ROWS)
     schema = spark.table(table).schema
-    plain = [{k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in row.items()} for row in rows]
-    append(spark.createDataFrame([tuple(row.get(f.name) for f in schema) for row in plain], schema), table)
+    append(local_frame(spark, [[row.get(field.name) for field in schema] for row in rows], schema), table)
 
 
 def append(rows: Any, table: str) -> None:

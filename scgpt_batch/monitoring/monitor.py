@@ -18,6 +18,7 @@ from scgpt_batch.monitoring.queries import readable, requests_view
 from scgpt_batch.monitoring.rules import Alert, Outcome
 from scgpt_batch.settings import MonitorSettings
 from scgpt_batch.spark import tables
+from scgpt_batch.spark.local_frame import local_frame
 from scgpt_batch.webpage import page as webpage
 
 logger = logging.getLogger(__name__)
@@ -111,7 +112,7 @@ class HealthCheck:
         logger.info("running query %s", name)
         result = queries.run(self.spark, name, **parameters)
         rows = queries.collect(result)
-        self.results[name] = self.spark.createDataFrame([tuple(row.values()) for row in rows], result.schema)
+        self.results[name] = local_frame(self.spark, [list(row.values()) for row in rows], result.schema)
         self.shown[name] = pd.DataFrame(rows, columns=result.columns, dtype=object)
         return rows
 

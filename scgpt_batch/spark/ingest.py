@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from hashlib import blake2b
 from typing import Any
 
+import pyarrow as pa
 from pyspark.errors import PySparkException
 from pyspark.sql import Column, DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
@@ -308,8 +309,8 @@ def _vanished(spark: SparkSession, table: str, new: DataFrame, sources: Sequence
                 f"{table}: row {row['adata_id']!r} comes from {row['stored']}, and {row['source']} would replace it: "
                 "use --id-from path"
             )
-    gone = [(row["adata_id"],) for row in found]
-    return spark.createDataFrame(gone, "adata_id STRING") if gone else None
+    gone = [row["adata_id"] for row in found]
+    return spark.createDataFrame(pa.table({"adata_id": gone})) if gone else None
 
 
 def _record(spark: SparkSession, files_table: str, files: Sequence[Row], states: Mapping[str, str | None]) -> None:

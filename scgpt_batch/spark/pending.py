@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import pandas as pd
+import pyarrow as pa
 from pyspark import StorageLevel
 from pyspark.sql import Column, DataFrame, Observation, SparkSession, Window, WindowSpec
 from pyspark.sql import functions as F
@@ -253,4 +254,4 @@ def with_tasks(spark: SparkSession, wave: pd.DataFrame) -> DataFrame:
         filled, slot = heapq.heappop(tasks)
         given.append(slot)
         heapq.heappush(tasks, (filled + int(cells), slot))
-    return spark.createDataFrame(pd.DataFrame({"adata_id": wave["adata_id"], "task": given}))
+    return spark.createDataFrame(pa.table({"adata_id": pa.array(wave["adata_id"], pa.string()), "task": given}))

@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
@@ -67,7 +66,7 @@ def decisions(rows: DataFrame, work: WorkerTask) -> DataFrame:
             partial(_decided, work),
             "decisions of samples",
         )
-        decided = rows.sparkSession.createDataFrame(collected, from_arrow_schema(DECISIONS))
+        decided = rows.sparkSession.createDataFrame(collected)
     assert decided is not None
     return decided
 
@@ -76,8 +75,8 @@ def _parts(rows: DataFrame, work: WorkerTask, isolated: bool) -> DataFrame:
     return rows.mapInArrow(contributions(replace(work, isolated=isolated)), from_arrow_schema(PARTS))
 
 
-def _decided(work: WorkerTask, parts: DataFrame) -> pd.DataFrame:
-    return parts.groupBy("sample_id").applyInArrow(decider(work.parameters), from_arrow_schema(DECISIONS)).toPandas()
+def _decided(work: WorkerTask, parts: DataFrame) -> pa.Table:
+    return parts.groupBy("sample_id").applyInArrow(decider(work.parameters), from_arrow_schema(DECISIONS)).toArrow()
 
 
 def means(sums: DataFrame) -> DataFrame:

@@ -38,6 +38,7 @@ from scgpt_batch.io.rows import PAYLOAD_COLUMNS
 from scgpt_batch.near_misses import closest, did_you_mean
 from scgpt_batch.spark.comments import COLUMN_COMMENTS
 from scgpt_batch.spark.errors import is_conflict, is_denied, is_folder_refused, is_location_taken, is_not_supported
+from scgpt_batch.spark.local_frame import local_frame
 from scgpt_batch.spark.session import on_databricks
 
 logger = logging.getLogger(__name__)
@@ -472,7 +473,7 @@ def merge_lines(spark: SparkSession, table: str, lines: DataFrame, gone: DataFra
 def append(spark: SparkSession, table: str, columns: str, lines: Sequence[Mapping[str, Any]]) -> None:
     """Append rows to a table, in one commit. Columns not named are null."""
     schema = _fields(spark, columns)
-    rows = spark.createDataFrame([tuple(line.get(field.name) for field in schema) for line in lines], schema)
+    rows = local_frame(spark, [[line.get(field.name) for field in schema] for line in lines], schema)
     _retried(table, lambda: rows.write.format("delta").mode("append").saveAsTable(table))
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import pandas as pd
+import pyarrow as pa
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
@@ -44,7 +45,9 @@ class Vanished:
         """Remove the lines, embeddings first: after a kill in between, the ledger lines still identify the rest."""
         for table, lines in ((output, self.embeddings), (ledger, self.ledger)):
             if len(lines):
-                tables.delete_lines(table, spark.createDataFrame(lines), self.runs)
+                tables.delete_lines(
+                    table, spark.createDataFrame(pa.Table.from_pandas(lines, preserve_index=False)), self.runs
+                )
 
 
 def earlier_runs(spark: SparkSession, runs: str, input_table: str, output: str) -> pd.DataFrame:

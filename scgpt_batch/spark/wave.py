@@ -6,6 +6,7 @@ from dataclasses import replace
 from datetime import timedelta
 
 import pandas as pd
+import pyarrow as pa
 from pyspark.accumulators import Accumulator
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
@@ -29,6 +30,8 @@ PAYLOAD = (
     "adata_id", "sample_id", "content_hash", "adata_sparsematrix", "x_data", "x_indices", "x_indptr", "n_obs", "n_vars",
     "adata_obs", "adata_var", "x_dtype", "decisions",
 )  # fmt: skip
+# The rows of a wave that belong to samples
+MEMBERS = pa.schema([(name, pa.string()) for name in ("adata_id", "sample_id", "sample_hash", "warning")])
 
 
 def embed_wave(job: Job, rows: DataFrame, wave: pd.DataFrame, counter: Accumulator | None) -> None:
@@ -113,7 +116,10 @@ def _payload(job: Job, rows: DataFrame, wave: pd.DataFrame) -> DataFrame:
     rows = rows.where(key_range_filter(wave))
     if job.parameters.mode == "static" and (wave["copies"] == 1).all() and not _samples(wave):
         # a row takes about 25 ms: a shuffle of the payload would take longer
-        chosen = rows.join(F.broadcast(job.spark.createDataFrame(wave[["adata_id"]])), "adata_id")
+        chosen = rows.join(
+            F.broadcast(job.spark.createDataFrame(pa.Table.from_pandas(wave[["adata_id"]], preserve_index=False))),
+            "adata_id",
+        )
     else:
         chosen = rows.join(F.broadcast(with_tasks(job.spark, wave)), "adata_id").repartition(n_tasks(wave), "task")
         if (wave["copies"] > 1).any():
@@ -157,9 +163,7 @@ def _members(job: Job, wave: pd.DataFrame, reports: pd.DataFrame) -> pd.DataFram
 
 
 def _of_members(job: Job, members: pd.DataFrame) -> DataFrame:
-    lines = list(members.itertuples(index=False, name=None))
-    schema = "adata_id STRING, sample_id STRING, sample_hash STRING, warning STRING"
-    return F.broadcast(job.spark.createDataFrame(lines, schema))
+    return F.broadcast(job.spark.createDataFrame(pa.Table.from_pandas(members, MEMBERS, preserve_index=False)))
 
 
 def _keyed_by_sample(job: Job, lines: DataFrame, members: pd.DataFrame, *, summed: bool) -> DataFrame:

@@ -4,16 +4,20 @@ import re
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 from threading import Event, Timer
 
+import pyarrow as pa
 import pytest
 from deltalake import DeltaTable
 from pyspark.sql import functions as F
+from pyspark.sql.types import StructType
 
 from scgpt_batch.errors import ConfigError, ScgptBatchError
 from scgpt_batch.settings import MaintainSettings
 from scgpt_batch.spark import tables
+from scgpt_batch.spark.local_frame import local_frame
 from scgpt_batch.spark.maintain import maintain, prune
 from tests.helpers import append
 
@@ -398,3 +402,35 @@ def test_missing_table_in_a_schema_gets_a_suggestion(spark):
         tables.read(spark, "suggestd_rows", tables.LEDGER)
     with pytest.raises(ConfigError, match=r"no Delta table nowhere\.suggested_rows: check its name"):
         tables.read(spark, "nowhere.suggested_rows", tables.LEDGER)
+
+
+LINES = "name STRING, n INT, ratio DOUBLE, at TIMESTAMP, payload BINARY, parts ARRAY<FLOAT>, seen MAP<STRING, INT>"
+
+
+def test_local_frame_has_the_values_of_its_lines(spark):
+    at = datetime(2026, 3, 29, 1, 30, 0, 123456, tzinfo=UTC)
+    lines = [
+        ["Größe", 3, float("inf"), at, b"\x00\xff", [0.5, -1.0], {"a": 1}],
+        [None] * 7,
+        ["", -(2**31), 0.1, at, b"", [], {}],
+    ]
+    schema = StructType.fromDDL(LINES)
+    frame = local_frame(spark, lines, schema)
+    assert frame.schema == schema
+    found = [list(row) for row in frame.withColumn("at", F.unix_micros("at")).collect()]
+    micros = [None if line[3] is None else 1774747800123456 for line in lines]
+    assert found == [[*line[:3], m, *line[4:]] for line, m in zip(lines, micros, strict=True)]
+    assert local_frame(spark, [], schema).collect() == [] and local_frame(spark, [], schema).schema == schema
+
+
+def test_local_frame_starts_no_python_worker(spark):
+    frame = local_frame(spark, [["a", 1], ["b", 2]], StructType.fromDDL("name STRING, n INT"))
+    plan = frame._jdf.queryExecution().executedPlan().toString()
+    assert plan.startswith("LocalTableScan")
+
+
+def test_local_frame_rejects_lines_of_another_length_and_values_of_another_type(spark):
+    schema = StructType.fromDDL("name STRING, n INT")
+    for lines in ([["a", 1], ["b"]], [["a"]], [["a", "one"]], [["a", 2**31]]):
+        with pytest.raises((ValueError, pa.ArrowInvalid)):
+            local_frame(spark, lines, schema)
