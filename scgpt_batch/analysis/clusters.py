@@ -7,6 +7,8 @@ maximise the same quality: modularity with a resolution.
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from importlib import import_module
 from typing import Any
 
 import anndata as ad
@@ -17,6 +19,22 @@ import scipy.sparse as sp
 from scgpt_batch.errors import ConfigError, install
 
 ITERATIONS = 20  # Leiden cycles; a partition rarely changes after ten
+
+# What numba compiles for UMAP's graph and layout: 5 of the seconds that a process takes for its first map.
+COMPILED = {
+    "umap.umap_": ("smooth_knn_dist", "compute_membership_strengths"),
+    "umap.layouts": ("clip", "rdist"),
+}
+
+
+def keep_compiled_umap() -> None:
+    """Have numba keep on disk what it compiles of umap, which does not ask for it; later processes load it."""
+    for module, names in COMPILED.items():
+        functions = import_module(module)
+        for name in names:
+            if (compiler := getattr(functions, name, None)) is not None:
+                with suppress(RuntimeError):  # no folder is writable: each process compiles, as without this
+                    compiler.enable_caching()
 
 
 def neighbor_graph(vectors: np.ndarray, *, n_neighbors: int = 15, seed: int = 0) -> sp.csr_matrix:
@@ -42,6 +60,7 @@ def neighbor_graph(vectors: np.ndarray, *, n_neighbors: int = 15, seed: int = 0)
     >>> neighbor_graph(vectors, n_neighbors=5).shape
     (30, 30)
     """
+    keep_compiled_umap()
     adata = ad.AnnData(np.ascontiguousarray(vectors, dtype=np.float32))
     sc.pp.neighbors(adata, n_neighbors=min(n_neighbors, len(vectors) - 1), use_rep="X", random_state=seed)
     return sp.csr_matrix(adata.obsp["connectivities"])

@@ -10,6 +10,7 @@ import anndata as ad
 import numpy as np
 import scanpy as sc
 
+from scgpt_batch.analysis.clusters import keep_compiled_umap
 from scgpt_batch.analysis.largest import largest
 
 COMPONENTS = 50  # principal components from which neighbours are found; scanpy's number
@@ -94,6 +95,7 @@ def principal_components(vectors: np.ndarray, n: int = COMPONENTS) -> tuple[np.n
 
 
 def _umap(x: np.ndarray, seed: int) -> np.ndarray:
+    keep_compiled_umap()
     adata = ad.AnnData(np.ascontiguousarray(x))
     neighbours = min(NEIGHBOURS, len(x) - 1)
     # exact neighbours: the approximate search compiles for longer than this takes

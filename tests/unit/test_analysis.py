@@ -1,5 +1,7 @@
 """Gene programs and label transfer on arrays: what scanpy and scikit-learn find, with bounded memory."""
 
+from importlib import import_module
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -10,7 +12,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from scgpt_batch.analysis import annotate
 from scgpt_batch.analysis.annotate import Neighbors, nearest_cells, transfer_labels
-from scgpt_batch.analysis.clusters import leiden, neighbor_graph
+from scgpt_batch.analysis.clusters import COMPILED, keep_compiled_umap, leiden, neighbor_graph
 from scgpt_batch.analysis.largest import largest
 from scgpt_batch.analysis.programs import find_programs, score_programs, stability
 from scgpt_batch.errors import ConfigError
@@ -78,6 +80,25 @@ def test_the_graph_is_scanpys():
     adata = ad.AnnData(x)
     sc.pp.neighbors(adata, use_rep="X")
     assert (neighbor_graph(x) != adata.obsp["connectivities"]).nnz == 0
+
+
+def test_what_numba_compiles_of_umap_is_kept_on_disk():
+    keep_compiled_umap()
+    for module, names in COMPILED.items():
+        for name in names:
+            assert getattr(import_module(module), name).stats.cache_path, name
+
+
+class Refuses:
+    """A function that numba cannot cache: no folder is writable."""
+
+    def enable_caching(self):
+        raise RuntimeError("cannot cache function: no locator available")
+
+
+def test_a_read_only_machine_compiles_in_each_process(monkeypatch):
+    monkeypatch.setattr("umap.umap_.smooth_knn_dist", Refuses())
+    keep_compiled_umap()
 
 
 def test_the_graph_of_many_vectors_joins_near_ones():
