@@ -21,7 +21,7 @@ from full_size_checkpoint import write_checkpoint
 
 from scgpt_batch.inference.engine import Embedder
 from scgpt_batch.io.rows import to_row
-from scgpt_batch.models.scgpt import load_checkpoint
+from scgpt_batch.models.scgpt.checkpoint import load_checkpoint
 from scgpt_batch.parameters import Parameters
 
 N_CELLS = 16

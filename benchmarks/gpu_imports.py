@@ -20,8 +20,8 @@ sys.path.insert(0, str(ROOT))
 
 from scgpt_batch.models import attention as attention_module  # noqa: E402
 from scgpt_batch.models.attention import BACKENDS, Packing, activate, attention, obstacle, to_device  # noqa: E402
-from scgpt_batch.models.scgpt import Checkpoint, ScGPT, build_model, load_checkpoint  # noqa: E402
-from scgpt_batch.models.scgpt.transformer import distinct  # noqa: E402
+from scgpt_batch.models.scgpt.checkpoint import Checkpoint, build_model, load_checkpoint  # noqa: E402
+from scgpt_batch.models.scgpt.transformer import ScGPT, distinct  # noqa: E402
 
 __all__ = [
     "BACKENDS", "GOLDEN", "ROOT", "Checkpoint", "Packing", "ScGPT", "activate", "attention", "attention_module",

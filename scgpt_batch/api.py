@@ -24,7 +24,7 @@ from scgpt_batch.inference.results import RowResult, warning_kind
 from scgpt_batch.inference.sample_rows import decisions_of_sample
 from scgpt_batch.io.locations import local_path
 from scgpt_batch.io.rows import table_to_json
-from scgpt_batch.models.scgpt import SPECIAL_TOKENS
+from scgpt_batch.models.scgpt.vocabulary import SPECIAL_TOKENS
 from scgpt_batch.near_misses import GENE_CUTOFF, did_you_mean
 from scgpt_batch.parameters import Parameters
 from scgpt_batch.preprocessing.gene_names import lookup_columns

@@ -13,7 +13,7 @@ from pyspark import TaskContext
 from pyspark.sql import SparkSession
 
 from scgpt_batch.cli.main import job
-from scgpt_batch.spark import job as embed_job
+from scgpt_batch.spark import wave
 from scgpt_batch.spark import worker as udf
 
 
@@ -36,5 +36,5 @@ if __name__ == "__main__":
     # a barrier: both tasks run at once, so each on an executor of its own
     tasks = spark.range(0, 2, 1, 2).mapInArrow(surroundings, "facts STRING", barrier=True).collect()
     Path(os.environ["SURROUNDINGS"]).write_text(json.dumps([json.loads(line["facts"]) for line in tasks]))
-    embed_job.ModelRef = of_this_driver_only
+    wave.ModelRef = of_this_driver_only
     job(sys.argv.pop(1))

@@ -114,7 +114,8 @@ def _ingest(settings: IngestSettings) -> CommandResult:
 
 
 def _register(settings: RegisterSettings) -> CommandResult:
-    from scgpt_batch.registry.register import register, use_experiment
+    from scgpt_batch.registry.experiment import use_experiment
+    from scgpt_batch.registry.register import register
 
     if settings.experiment:
         use_experiment(settings.experiment)
@@ -242,7 +243,7 @@ COMMANDS = {
         "--model-uri models:/scgpt@champion --input-table 'delta.`/data/adata_rows`' \\\n"
         "      --output-table 'delta.`/data/gene_embeddings`' --mode contextual --group-by cell_type --preset counts",
         with_parameters=True,
-        start=partial(_start_spark, imported=("mlflow", "scgpt_batch.inference.engine")),
+        start=partial(_start_spark, imported=("mlflow", "scgpt_batch.registry.sample_answers")),
     ),
     "serve": Command(ServeSettings, _serve, "--model-uri models:/scgpt@champion --port 5000"),
     "summary": Command(

@@ -18,7 +18,7 @@ from sklearn.utils.extmath import randomized_svd
 
 from scgpt_batch.command_result import CommandResult, plural
 from scgpt_batch.errors import ConfigError
-from scgpt_batch.models.scgpt import SPECIAL_TOKENS
+from scgpt_batch.models.scgpt.vocabulary import SPECIAL_TOKENS
 
 logger = logging.getLogger(__name__)
 EMBSIZE, NHEADS, NLAYERS, D_HID = 128, 4, 3, 128

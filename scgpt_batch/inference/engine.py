@@ -18,16 +18,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from scgpt_batch.errors import ConfigError, PayloadError, RowError
+from scgpt_batch.errors import PayloadError, RowError
 from scgpt_batch.inference.aggregate import CellAccumulator, FinishedRow, GeneAccumulator, RowAccumulator
 from scgpt_batch.inference.batching import Batch, batches, prefetched
+from scgpt_batch.inference.model_parameters import check_model_parameters
 from scgpt_batch.inference.results import RowReport, RowResult
 from scgpt_batch.inference.row_reader import PreparedRow, RowReader
 from scgpt_batch.inference.sample_rows import Row, with_decisions
 from scgpt_batch.io.rows import PAYLOAD_COLUMNS, is_empty
 from scgpt_batch.models.device import choose_device
 from scgpt_batch.models.interface import Encoder, Tokens
-from scgpt_batch.models.scgpt import Checkpoint, ModelConfig, Vocabulary, build_model, checkpoint_digest
+from scgpt_batch.models.scgpt.checkpoint import Checkpoint, build_model, checkpoint_digest
+from scgpt_batch.models.scgpt.config import ModelConfig
 from scgpt_batch.near_misses import GENE_CUTOFF, did_you_mean
 from scgpt_batch.parameters import Parameters
 from scgpt_batch.preprocessing.sample_selection import Decisions
@@ -309,27 +311,6 @@ def token_budget(device: torch.device, config: ModelConfig) -> int:
     # at the peak of a layer: x, its sum and norm; q, k, v and the attention output; the feed-forward activations
     bytes_per_token = 4 * (8 * config.embsize + 2 * config.d_hid)
     return max(1, min(GPU_TOKENS, int(free * GPU_SHARE) // bytes_per_token))
-
-
-def check_model_parameters(parameters: Parameters, config: ModelConfig, vocabulary: Vocabulary) -> None:
-    """Check that parameters match the checkpoint.
-
-    Raises
-    ------
-    ConfigError
-        A parameter such as `embsize` differs from the checkpoint, or none of `genes` is in the vocabulary.
-    """
-    names = {"embsize": "embsize", "nhead": "nheads", "d_hid": "d_hid", "nlayers": "nlayers"}
-    for name, attribute in {**names, "n_layers_cls": "n_layers_cls"}.items():
-        stated, has = getattr(parameters, name), getattr(config, attribute)
-        if stated is not None and stated != has:
-            raise ConfigError(f"{name} is {stated}, but the checkpoint has {has}; leave {name} out, or use that model")
-    if parameters.genes and not any(gene in vocabulary for gene in parameters.genes):
-        end = did_you_mean(parameters.genes[0], vocabulary.tokens, cutoff=GENE_CUTOFF)
-        raise ConfigError(
-            f"genes: none of the {len(parameters.genes)} names is in the model's vocabulary (first: "
-            f"{parameters.genes[0]!r}{end}); use the names of the vocabulary, e.g. human gene symbols"
-        )
 
 
 _EMBEDDERS: dict[tuple[str, str | None, tuple[str, ...]], Embedder] = {}

@@ -14,7 +14,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from scgpt_batch.errors import PayloadError
-from scgpt_batch.models.scgpt import SPECIAL_TOKENS, Vocabulary
+from scgpt_batch.models.scgpt.vocabulary import SPECIAL_TOKENS, Vocabulary
 
 SYMBOL_COLUMNS = (
     "gene_symbol", "gene_symbols", "feature_name", "gene_name", "gene_names", "gene_short_name", "symbol",

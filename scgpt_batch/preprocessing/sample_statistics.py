@@ -50,11 +50,6 @@ _EXPONENTS = 54  # shift that leaves the sign and the upper 9 bits of the expone
 Key = tuple[str, str, int]  # batch, name of the summed quantity, size class of the summands (see `exact_sums`)
 
 
-def rows_depend(parameters: Parameters) -> bool:
-    """Return whether the result of a row depends on other rows of its sample (shared decisions or shared means)."""
-    return parameters.need_preprocess or parameters.mode == "contextual"
-
-
 def passes(parameters: Parameters) -> int:
     """Return the number of passes over the rows of a sample, 1 to 3."""
     p = parameters

@@ -8,7 +8,7 @@ import scipy.sparse as sp
 
 from scgpt_batch.errors import PreprocessError
 from scgpt_batch.models.interface import CellTokens, Tokens
-from scgpt_batch.models.scgpt import Vocabulary
+from scgpt_batch.models.scgpt.vocabulary import Vocabulary
 from scgpt_batch.parameters import Parameters
 from scgpt_batch.preprocessing.binning import COLLATOR_BINS, bin_matrix, cell_noise, gene_hash
 from scgpt_batch.preprocessing.pipeline import binned_layer, check_columns, group_labels, on_sample_genes, preprocess

@@ -19,7 +19,7 @@ from scgpt_batch.errors import ConfigError, ScgptBatchError
 from scgpt_batch.inference.results import unpack
 from scgpt_batch.io.locations import local_path
 from scgpt_batch.io.rows import PAYLOAD_COLUMNS
-from scgpt_batch.models.scgpt import SPECIAL_TOKENS
+from scgpt_batch.models.scgpt.vocabulary import SPECIAL_TOKENS
 from scgpt_batch.promotion.version_process import RunVersion, VersionFailed, run_in_own_process
 from scgpt_batch.registry.resolve import ResolvedModel, load, resolve
 from scgpt_batch.registry.sample_answers import answer_difference, sample_path

@@ -21,12 +21,8 @@ import scgpt_batch
 from scgpt_batch.errors import CheckpointError, ConfigError
 from scgpt_batch.io.locations import local_path
 from scgpt_batch.io.rows import PAYLOAD_COLUMNS, table_to_json
-from scgpt_batch.models.scgpt import (
-    SPECIAL_TOKENS,
-    Checkpoint,
-    checkpoint_digest,
-    load_checkpoint,
-)
+from scgpt_batch.models.scgpt.checkpoint import Checkpoint, checkpoint_digest, load_checkpoint
+from scgpt_batch.models.scgpt.vocabulary import SPECIAL_TOKENS
 from scgpt_batch.registry.resolve import (
     ResolvedModel,
     _explained,
@@ -191,23 +187,6 @@ def _layout_files(checkpoint: Checkpoint, folder: Path) -> Path:
     if checkpoint_digest(folder) != checkpoint.digest:
         raise CheckpointError(f"the files in {checkpoint.folder} changed while they were read; register it again")
     return folder
-
-
-def use_experiment(name: str) -> None:
-    """Select an MLflow experiment, which is created if it does not exist.
-
-    With a tracking store in sqlite, a new experiment stores its files beside the database instead of MLflow's default
-    `./mlruns`.
-    """
-    uri = mlflow.get_tracking_uri()
-    if uri.startswith("sqlite:///") and mlflow.get_experiment_by_name(name) is None:
-        artifacts = Path(uri.removeprefix("sqlite:///")).resolve().with_name("artifacts")
-        try:
-            mlflow.create_experiment(name, artifacts.as_uri())
-        except MlflowException:
-            if mlflow.get_experiment_by_name(name) is None:  # not created by another run in the meantime
-                raise
-    mlflow.set_experiment(name)
 
 
 def model_card(checkpoint: Checkpoint, source: str) -> str:

@@ -4,7 +4,7 @@ import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
 import mlflow
@@ -14,12 +14,12 @@ from mlflow.utils.file_utils import get_or_create_nfs_tmp_dir, get_or_create_tmp
 from mlflow.utils.nfs_on_spark import get_nfs_cache_root_dir
 
 from scgpt_batch.errors import ConfigError, install
-from scgpt_batch.inference.engine import Embedder
 from scgpt_batch.io.locations import local_path
-from scgpt_batch.models.scgpt import (
-    ModelConfig,
-    Vocabulary,
-)
+from scgpt_batch.models.scgpt.config import ModelConfig
+from scgpt_batch.models.scgpt.vocabulary import Vocabulary
+
+if TYPE_CHECKING:  # it imports torch, for seconds, which a version can be resolved without
+    from scgpt_batch.inference.engine import Embedder
 
 # Libraries that MLflow needs for the files of models in Unity Catalog, and the extras that install them.
 STORAGE_EXTRAS = {"boto3": "databricks-aws", "azure": "databricks-azure", "google": "databricks-gcp"}
@@ -129,7 +129,7 @@ def _temporary_folder() -> str:
     return str(folder)
 
 
-def load(model: ResolvedModel | str) -> Embedder:
+def load(model: ResolvedModel | str) -> "Embedder":
     """Return the embedder of a model, loaded through MLflow; the weights are loaded once per process."""
     place = model if isinstance(model, str) else str(model.folder)
     python_model: Any = mlflow.pyfunc.load_model(place).unwrap_python_model()

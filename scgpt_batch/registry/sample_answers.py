@@ -6,7 +6,7 @@ from importlib.metadata import version as installed_version
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlflow
 import numpy as np
@@ -14,16 +14,15 @@ import pandas as pd
 
 import scgpt_batch
 from scgpt_batch.errors import ConfigError
-from scgpt_batch.inference.engine import Embedder, load_embedder
 from scgpt_batch.inference.results import unpack
 from scgpt_batch.io.rows import PAYLOAD_COLUMNS, table_to_json
-from scgpt_batch.models.scgpt import (
-    SPECIAL_TOKENS,
-    Checkpoint,
-)
+from scgpt_batch.models.scgpt.vocabulary import SPECIAL_TOKENS
 from scgpt_batch.parameters import Parameters
 from scgpt_batch.registry.resolve import ResolvedModel
 from scgpt_batch.registry.signature import answer_columns
+
+if TYPE_CHECKING:
+    from scgpt_batch.models.scgpt.checkpoint import Checkpoint
 
 SAMPLE = "sample.json"
 SAMPLE_TOLERANCE = 1e-5  # largest difference between the float32 embeddings of two CPUs
@@ -55,6 +54,8 @@ def code_difference(model: ResolvedModel) -> str | None:
     path = sample_path(model)
     if path is None:
         return "the version has no stored results to compare with"
+    from scgpt_batch.inference.engine import load_embedder  # imports torch, for seconds
+
     sample = json.loads(path.read_text(encoding="utf-8"))
     embedder = load_embedder(model.checkpoint, digest=model.digest, device="cpu")
     for case in sample["cases"]:
@@ -118,8 +119,10 @@ def _same_libraries(model: ResolvedModel) -> bool:
         return False
 
 
-def stored_answers(checkpoint: Checkpoint) -> dict[str, Any]:
+def stored_answers(checkpoint: "Checkpoint") -> dict[str, Any]:
     """Return a row of three cells with up to 32 genes, and its results for each of `SAMPLE_CASES`."""
+    from scgpt_batch.inference.engine import Embedder
+
     genes = [token for token in checkpoint.vocabulary.tokens if token not in SPECIAL_TOKENS][:32]
     counts = np.random.default_rng(0).poisson(2.0, (3, len(genes))).astype(np.float64) + 1.0
     row = dict.fromkeys(PAYLOAD_COLUMNS) | {

@@ -9,7 +9,7 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from mlflow.types.schema import Array
 
 from scgpt_batch.errors import ConfigError, shortened
-from scgpt_batch.inference.engine import RowResult
+from scgpt_batch.inference.results import RowResult
 from scgpt_batch.io.rows import PAYLOAD_COLUMNS
 from scgpt_batch.near_misses import did_you_mean
 from scgpt_batch.parameters import Parameters

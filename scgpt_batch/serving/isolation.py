@@ -12,7 +12,7 @@ from typing import Any
 from scgpt_batch.child_process import ChildProcess
 from scgpt_batch.errors import Timeout, WorkerCrash
 from scgpt_batch.inference.row_reader import PreparedRow, RowReader
-from scgpt_batch.models.scgpt import Vocabulary
+from scgpt_batch.models.scgpt.vocabulary import Vocabulary
 from scgpt_batch.parameters import Parameters
 from scgpt_batch.preprocessing.tokens import ScgptTokenizer
 

@@ -18,7 +18,8 @@ from mlflow.pyfunc import PyFuncModel
 from mlflow.pyfunc.scoring_server import infer_and_parse_data
 
 from scgpt_batch.errors import ConfigError, PayloadError, RequestRefused, RowError, shortened
-from scgpt_batch.inference.engine import Embedder, check_model_parameters
+from scgpt_batch.inference.engine import Embedder
+from scgpt_batch.inference.model_parameters import check_model_parameters
 from scgpt_batch.io.rows import genes_from_json, is_empty, string_labels, table_from_json
 from scgpt_batch.parameters import Parameters, RequestParameters
 from scgpt_batch.registry.signature import check_columns

@@ -11,8 +11,11 @@ results of rows and samples that are no longer in the input.
 
 import logging
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from importlib import import_module
+from threading import Thread
 from typing import Any
 
 import mlflow
@@ -24,9 +27,9 @@ from pyspark.sql.utils import is_remote
 import scgpt_batch
 from scgpt_batch.command_result import OK, TOO_MANY_FAILED_ROWS, CommandResult, plural
 from scgpt_batch.errors import ConfigError, in_one_line, plain_line
-from scgpt_batch.inference.engine import check_model_parameters
+from scgpt_batch.inference.model_parameters import check_model_parameters
 from scgpt_batch.parameters import Parameters
-from scgpt_batch.registry.register import use_experiment
+from scgpt_batch.registry.experiment import use_experiment
 from scgpt_batch.registry.resolve import resolve
 from scgpt_batch.registry.sample_answers import code_difference, registered_by
 from scgpt_batch.settings import EmbedSettings
@@ -38,7 +41,6 @@ from scgpt_batch.spark.persistence import require_persist
 from scgpt_batch.spark.plan import EmbedPlan, plan
 from scgpt_batch.spark.progress import CellProgress
 from scgpt_batch.spark.search_table import create_search_table, update_search_table
-from scgpt_batch.spark.wave import as_embeddings, embed_wave, still_pending, vectors_of_genes
 from scgpt_batch.spark.work_to_do import results_to_remove, rows_to_embed, runs_so_far, same_state, state_after
 from scgpt_batch.spark.workers import worker_setup_error
 
@@ -201,6 +203,7 @@ def _too_many_failed(job: Job) -> bool:
 
 def _embed_changes(job: Job, earlier: pd.DataFrame | None, ledger_version: int, clock: float) -> float:
     """Remove the results of rows that are gone, and embed pending rows; return the seconds that the run took."""
+    Thread(target=_import_what_waves_need, name="imports").start()
     tables.insert(job.spark, job.runs, _begun(job))
     try:
         if job.output not in job.created:
@@ -225,6 +228,12 @@ def _embed_changes(job: Job, earlier: pd.DataFrame | None, ledger_version: int, 
         line["state"] = state
     tables.update(job.spark, job.runs, line, _of_run(job))
     return float(line["seconds"])  # type: ignore[arg-type]
+
+
+def _import_what_waves_need() -> None:
+    """Import torch and scanpy while Spark looks for pending rows: it takes seconds, and an idle run needs neither."""
+    with suppress(Exception):  # imported again where they are used, which reports the error
+        import_module("scgpt_batch.spark.wave")
 
 
 def _end_idle_run(job: Job, same: pd.Series, clock: float) -> float:
@@ -291,6 +300,8 @@ def _embed_stream(job: Job) -> None:
 
 def _embed_pending(job: Job, rows: DataFrame) -> None:
     work = rows_to_embed(job, rows, first=job.ledger in job.created)
+    from scgpt_batch.spark.wave import embed_wave, still_pending  # see _import_what_waves_need
+
     job.counts["rows_in"] += work.rows_in
     job.counts["rows_skipped"] += work.rows_in - len(work.pending)
     progress = CellProgress(job.spark, int(work.pending["cells"].sum()))
@@ -322,6 +333,8 @@ def _update_search_table(job: Job) -> None:
 
     In static mode a gene has the same vector in every row, so it gets one line, without a row.
     """
+    from scgpt_batch.spark.wave import as_embeddings, vectors_of_genes
+
     table = tables.table_name(job.settings.search_table)
     lines = job.spark.table(job.output).where(job.stamped).select(*job.spark.table(table).columns)
     if job.parameters.mode == "static":

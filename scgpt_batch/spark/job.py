@@ -4,17 +4,14 @@ from collections import Counter
 from dataclasses import dataclass, field
 from datetime import datetime
 
-import mlflow
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 import scgpt_batch
 from scgpt_batch.parameters import Parameters
-from scgpt_batch.preprocessing.sample_statistics import rows_depend
 from scgpt_batch.registry.resolve import ResolvedModel
 from scgpt_batch.settings import EmbedSettings
 from scgpt_batch.spark import tables
-from scgpt_batch.spark.worker import ModelRef, WorkerTask
 
 
 @dataclass
@@ -69,8 +66,8 @@ class Job:
 
     @property
     def samples(self) -> bool:
-        """Whether the results of a sample's rows depend on each other."""
-        return rows_depend(self.parameters)
+        """Whether the results of a sample's rows depend on each other: shared decisions, or shared means."""
+        return self.parameters.need_preprocess or self.parameters.mode == "contextual"
 
     @property
     def input_version(self) -> int | None:
@@ -87,18 +84,6 @@ class Job:
     def rows(self) -> DataFrame:
         """The input's snapshot."""
         return tables.read(self.spark, self.input, tables.ADATA_ROWS, version=self.input_version)
-
-    @property
-    def work(self) -> WorkerTask:
-        """The task of the Python workers."""
-        model = ModelRef(
-            checkpoint=str(self.model.checkpoint),
-            digest=self.model.digest,
-            uri=self.model.uri,
-            tracking_uri=mlflow.get_tracking_uri(),
-            registry_uri=mlflow.get_registry_uri(),
-        )
-        return WorkerTask(model, self.parameters, self.settings.row_timeout)
 
     @property
     def stamp_columns(self) -> dict[str, Column]:

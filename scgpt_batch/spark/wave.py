@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
 
+import mlflow
 import pandas as pd
 import pyarrow as pa
 from pyspark.accumulators import Accumulator
@@ -19,7 +20,7 @@ from scgpt_batch.spark.job import Job
 from scgpt_batch.spark.pending import key_range_filter, n_tasks, sample_hash, with_tasks
 from scgpt_batch.spark.sample_decisions import decisions, means
 from scgpt_batch.spark.work_to_do import environment
-from scgpt_batch.spark.worker import ANSWERS, VECTORS, embed_rows, static_vectors
+from scgpt_batch.spark.worker import ANSWERS, VECTORS, ModelRef, WorkerTask, embed_rows, static_vectors
 from scgpt_batch.spark.workers import computed
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ def embed_wave(job: Job, rows: DataFrame, wave: pd.DataFrame, counter: Accumulat
     """Compute and commit a wave; `counter` gets the cells of finished rows."""
     if wave.empty:
         return
-    work, payload = replace(job.work, sums=_summed(job, wave)), _payload(job, rows, wave)
+    work, payload = replace(_work(job), sums=_summed(job, wave)), _payload(job, rows, wave)
 
     def answers(isolated: bool) -> DataFrame:
         return payload.mapInArrow(embed_rows(replace(work, isolated=isolated), counter), from_arrow_schema(ANSWERS))
@@ -69,6 +70,18 @@ def still_pending(job: Job, wave: pd.DataFrame) -> pd.DataFrame:
     done = wave.merge(lines.dropna(), on=["adata_id", "content_hash"])["adata_id"]
     job.counts["rows_skipped"] += len(done)
     return wave[~wave["adata_id"].isin(done)]
+
+
+def _work(job: Job) -> WorkerTask:
+    """Return the task of the Python workers."""
+    model = ModelRef(
+        checkpoint=str(job.model.checkpoint),
+        digest=job.model.digest,
+        uri=job.model.uri,
+        tracking_uri=mlflow.get_tracking_uri(),
+        registry_uri=mlflow.get_registry_uri(),
+    )
+    return WorkerTask(model, job.parameters, job.settings.row_timeout)
 
 
 def _commit(job: Job, answers: DataFrame, wave: pd.DataFrame) -> pd.DataFrame:
@@ -125,7 +138,7 @@ def _payload(job: Job, rows: DataFrame, wave: pd.DataFrame) -> DataFrame:
         if (wave["copies"] > 1).any():
             chosen = chosen.dropDuplicates(["adata_id"])
     if _samples(wave) and job.parameters.need_preprocess:
-        decided = decisions(chosen, job.work)
+        decided = decisions(chosen, _work(job))
         chosen = chosen.join(F.broadcast(decided), "sample_id")
     else:
         chosen = chosen.withColumn("decisions", F.lit(None).cast("binary"))
@@ -214,7 +227,7 @@ def _with_static_vectors(job: Job, lines: DataFrame, order: Sequence[str]) -> Da
 def vectors_of_genes(job: Job, lines: DataFrame) -> DataFrame:
     """Return the vector of each gene of `lines`."""
     genes = lines.select("gene").distinct()
-    return genes.mapInArrow(static_vectors(job.work.model), from_arrow_schema(VECTORS))
+    return genes.mapInArrow(static_vectors(_work(job).model), from_arrow_schema(VECTORS))
 
 
 def _reports(answers: DataFrame) -> DataFrame:

@@ -16,7 +16,7 @@ from scgpt_batch.embedding_tables import nearest
 from scgpt_batch.errors import ConfigError
 from scgpt_batch.inference.results import unpack
 from scgpt_batch.io.rows import PAYLOAD_COLUMNS, to_row
-from scgpt_batch.models.scgpt import Vocabulary
+from scgpt_batch.models.scgpt.vocabulary import Vocabulary
 from scgpt_batch.spark import register_ai_query, tables
 from tests.databricks_workspace import Workspace, served
 from tests.endpoint_process import EndpointProcess, payload

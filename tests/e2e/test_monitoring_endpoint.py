@@ -6,7 +6,7 @@ import pytest
 from deltalake import DeltaTable
 
 from scgpt_batch.io.rows import to_row
-from scgpt_batch.models.scgpt import Vocabulary
+from scgpt_batch.models.scgpt.vocabulary import Vocabulary
 from scgpt_batch.monitoring import queries
 from tests import inference_tables
 from tests.endpoint_process import EndpointProcess, payload

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from scgpt_batch import client
 from scgpt_batch.errors import ConfigError, EmbeddingWarning, PartsFailed
 from scgpt_batch.io.rows import to_row
-from scgpt_batch.models.scgpt import Vocabulary
+from scgpt_batch.models.scgpt.vocabulary import Vocabulary
 from scgpt_batch.parameters import Parameters
 from scgpt_batch.registry.resolve import load
 from tests.endpoint_process import EndpointProcess, payload

@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 from scgpt_batch.cli.main import WRONG_USAGE, main
 from scgpt_batch.inference.engine import Embedder
 from scgpt_batch.io.rows import to_row
-from scgpt_batch.models.scgpt import ScGPT, Vocabulary, load_checkpoint
+from scgpt_batch.models.scgpt.checkpoint import load_checkpoint
+from scgpt_batch.models.scgpt.transformer import ScGPT
+from scgpt_batch.models.scgpt.vocabulary import Vocabulary
 from scgpt_batch.parameters import Parameters
 from scgpt_batch.serving.connections import FILES_KEPT, connections_within_files
 from scgpt_batch.serving.microbatch import MicroBatcher

@@ -18,7 +18,7 @@ from deltalake import DeltaTable, write_deltalake
 
 from scgpt_batch.errors import ConfigError
 from scgpt_batch.io.rows import to_row
-from scgpt_batch.models.scgpt import Vocabulary
+from scgpt_batch.models.scgpt.vocabulary import Vocabulary
 from scgpt_batch.serving.inference_log import MAX_PAYLOAD, SCHEMA, Exchange, InferenceLog, Spool, table_path
 from scgpt_batch.serving.metrics import Metrics
 from tests.endpoint_process import EndpointProcess, payload, wait_until

@@ -13,7 +13,7 @@ import pytest
 
 from scgpt_batch.cli.main import ALERTS, FAILED, OK, WRONG_USAGE
 from scgpt_batch.errors import ConfigError
-from scgpt_batch.models.scgpt import Vocabulary
+from scgpt_batch.models.scgpt.vocabulary import Vocabulary
 from scgpt_batch.monitoring import queries
 from tests import inference_tables
 from tests.helpers import assert_close

@@ -11,7 +11,7 @@ from pyspark.sql import functions as F
 
 from scgpt_batch.cli.main import ALERTS, OK, main
 from scgpt_batch.io.rows import to_row
-from scgpt_batch.models.scgpt import Vocabulary
+from scgpt_batch.models.scgpt.vocabulary import Vocabulary
 from scgpt_batch.monitoring import queries
 from scgpt_batch.registry.register import register
 from tests.helpers import assert_close, random_adata, write_rows

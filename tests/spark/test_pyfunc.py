@@ -19,7 +19,7 @@ from mlflow.types.schema import Array
 
 from scgpt_batch.errors import ConfigError, LowCoverage, PayloadError
 from scgpt_batch.io.rows import PAYLOAD_COLUMNS, to_row
-from scgpt_batch.models.scgpt import Vocabulary
+from scgpt_batch.models.scgpt.vocabulary import Vocabulary
 from scgpt_batch.parameters import Parameters
 from scgpt_batch.registry.register import register
 from tests.helpers import assert_close, random_adata

@@ -14,8 +14,9 @@ import torch
 
 import scgpt_batch
 from scgpt_batch.errors import CheckpointError, ConfigError
-from scgpt_batch.models.scgpt import checkpoint_digest, load_checkpoint
-from scgpt_batch.registry.register import REQUIREMENTS, register, use_experiment
+from scgpt_batch.models.scgpt.checkpoint import checkpoint_digest, load_checkpoint
+from scgpt_batch.registry.experiment import use_experiment
+from scgpt_batch.registry.register import REQUIREMENTS, register
 from scgpt_batch.registry.resolve import load, resolve
 from scgpt_batch.registry.sample_answers import code_difference, public_version, registered_by, sample_path
 from scgpt_batch.spark.worker import ModelRef
@@ -50,7 +51,7 @@ def change_stored_answers(model, change):
 
 
 def test_same_code_is_not_compared(registered, monkeypatch):
-    monkeypatch.setattr("scgpt_batch.registry.sample_answers.load_embedder", None)
+    monkeypatch.setattr("scgpt_batch.inference.engine.load_embedder", None)
     assert code_difference(registered) is None
 
 

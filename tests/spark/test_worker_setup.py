@@ -19,7 +19,7 @@ def threads(numbers):
     import numba
     import os
     import torch
-    from scgpt_batch.models.scgpt import checkpoint_digest
+    from scgpt_batch.models.scgpt.checkpoint import checkpoint_digest
     from scgpt_batch.spark.worker import ModelRef
 
     ModelRef(folder, checkpoint_digest(folder), "", "", "").load()

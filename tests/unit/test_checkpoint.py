@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from scgpt_batch.errors import CheckpointError
-from scgpt_batch.models.scgpt import ModelConfig, Vocabulary, build_model, checkpoint_digest, load_checkpoint
+from scgpt_batch.models.scgpt.checkpoint import build_model, checkpoint_digest, load_checkpoint
+from scgpt_batch.models.scgpt.config import ModelConfig
+from scgpt_batch.models.scgpt.vocabulary import Vocabulary
 from tests.helpers import assert_close
 from tests.paths import GOLDEN
 

@@ -84,6 +84,14 @@ def test_starting_a_command_imports_no_large_library():
     assert done.stderr.strip() == ""
 
 
+def test_an_embed_run_with_nothing_to_do_imports_no_torch():
+    """The job's module imports what waves need only when there are rows to embed: it takes seconds."""
+    large = "{'numba', 'scanpy', 'scipy.stats', 'sklearn', 'torch'}"
+    code = f"import sys, scgpt_batch.spark.embed; sys.exit(str(set(sys.modules) & {large} or ''))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stderr.strip() == ""
+
+
 def test_version_is_that_of_the_package(capsys):
     with pytest.raises(SystemExit) as end:
         main(["--version"])

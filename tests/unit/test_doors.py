@@ -21,7 +21,7 @@ from scgpt_batch.errors import PartsFailed, ScgptBatchError
 from scgpt_batch.inference.engine import Embedder
 from scgpt_batch.io import files
 from scgpt_batch.io.rows import to_row
-from scgpt_batch.models.scgpt import load_checkpoint
+from scgpt_batch.models.scgpt.checkpoint import load_checkpoint
 from scgpt_batch.parameters import Parameters
 from scgpt_batch.registry.pyfunc import ScgptModel
 from tests.helpers import assert_close

@@ -32,7 +32,9 @@ from scgpt_batch.inference import engine as embedder_module
 from scgpt_batch.inference.engine import Embedder, load_embedder, loads_in_this_process, token_budget
 from scgpt_batch.inference.row_reader import RowReader, allowed_path
 from scgpt_batch.io.rows import PAYLOAD_COLUMNS, to_row
-from scgpt_batch.models.scgpt import Checkpoint, ScGPT, Vocabulary, load_checkpoint
+from scgpt_batch.models.scgpt.checkpoint import Checkpoint, load_checkpoint
+from scgpt_batch.models.scgpt.transformer import ScGPT
+from scgpt_batch.models.scgpt.vocabulary import Vocabulary
 from scgpt_batch.parameters import Parameters
 from scgpt_batch.preprocessing import tokens as tokens_module
 from scgpt_batch.preprocessing.tokens import ScgptTokenizer

@@ -8,7 +8,7 @@ import pytest
 import scipy.sparse as sp
 
 from scgpt_batch.errors import PayloadError
-from scgpt_batch.models.scgpt import Vocabulary
+from scgpt_batch.models.scgpt.vocabulary import Vocabulary
 from scgpt_batch.preprocessing.gene_names import SYMBOL_COLUMNS, lookup_columns, select_genes
 
 SYMBOLS = ["CD3D", "LYZ", "NKG7"]

@@ -7,7 +7,7 @@ import pytest
 from scgpt_batch.errors import FileError, PayloadError
 from scgpt_batch.inference.row_reader import RowReader
 from scgpt_batch.io.hdf5_safety import open_hdf5
-from scgpt_batch.models.scgpt import Vocabulary
+from scgpt_batch.models.scgpt.vocabulary import Vocabulary
 from scgpt_batch.parameters import Parameters
 from scgpt_batch.preprocessing.tokens import ScgptTokenizer
 from tests.helpers import random_adata

@@ -48,7 +48,7 @@ from mlflow.pyfunc import PyFuncModel
 from scgpt_batch.io.rows import to_row
 from scgpt_batch.inference.engine import Embedder
 from scgpt_batch.errors import RequestRefused
-from scgpt_batch.models.scgpt import load_checkpoint
+from scgpt_batch.models.scgpt.checkpoint import load_checkpoint
 from scgpt_batch.registry.signature import signature
 from scgpt_batch.serving.request import RequestReader
 from tests.endpoint_process import payload

@@ -11,7 +11,7 @@ from torch import nn
 from scgpt_batch.errors import ConfigError
 from scgpt_batch.models import attention as attention_module
 from scgpt_batch.models.attention import BACKENDS, LONG, Packing, attention, choose_backend
-from scgpt_batch.models.scgpt import build_model, load_checkpoint
+from scgpt_batch.models.scgpt.checkpoint import build_model, load_checkpoint
 from scgpt_batch.models.scgpt.transformer import SelfAttention, distinct
 from tests.helpers import assert_close
 from tests.paths import GOLDEN

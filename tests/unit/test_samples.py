@@ -14,7 +14,8 @@ from scgpt_batch.inference.engine import Embedder
 from scgpt_batch.inference.row_reader import RowReader
 from scgpt_batch.inference.sample_rows import statistics
 from scgpt_batch.io.rows import from_row, to_row
-from scgpt_batch.models.scgpt import Vocabulary, load_checkpoint
+from scgpt_batch.models.scgpt.checkpoint import load_checkpoint
+from scgpt_batch.models.scgpt.vocabulary import Vocabulary
 from scgpt_batch.parameters import Parameters
 from scgpt_batch.preprocessing.pipeline import preprocess
 from scgpt_batch.preprocessing.sample_selection import Decisions

@@ -17,7 +17,7 @@ from scgpt.utils import load_pretrained
 from scgpt_batch.errors import RowError
 from scgpt_batch.inference.engine import Embedder
 from scgpt_batch.io.rows import from_row, to_row
-from scgpt_batch.models.scgpt import load_checkpoint
+from scgpt_batch.models.scgpt.checkpoint import load_checkpoint
 from scgpt_batch.parameters import Parameters
 from scgpt_batch.preprocessing.binning import bin_range
 from scgpt_batch.preprocessing.pipeline import binned_layer, preprocess

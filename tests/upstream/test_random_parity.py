@@ -28,7 +28,8 @@ from scgpt_batch.inference.engine import Embedder
 from scgpt_batch.inference.row_reader import RowReader
 from scgpt_batch.inference.sample_rows import with_decisions
 from scgpt_batch.io.rows import from_row, to_row
-from scgpt_batch.models.scgpt import Vocabulary, load_checkpoint
+from scgpt_batch.models.scgpt.checkpoint import load_checkpoint
+from scgpt_batch.models.scgpt.vocabulary import Vocabulary
 from scgpt_batch.parameters import Parameters
 from scgpt_batch.preprocessing.binning import bin_matrix
 from scgpt_batch.preprocessing.pipeline import binned_layer, preprocess
