@@ -174,7 +174,7 @@ def read_stream(spark: SparkSession, table: str, columns: str) -> DataFrame:
 
 
 def _completed(rows: DataFrame, table: str, columns: str) -> DataFrame:
-    wanted = {field.name.lower(): field for field in _fields(rows.sparkSession, columns)}
+    wanted = {field.name.lower(): field for field in fields(rows.sparkSession, columns)}
     existing = {field.name.lower(): field for field in rows.schema}
     if "adata_id" in wanted and "adata_id" not in existing:
         raise ConfigError(f"{table} has no column adata_id: each row needs a key")
@@ -472,7 +472,7 @@ def merge_lines(spark: SparkSession, table: str, lines: DataFrame, gone: DataFra
 
 def append(spark: SparkSession, table: str, columns: str, lines: Sequence[Mapping[str, Any]]) -> None:
     """Append rows to a table, in one commit. Columns not named are null."""
-    schema = _fields(spark, columns)
+    schema = fields(spark, columns)
     rows = local_frame(spark, [[line.get(field.name) for field in schema] for line in lines], schema)
     _retried(table, lambda: rows.write.format("delta").mode("append").saveAsTable(table))
 
@@ -551,7 +551,8 @@ def fill_embedding_ids(spark: SparkSession, table: str, key: Sequence[str]) -> N
     _retried(table, lambda: spark.sql(fill))
 
 
-def _fields(spark: SparkSession, columns: str) -> StructType:
+def fields(spark: SparkSession, columns: str) -> StructType:
+    """Return the schema of columns in DDL."""
     return spark.createDataFrame([], columns).schema
 
 
@@ -575,7 +576,7 @@ def _same_kind(have: DataType, want: DataType) -> bool:
 def _adapt(spark: SparkSession, table: str, columns: str, vector_length: int | None) -> None:
     """Add missing columns to a table, after checking that it is ours and has vectors of this length."""
     have = {field.name.lower(): field.dataType for field in spark.table(table).schema}
-    wanted = _fields(spark, columns)
+    wanted = fields(spark, columns)
     wrong = [f for f in wanted if have.get(f.name.lower(), None if f.name in IDENTITY else f.dataType) != f.dataType]
     if wrong:
         lacking = ", ".join(f"{field.name} {field.dataType.simpleString()}" for field in wrong)

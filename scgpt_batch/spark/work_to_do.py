@@ -11,6 +11,7 @@ from pyspark.sql import functions as F
 import scgpt_batch
 from scgpt_batch.spark import tables
 from scgpt_batch.spark.job import Job
+from scgpt_batch.spark.local_frame import local_frame
 from scgpt_batch.spark.pending import PendingRows, pending_rows
 from scgpt_batch.spark.vanished import Vanished, earlier_runs, unfinished, vanished
 
@@ -69,7 +70,7 @@ def state_after(job: Job, version: int, output: tables.Snapshot) -> str | None:
 def rows_to_embed(job: Job, rows: DataFrame, *, first: bool) -> PendingRows:
     """Return the rows without a result; of a first run these are all, and no ledger is read."""
     if first:
-        lines = job.spark.createDataFrame([], tables.LEDGER)
+        lines = local_frame(job.spark, [], tables.fields(job.spark, tables.LEDGER))
     else:
         lines = tables.read(job.spark, job.ledger, tables.LEDGER).where(job.stamped)
     return pending_rows(rows, lines, counts=_counts(job), samples=job.samples, name=job.input)
