@@ -32,7 +32,7 @@ def keep_compiled_umap() -> None:
     for module, names in COMPILED.items():
         functions = import_module(module)
         for name in names:
-            if (compiler := getattr(functions, name, None)) is not None:
+            if (compiler := getattr(functions, name, None)) is not None:  # other versions may have other functions
                 with suppress(RuntimeError):  # no folder is writable: each process compiles, as without this
                     compiler.enable_caching()
 

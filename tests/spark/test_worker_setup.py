@@ -46,19 +46,21 @@ print(json.dumps([used, before, after]))
 
 
 @pytest.fixture(scope="module")
-def told(golden):
+def tasks(golden):
+    """What a task with the model saw of its threads, and what a task before it and one after it saw."""
     command = [sys.executable, "-c", CODE, str(golden / "checkpoint_flash")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_task_with_all_cores_uses_as_many_threads(told):
-    environment, torch_threads, numba_threads, numba_most = told[0]
+def test_a_task_with_all_cores_uses_all_of_them(tasks):
+    environment, torch_threads, numba_threads, numba_most = tasks[0]
     assert (environment, torch_threads, numba_threads) == ("3", 3, min(3, numba_most))
 
 
-def test_worker_reads_no_archives_and_checks_no_libraries_for_garbage_between_tasks(told):
-    (worker, archives, frozen), (same_worker, archives_left, frozen_now) = told[1:]
-    assert worker == same_worker and archives and not frozen
-    assert (archives_left, frozen_now) == ([], True)
+def test_the_pause_between_tasks_is_short_once_the_model_is_loaded(tasks):
+    """Spark's worker then reads archives again and collects garbage: no archive is left, and libraries are frozen."""
+    (process, archives, frozen), (same_process, archives_after, frozen_after) = tasks[1:]
+    assert process == same_process and archives and not frozen
+    assert (archives_after, frozen_after) == ([], True)
